@@ -1,0 +1,1 @@
+"""Plumbing of the tutorial: one module a step, in the order of the story."""

@@ -1,0 +1,189 @@
+"""Artefacts and their manifests: what was made, from what, with what settings, how long it took.
+
+An artefact is a folder or a file. It is built beside its place and moved in whole, so a stage that is killed
+leaves nothing half-made; it is skipped only where its manifest says that the same inputs, settings and tool
+versions made it and its outputs are still there, never because a file happens to exist.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+from helpers.errors import UserError
+
+MANIFEST = "manifest.json"
+TOOLS = ("tpu-mlir", "torch", "onnx", "onnxruntime", "transformers", "numpy")
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def digest_of(value: object) -> str:
+    """SHA-256 of a JSON-serialisable value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def tool_versions() -> dict[str, str]:
+    """Installed versions of the tools that decide what an artefact contains, plus Python's."""
+    versions = {"python": platform.python_version()}
+    for name in TOOLS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
+
+
+def machine() -> dict[str, object]:
+    """Where an artefact was made: architecture, system, number of usable cores."""
+    return {
+        "architecture": platform.machine(),
+        "system": platform.system(),
+        "cores": len(os.sched_getaffinity(0)),
+    }
+
+
+def manifest_path(artefact: str | Path) -> Path:
+    """`folder/manifest.json` for a folder, `file.ext.json` for a file."""
+    artefact = Path(artefact)
+    return artefact / MANIFEST if artefact.is_dir() else artefact.with_name(artefact.name + ".json")
+
+
+def read_manifest(artefact: str | Path) -> dict:
+    """The manifest of an artefact.
+
+    Raises UserError where there is none or it cannot be read.
+    """
+    path = manifest_path(artefact)
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{artefact} has no manifest ({path.name}): make it again with `python -m helpers`.") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a readable manifest ({error}): delete it and make the artefact again.") from None
+
+
+def write_json(path: str | Path, value: object) -> None:
+    """Write JSON beside its place and move it in whole."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _outputs(artefact: Path) -> dict[str, dict]:
+    files = sorted(p for p in artefact.rglob("*") if p.is_file()) if artefact.is_dir() else [artefact]
+    root = artefact if artefact.is_dir() else artefact.parent
+    return {
+        str(p.relative_to(root)): {"bytes": p.stat().st_size, "sha256": sha256_file(p)}
+        for p in files
+        if p.name != MANIFEST
+    }
+
+
+def up_to_date(artefact: str | Path, inputs: dict[str, str], settings: dict) -> bool:
+    """Whether the artefact was made from just these inputs and settings, by these tools, and is still whole.
+
+    inputs: name to SHA-256. Outputs are compared by content: a corrupted file is made again.
+    """
+    artefact = Path(artefact)
+    if not artefact.exists():
+        return False
+    try:
+        manifest = read_manifest(artefact)
+    except UserError:
+        return False
+    made_from = (manifest.get("inputs"), manifest.get("settings"), manifest.get("versions"))
+    wanted = (inputs, json.loads(json.dumps(settings)), tool_versions())
+    return made_from == wanted and manifest.get("outputs") == _outputs(artefact)
+
+
+@contextlib.contextmanager
+def building(
+    artefact: str | Path, *, kind: str, inputs: dict[str, str], settings: dict, extra: dict | None = None
+) -> Iterator[Path]:
+    """Build an artefact beside its place; on success give it a manifest and move it in, else leave no trace.
+
+    Yields the path to create (a file or a folder). `extra` may be filled while building: it is read at the end.
+    What was at `artefact` before stays until the new one is whole.
+    Raises UserError where the disk is full.
+    """
+    artefact = Path(artefact)
+    artefact.parent.mkdir(parents=True, exist_ok=True)
+    partial = artefact.parent / f".{artefact.name}.{os.getpid()}.partial"
+    _remove(partial)
+    started = time.monotonic()
+    try:
+        yield partial
+        manifest = {
+            "kind": kind,
+            "inputs": inputs,
+            "settings": settings,
+            "versions": tool_versions(),
+            "machine": machine(),
+            "seconds": round(time.monotonic() - started, 3),
+            "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "outputs": _outputs(partial) if partial.is_dir() else _single_output(partial, artefact.name),
+            **(extra or {}),
+        }
+        if partial.is_dir():
+            write_json(partial / MANIFEST, manifest)
+            _move_folder(partial, artefact)
+        else:
+            # The manifest goes first: a file whose manifest does not fit it is made again, never trusted.
+            write_json(artefact.with_name(artefact.name + ".json"), manifest)
+            os.replace(partial, artefact)
+    except OSError as error:
+        if error.errno == 28:
+            raise UserError(
+                f"No space left on the disk that holds {artefact.parent}: free some, or choose another --out, and run "
+                "the same command again; what was finished is kept."
+            ) from error
+        raise
+    finally:
+        _remove(partial)
+
+
+def _single_output(partial: Path, name: str) -> dict[str, dict]:
+    return {name: {"bytes": partial.stat().st_size, "sha256": sha256_file(partial)}}
+
+
+def _move_folder(partial: Path, artefact: Path) -> None:
+    previous = artefact.parent / f".{artefact.name}.{os.getpid()}.previous"
+    _remove(previous)
+    if artefact.exists():
+        os.rename(artefact, previous)
+    os.rename(partial, artefact)
+    _remove(previous)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def free_bytes(path: str | Path) -> int:
+    """Free bytes on the disk that holds `path` or its nearest existing parent."""
+    path = Path(path).absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def log(message: str) -> None:
+    """A line of progress for people: standard error, so that standard output stays machine-readable."""
+    print(message, file=sys.stderr, flush=True)
