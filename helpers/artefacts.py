@@ -6,6 +6,8 @@ versions made it and its outputs are still there, never because a file happens t
 """
 
 import contextlib
+import errno
+import glob
 import hashlib
 import json
 import os
@@ -83,14 +85,26 @@ def write_json(path: str | Path, value: object) -> None:
     os.replace(partial, path)
 
 
-def _outputs(artefact: Path) -> dict[str, dict]:
-    files = sorted(p for p in artefact.rglob("*") if p.is_file()) if artefact.is_dir() else [artefact]
+def _files(artefact: Path) -> dict[str, Path]:
     root = artefact if artefact.is_dir() else artefact.parent
-    return {
-        str(p.relative_to(root)): {"bytes": p.stat().st_size, "sha256": sha256_file(p)}
-        for p in files
-        if p.name != MANIFEST
-    }
+    files = artefact.rglob("*") if artefact.is_dir() else root.iterdir()
+    return {str(p.relative_to(root)): p for p in sorted(files) if p.is_file() and p.name != MANIFEST}
+
+
+def _describe(path: Path) -> dict[str, object]:
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
+def is_whole(artefact: str | Path, manifest: dict) -> bool:
+    """Whether every output that the manifest names is there with the content it had when it was made."""
+    root = Path(artefact) if Path(artefact).is_dir() else Path(artefact).parent
+    outputs = manifest.get("outputs") or {}
+    return bool(outputs) and all(
+        (root / name).is_file()
+        and (root / name).stat().st_size == described["bytes"]
+        and sha256_file(root / name) == described["sha256"]
+        for name, described in outputs.items()
+    )
 
 
 def up_to_date(artefact: str | Path, inputs: dict[str, str], settings: dict) -> bool:
@@ -107,7 +121,7 @@ def up_to_date(artefact: str | Path, inputs: dict[str, str], settings: dict) -> 
         return False
     made_from = (manifest.get("inputs"), manifest.get("settings"), manifest.get("versions"))
     wanted = (inputs, json.loads(json.dumps(settings)), tool_versions())
-    return made_from == wanted and manifest.get("outputs") == _outputs(artefact)
+    return made_from == wanted and is_whole(artefact, manifest)
 
 
 @contextlib.contextmanager
@@ -116,16 +130,20 @@ def building(
 ) -> Iterator[Path]:
     """Build an artefact beside its place; on success give it a manifest and move it in, else leave no trace.
 
-    Yields the path to create (a file or a folder). `extra` may be filled while building: it is read at the end.
-    What was at `artefact` before stays until the new one is whole.
+    Yields the path to create, a file or a folder, in a staging folder of its own. Files made beside a file artefact
+    there (its external weights, say) are companions: they are listed in its manifest and moved in with it.
+    `extra` may be filled while building: it is read at the end. What was at `artefact` before stays until the new
+    one is whole.
     Raises UserError where the disk is full.
     """
     artefact = Path(artefact)
     artefact.parent.mkdir(parents=True, exist_ok=True)
-    partial = artefact.parent / f".{artefact.name}.{os.getpid()}.partial"
-    _remove(partial)
+    staging = artefact.parent / f".{artefact.name}.{os.getpid()}.partial"
+    _remove_abandoned(artefact)
     started = time.monotonic()
     try:
+        staging.mkdir()
+        partial = staging / artefact.name
         yield partial
         manifest = {
             "kind": kind,
@@ -135,38 +153,41 @@ def building(
             "machine": machine(),
             "seconds": round(time.monotonic() - started, 3),
             "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "outputs": _outputs(partial) if partial.is_dir() else _single_output(partial, artefact.name),
+            "outputs": {name: _describe(path) for name, path in _files(partial).items()},
             **(extra or {}),
         }
         if partial.is_dir():
             write_json(partial / MANIFEST, manifest)
             _move_folder(partial, artefact)
         else:
-            # The manifest goes first: a file whose manifest does not fit it is made again, never trusted.
-            write_json(artefact.with_name(artefact.name + ".json"), manifest)
-            os.replace(partial, artefact)
+            # The manifest goes first: files that do not fit their manifest are made again, never trusted.
+            write_json(manifest_path(artefact), manifest)
+            for name in manifest["outputs"]:
+                os.replace(staging / name, artefact.parent / name)
     except OSError as error:
-        if error.errno == 28:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(
                 f"No space left on the disk that holds {artefact.parent}: free some, or choose another --out, and run "
                 "the same command again; what was finished is kept."
             ) from error
         raise
     finally:
-        _remove(partial)
-
-
-def _single_output(partial: Path, name: str) -> dict[str, dict]:
-    return {name: {"bytes": partial.stat().st_size, "sha256": sha256_file(partial)}}
+        _remove(staging)
 
 
 def _move_folder(partial: Path, artefact: Path) -> None:
-    previous = artefact.parent / f".{artefact.name}.{os.getpid()}.previous"
-    _remove(previous)
+    # Renamed into the staging folder, the previous one goes when that goes.
     if artefact.exists():
-        os.rename(artefact, previous)
+        os.rename(artefact, partial.with_name(partial.name + ".previous"))
     os.rename(partial, artefact)
-    _remove(previous)
+
+
+def _remove_abandoned(artefact: Path) -> None:
+    """Remove staging folders of processes that no longer run: they were killed."""
+    for staging in artefact.parent.glob(f".{glob.escape(artefact.name)}.*.partial"):
+        pid = staging.name.split(".")[-2]
+        if not pid.isdigit() or int(pid) == os.getpid() or not Path(f"/proc/{pid}").exists():
+            _remove(staging)
 
 
 def _remove(path: Path) -> None:

@@ -1,0 +1,103 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from helpers import artefacts
+from helpers.errors import UserError
+
+
+def build(path, text="content", inputs=None, settings=None):
+    with artefacts.building(path, kind="test", inputs=inputs or {"a": "1"}, settings=settings or {"s": 1}) as partial:
+        partial.write_text(text)
+
+
+def test_an_artefact_is_up_to_date_only_for_the_same_inputs_and_settings(tmp_path):
+    path = tmp_path / "file.bin"
+    build(path)
+    assert artefacts.up_to_date(path, {"a": "1"}, {"s": 1})
+    assert not artefacts.up_to_date(path, {"a": "2"}, {"s": 1})
+    assert not artefacts.up_to_date(path, {"a": "1"}, {"s": 2})
+
+
+def test_a_corrupted_output_is_not_up_to_date(tmp_path):
+    path = tmp_path / "file.bin"
+    build(path)
+    path.write_text("cOntent")
+    assert not artefacts.up_to_date(path, {"a": "1"}, {"s": 1})
+
+
+def test_a_failure_leaves_what_was_there(tmp_path):
+    path = tmp_path / "file.bin"
+    build(path, "first")
+    with pytest.raises(ZeroDivisionError):
+        with artefacts.building(path, kind="test", inputs={}, settings={}) as partial:
+            partial.write_text("second")
+            raise ZeroDivisionError
+    assert path.read_text() == "first"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file.bin", "file.bin.json"]
+
+
+def test_companions_move_in_with_their_file(tmp_path):
+    path = tmp_path / "net.onnx"
+    with artefacts.building(path, kind="test", inputs={}, settings={}) as partial:
+        partial.write_text("graph")
+        partial.with_name("net.weights").write_text("weights")
+    assert artefacts.up_to_date(path, {}, {})
+    (tmp_path / "net.weights").write_text("damaged")
+    assert not artefacts.up_to_date(path, {}, {})
+
+
+def test_a_folder_replaces_the_previous_one_whole(tmp_path):
+    folder = tmp_path / "folder"
+    for names in (["a", "b"], ["c"]):
+        with artefacts.building(folder, kind="test", inputs={}, settings={}) as partial:
+            partial.mkdir()
+            for name in names:
+                (partial / name).write_text(name)
+    assert sorted(p.name for p in folder.iterdir()) == ["c", "manifest.json"]
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
+    path = tmp_path / "file.bin"
+    code = (
+        "import sys, time\nfrom helpers import artefacts\n"
+        "with artefacts.building(sys.argv[1], kind='t', inputs={}, settings={}) as partial:\n"
+        "    partial.write_text('half')\n    print('ready', flush=True)\n    time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not path.exists()
+    build(path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file.bin", "file.bin.json"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
+def test_a_full_disk_is_a_sentence(tmp_path):
+    with pytest.raises(UserError, match="No space left"):
+        with artefacts.building(tmp_path / "x", kind="t", inputs={}, settings={}):
+            with open("/dev/full", "w") as full:
+                full.write("x" * 100000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_manifest_that_is_not_json_says_so(tmp_path):
+    path = tmp_path / "file.bin"
+    build(path)
+    artefacts.manifest_path(path).write_text("{")
+    with pytest.raises(UserError, match="not a readable manifest"):
+        artefacts.read_manifest(path)
+    assert not artefacts.up_to_date(path, {"a": "1"}, {"s": 1})
+
+
+def test_seconds_are_measured(tmp_path):
+    with artefacts.building(tmp_path / "x", kind="t", inputs={}, settings={}) as partial:
+        partial.write_text("x")
+        time.sleep(0.05)
+    assert artefacts.read_manifest(tmp_path / "x")["seconds"] >= 0.05
