@@ -1,0 +1,482 @@
+"""Write every net of a patched Qwen checkpoint as ONNX, one at a time, without ever holding the whole model.
+
+A net is traced once per kind with weights that are never filled in (`export_params=False` leaves each weight as a
+named input); then each layer's file is that graph with its own weights attached as external data, streamed from the
+checkpoint tensor by tensor. So memory does not grow with the number of layers, nor with float32 copies of a layer.
+`block_i` and `block_cache_i` are two graphs over one weight file; so are `embedding` and `embedding_cache`.
+"""
+
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from helpers import artefacts
+from helpers.checkpoint import Checkpoint
+from helpers.errors import UserError
+from helpers.generation import CANDIDATES
+
+# The operator set that the documented export uses, and TPU-MLIR's front end was made for.
+OPSET = 15
+# Candidates that survive top_p whatever their probability (documented penalty_sample_head).
+MIN_TOKENS_TO_KEEP = 5
+FLOAT32_BYTES = 4
+_COPY_BYTES = 64 << 20
+# torch, its exporter and one traced layer's activations; measured with benchmarks/export_memory.py.
+_BASE_MEMORY = 1_500_000_000
+
+
+def rotary_tables(head_dim: int, base: float, seq_length: int):
+    """Cosine and sine of the rotary embedding: two float32 tensors [S, d], as Qwen's RotaryEmbedding makes them."""
+    import torch
+
+    inv_freq = 1.0 / (base ** (torch.arange(0, head_dim, 2).float() / head_dim))
+    freqs = torch.outer(torch.arange(seq_length).float(), inv_freq)
+    table = torch.cat((freqs, freqs), dim=-1)
+    return table.cos(), table.sin()
+
+
+def _net_modules():
+    """The modules that are exported. Defined in a function: importing helpers.exporting must not import torch."""
+    import torch
+    from torch import nn
+
+    class Embedding(nn.Module):
+        """ids [1,T] -> states [1,T,H]"""
+
+        def __init__(self, wte):
+            super().__init__()
+            self.wte = wte
+
+        def forward(self, input_ids):
+            return self.wte(input_ids).float()
+
+    class Block(nn.Module):
+        """states [1,S,H], positions [1,S], additive mask [1,1,S,S] -> states, key, value [1,S,h,d]
+
+        With a past (key, value [1,S,h,d], mask [1,1,R,S+R]) the R new rows see it and only their own key and value
+        [1,R,h,d] come back.
+        """
+
+        def __init__(self, layer, cos, sin):
+            super().__init__()
+            self.layer = layer
+            self.register_buffer("cos", cos)
+            self.register_buffer("sin", sin)
+
+        def forward(self, states, position_ids, attention_mask, past_k=None, past_v=None):
+            rotary = [self.cos[position_ids].unsqueeze(2), self.sin[position_ids].unsqueeze(2)]
+            states, (key, value) = self.layer(
+                states,
+                rotary_pos_emb_list=[rotary],
+                layer_past=None if past_k is None else (past_k, past_v),
+                attention_mask=attention_mask,
+                use_cache=True,
+            )
+            return states.float(), key.float(), value.float()
+
+    class LmHead(nn.Module):
+        """states [R,H] -> logits [R,V]"""
+
+        def __init__(self, ln_f, lm_head):
+            super().__init__()
+            self.ln_f, self.lm_head = ln_f, lm_head
+
+        def forward(self, states):
+            return self.lm_head(self.ln_f(states)).float()
+
+    class LmHeadWithTopK(LmHead):
+        """states [1,H] -> token [1,1]"""
+
+        def forward(self, states):
+            return torch.topk(super().forward(states), 1)[1]
+
+    class GreedyHead(nn.Module):
+        """logits [R,V] -> token [R,1]"""
+
+        def forward(self, logits):
+            return torch.topk(logits, 1)[1]
+
+    class PenaltySampleHead(nn.Module):
+        """logits [1,V], ids [1,S], top_p [1], temperature [1], penalty [1] -> probabilities [1,50], tokens [1,50]"""
+
+        def __init__(self):
+            super().__init__()
+            keep = torch.zeros((1, CANDIDATES), dtype=torch.bool)
+            keep[0, :MIN_TOKENS_TO_KEEP] = True
+            self.register_buffer("keep", keep)
+
+        def forward(self, logits, input_ids, top_p, temperature, penalty):
+            seen = torch.gather(logits, 1, input_ids)
+            seen = torch.where(seen < 0, seen * penalty, seen / penalty)
+            logits = torch.scatter(logits, 1, input_ids, seen)
+            logits, tokens = torch.topk(logits, CANDIDATES)
+            logits = logits / temperature
+            inside = (logits.softmax(dim=1).cumsum(dim=1) < top_p) + self.keep
+            logits = torch.where(inside, logits, torch.tensor([-1000.0]))
+            return logits.softmax(dim=1), tokens
+
+    return Embedding, Block, LmHead, LmHeadWithTopK, GreedyHead, PenaltySampleHead
+
+
+class NetBuilder:
+    """Builds the modules of one checkpoint's nets, with or without weights, and their example inputs."""
+
+    def __init__(self, checkpoint: Checkpoint, seq_length: int):
+        from helpers import modeling
+
+        self.checkpoint, self.seq_length = checkpoint, seq_length
+        self.module = modeling.load_modeling(checkpoint.path)
+        self.config = modeling.load_config(self.module, checkpoint)
+        (self.embedding, self.block, self.lm_head, self.lm_head_with_topk, self.greedy, self.penalty) = _net_modules()
+
+    def layer(self):
+        """A QWenBlock in float32 whose weights hold whatever the memory held."""
+        from helpers.modeling import empty_module
+
+        layer = empty_module(lambda: self.module.QWenBlock(self.config))
+        # Within the trained length Qwen's log-n scaling is exactly 1; but a decode step's key is padded to S + 1
+        # rows, which the code would take for a longer text.
+        layer.attn.use_logn_attn = False
+        return layer.eval()
+
+    def block_net(self, layer=None):
+        """The exported block around a QWenBlock (default: one without weights)."""
+        config = self.checkpoint
+        tables = rotary_tables(config.head_dim, config.rotary_base, self.seq_length)
+        return self.block(layer or self.layer(), *tables).eval()
+
+    def head_net(self, kind):
+        from helpers.modeling import empty_module
+
+        ln_f = empty_module(lambda: self.module.RMSNorm(self.checkpoint.hidden_size, eps=self.checkpoint.eps))
+        return kind(ln_f, self._linear()).eval()
+
+    def _linear(self):
+        from torch import nn
+
+        from helpers.modeling import empty_module
+
+        return empty_module(lambda: nn.Linear(self.checkpoint.hidden_size, self.checkpoint.vocab_size, bias=False))
+
+    def embedding_net(self):
+        from torch import nn
+
+        from helpers.modeling import empty_module
+
+        return self.embedding(
+            empty_module(lambda: nn.Embedding(self.checkpoint.vocab_size, self.checkpoint.hidden_size))
+        ).eval()
+
+    def example(self, net: str, rows: int = 1) -> tuple:
+        """Inputs to trace a net with: zeros of the shapes of the net's contract (`rows` new tokens for *_cache)."""
+        import torch
+
+        c, s = self.checkpoint, self.seq_length
+        past = (1, s, c.heads, c.head_dim)
+        return {
+            "embedding": lambda: (torch.zeros(1, s, dtype=torch.int32),),
+            "embedding_cache": lambda: (torch.zeros(1, rows, dtype=torch.int32),),
+            "block": lambda: (
+                torch.zeros(1, s, c.hidden_size),
+                torch.zeros(1, s, dtype=torch.int32),
+                torch.zeros(1, 1, s, s),
+            ),
+            "block_cache": lambda: (
+                torch.zeros(1, rows, c.hidden_size),
+                torch.zeros(1, rows, dtype=torch.int32),
+                torch.zeros(1, 1, rows, s + rows),
+                torch.zeros(past),
+                torch.zeros(past),
+            ),
+            "lm_head": lambda: (torch.zeros(rows, c.hidden_size),),
+            "lm_head_with_topk": lambda: (torch.zeros(rows, c.hidden_size),),
+            "greedy_head": lambda: (torch.zeros(rows, c.vocab_size),),
+            "penalty_sample_head": lambda: (
+                torch.zeros(1, c.vocab_size),
+                torch.zeros(1, s, dtype=torch.int64),
+                torch.ones(1),
+                torch.ones(1),
+                torch.ones(1),
+            ),
+        }[net]()
+
+
+INPUT_NAMES = {
+    "embedding": ["input_ids"],
+    "block": ["input_states", "position_ids", "attention_mask"],
+    "block_cache": ["input_states", "position_ids", "attention_mask", "history_k", "history_v"],
+    "lm_head": ["hidden_states"],
+    "lm_head_with_topk": ["hidden_states"],
+    "greedy_head": ["m_logits"],
+    "penalty_sample_head": ["m_logits", "input_ids", "top_p", "temperature", "penalty"],
+}
+OUTPUT_NAMES = {
+    "embedding": ["input_states"],
+    "block": ["hidden_states", "past_k", "past_v"],
+    "lm_head": ["m_logits"],
+    "lm_head_with_topk": ["token"],
+    "greedy_head": ["token"],
+    "penalty_sample_head": ["probs", "token"],
+}
+INPUT_NAMES["embedding_cache"] = INPUT_NAMES["embedding"]
+OUTPUT_NAMES["embedding_cache"] = OUTPUT_NAMES["embedding"]
+OUTPUT_NAMES["block_cache"] = OUTPUT_NAMES["block"]
+
+
+def trace(module, net: str, example: tuple):
+    """Trace a module to an onnx.ModelProto whose weights are named inputs without data."""
+    import warnings
+
+    import onnx
+    import torch
+
+    file = io.BytesIO()
+    with warnings.catch_warnings(), torch.no_grad():
+        # The exporter warns of shape comparisons in Qwen's code that are constant for a fixed S, and of its own age.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            module,
+            example,
+            file,
+            export_params=False,
+            do_constant_folding=False,
+            input_names=INPUT_NAMES[net],
+            output_names=OUTPUT_NAMES[net],
+            opset_version=OPSET,
+            dynamo=False,
+        )
+    return onnx.load_from_string(file.getvalue())
+
+
+class WeightFile:
+    """A file of float32 tensors at page-aligned offsets, and their places in it."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.places: dict[str, tuple[int, int]] = {}
+
+    def write(self, tensors: dict) -> None:
+        """Append tensors (any float dtype, widened to float32 in pieces of 64 MB)."""
+        with open(self.path, "wb") as file:
+            for name, tensor in tensors.items():
+                file.write(b"\0" * (-file.tell() % 4096))
+                offset = file.tell()
+                flat = tensor.reshape(-1)
+                step = _COPY_BYTES // FLOAT32_BYTES
+                for start in range(0, flat.numel(), step):
+                    file.write(flat[start : start + step].float().numpy().tobytes())
+                self.places[name] = (offset, file.tell() - offset)
+
+
+def attach_weights(graph, module, weights: WeightFile | None):
+    """A copy of a traced graph with its weights: from a weight file by reference, buffers by value.
+
+    Raises KeyError where the graph wants a weight that the file does not have.
+    """
+    import onnx
+    from onnx import TensorProto, numpy_helper
+
+    model = onnx.ModelProto()
+    model.CopyFrom(graph)
+    buffers = dict(module.named_buffers())
+    parameters = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    kept = []
+    for value in model.graph.input:
+        if value.name in buffers:
+            model.graph.initializer.append(numpy_helper.from_array(buffers[value.name].numpy(), value.name))
+        elif value.name in parameters:
+            offset, length = weights.places[value.name]
+            tensor = TensorProto(name=value.name, data_type=TensorProto.FLOAT, dims=parameters[value.name])
+            tensor.data_location = TensorProto.EXTERNAL
+            for key, entry in (("location", weights.path.name), ("offset", str(offset)), ("length", str(length))):
+                tensor.external_data.add(key=key, value=entry)
+            model.graph.initializer.append(tensor)
+        else:
+            kept.append(value)
+    del model.graph.input[:]
+    model.graph.input.extend(kept)
+    return model
+
+
+def net_groups(layers: int) -> dict[str, list[str]]:
+    """The files that share weights: name of the group to its nets, in the order they are exported."""
+    groups = {"embedding": ["embedding", "embedding_cache"]}
+    groups |= {f"block_{i}": [f"block_{i}", f"block_cache_{i}"] for i in range(layers)}
+    return groups | {
+        "lm_head": ["lm_head", "lm_head_with_topk"],
+        "greedy_head": ["greedy_head"],
+        "penalty_sample_head": ["penalty_sample_head"],
+    }
+
+
+def net_kind(net: str) -> str:
+    """`block_cache_3` -> `block_cache`."""
+    head, _, tail = net.rpartition("_")
+    return head if tail.isdigit() else net
+
+
+def checkpoint_prefixes(group: str) -> dict[str, str]:
+    """Where a group's weights are in the checkpoint: prefix there to prefix in the exported module."""
+    if group.startswith("block_"):
+        return {f"transformer.h.{group.removeprefix('block_')}.": "layer."}
+    return {
+        "embedding": {"transformer.wte.": "wte."},
+        "lm_head": {"transformer.ln_f.": "ln_f.", "lm_head.": "lm_head."},
+    }.get(group, {})
+
+
+def needed_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Bytes of memory and of disk that an export of the whole model needs."""
+    h, vocab = checkpoint.hidden_size, checkpoint.vocab_size
+    block = 4 * h * h + 3 * h * checkpoint.intermediate_size
+    disk = FLOAT32_BYTES * (checkpoint.layers * block + 2 * vocab * h)
+    # The largest tensor is held once in the checkpoint's own bfloat16, and read once (a zero page) while tracing.
+    memory = _BASE_MEMORY + 2 * FLOAT32_BYTES * max(block, vocab * h) // 2
+    return memory, disk
+
+
+def check_room(checkpoint: Checkpoint, out: Path) -> str:
+    """One line saying what the export will need. Raises UserError, with the remedy, where that is not there."""
+    import psutil
+
+    memory, disk = needed_bytes(checkpoint)
+    free_memory, free_disk = psutil.virtual_memory().available, artefacts.free_bytes(out)
+    giga = 1e9
+    if free_memory < memory:
+        raise UserError(
+            f"The export needs {memory / giga:.1f} GB of memory, {free_memory / giga:.1f} GB are free: close other "
+            "programs or add swap; a GPU does not help, since one net at a time is written."
+        )
+    done = sum(p.stat().st_size for p in out.glob("*.weights")) if out.is_dir() else 0
+    if free_disk + done < disk:
+        raise UserError(
+            f"The export needs {disk / giga:.1f} GB of disk, {free_disk / giga:.1f} GB are free on the disk that holds "
+            f"{out}: free some or choose another --out."
+        )
+    minutes = max(1, round(disk / 150e6 / 60))
+    return (
+        f"{checkpoint.layers} layers: needs {memory / giga:.1f} GB of memory ({free_memory / giga:.1f} free), "
+        f"{disk / giga:.2f} GB of disk ({free_disk / giga:.1f} free), about {minutes} min"
+    )
+
+
+def export(
+    model_path: str | Path,
+    out: str | Path,
+    seq_length: int,
+    progress: Callable | None = None,
+) -> Path:
+    """Export all nets of a patched checkpoint for sequence length S to `out`/<net>.onnx.
+
+    A group of nets whose inputs (code, config, weights) and settings are unchanged and whose files are whole is
+    skipped; a killed export goes on where it was.
+    Raises UserError where the checkpoint is not a patched Qwen-1, S is not positive, or memory or disk are too small.
+    """
+    from tqdm.auto import tqdm
+
+    from helpers import patching
+
+    out = Path(out)
+    checkpoint = Checkpoint.open(model_path)
+    if not isinstance(seq_length, int) or seq_length < 1:
+        raise UserError(f"seq_length is {seq_length}, it must be a whole number from 1 on (the documented one is 512).")
+    patching.require_patched(checkpoint.path)
+    trained = patching.trained_seq_length(checkpoint.path)
+    if seq_length > trained:
+        artefacts.log(
+            f"warning: seq_length {seq_length} is more than the {trained} this model was trained for; beyond that "
+            "Qwen scales its rotary embedding, which these nets do not: expect worse answers there."
+        )
+    artefacts.log(check_room(checkpoint, out))
+    code = {
+        name: artefacts.sha256_file(checkpoint.path / name)
+        for name in ("config.json", "modeling_qwen.py", "configuration_qwen.py")
+        if (checkpoint.path / name).exists()
+    }
+    settings = {"seq_length": seq_length, "opset": OPSET}
+    builder = NetBuilder(checkpoint, seq_length)
+    traced: dict[str, tuple] = {}
+    groups = net_groups(checkpoint.layers)
+    out.mkdir(parents=True, exist_ok=True)
+    for group, nets in (progress or tqdm)(groups.items(), desc="export", unit="net group", total=len(groups)):
+        prefixes = checkpoint_prefixes(group)
+        inputs = code | {prefix: checkpoint.digest(prefix) for prefix in prefixes}
+        artefact = out / f"{group}.onnx"
+        if artefacts.up_to_date(artefact, inputs, settings):
+            continue
+        with artefacts.building(artefact, kind="onnx", inputs=inputs, settings=settings) as partial:
+            weights = WeightFile(partial.with_name(f"{group}.weights"))
+            if prefixes:
+                weights.write(_renamed(checkpoint, prefixes))
+            for net in nets:
+                kind = net_kind(net)
+                if kind not in traced:
+                    module = _module_of(builder, kind)
+                    traced[kind] = (trace(module, kind, builder.example(kind)), module)
+                _save(attach_weights(*traced[kind], weights), partial.with_name(f"{net}.onnx"))
+    _write_folder_manifest(out, checkpoint, code, settings, trained)
+    return out
+
+
+def _module_of(builder: NetBuilder, kind: str):
+    if kind.startswith("embedding"):
+        return builder.embedding_net()
+    if kind.startswith("block"):
+        return builder.block_net()
+    return {
+        "lm_head": lambda: builder.head_net(builder.lm_head),
+        "lm_head_with_topk": lambda: builder.head_net(builder.lm_head_with_topk),
+        "greedy_head": lambda: builder.greedy().eval(),
+        "penalty_sample_head": lambda: builder.penalty().eval(),
+    }[kind]()
+
+
+def _renamed(checkpoint: Checkpoint, prefixes: dict[str, str]) -> dict:
+    return {
+        ours + name.removeprefix(theirs): tensor
+        for theirs, ours in prefixes.items()
+        for name, tensor in checkpoint.load(theirs).items()
+    }
+
+
+def _save(model, path: Path) -> None:
+    with open(path, "wb") as file:
+        file.write(model.SerializeToString())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_folder_manifest(out: Path, checkpoint: Checkpoint, code: dict, settings: dict, trained: int) -> None:
+    groups = net_groups(checkpoint.layers)
+    manifests = {group: artefacts.read_manifest(out / f"{group}.onnx") for group in groups}
+    artefacts.write_json(
+        out / artefacts.MANIFEST,
+        {
+            "kind": "onnx",
+            "inputs": code,
+            "settings": settings,
+            "versions": artefacts.tool_versions(),
+            "machine": artefacts.machine(),
+            "seconds": round(sum(m["seconds"] for m in manifests.values()), 3),
+            "outputs": {name: entry for m in manifests.values() for name, entry in m["outputs"].items()},
+            "nets": {net: group for group, nets in groups.items() for net in nets},
+            "seq_length": settings["seq_length"],
+            "trained_seq_length": trained,
+            "config": checkpoint.config,
+            "checkpoint": str(checkpoint.path),
+            "tokenizer": str(checkpoint.tokenizer_file),
+        },
+    )
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--model_path", "-m", required=True, help="folder of a patched checkpoint")
+    parser.add_argument("--seq_length", "-s", type=int, default=512, help="compiled sequence length S (default 512)")
+    parser.add_argument("--out", required=True, help="folder for the ONNX nets")
+
+
+def run(args) -> int:
+    folder = export(args.model_path, args.out, args.seq_length)
+    print(folder)
+    return 0
