@@ -1,0 +1,35 @@
+# `make` alone lists what there is. ARGS reaches the command beneath: make run ARGS="--only 03".
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PYTHON := .venv/bin/python
+ARGS ?=
+
+.PHONY: help setup run test lab doctor lock lint clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## build or repair .venv (nothing to do: a moment)
+	@./setup.sh
+
+run: setup ## walk the notebooks headless; results in out/
+	@$(PYTHON) -m helpers notebooks $(ARGS)
+
+test: setup ## everything that tells whether it is right
+	@$(PYTHON) -m pytest -q $(ARGS)
+
+lab: setup ## the same notebooks in JupyterLab
+	@$(PYTHON) -m jupyter lab notebooks $(ARGS)
+
+doctor: setup ## what this machine has, what it lacks, and the remedy
+	@$(PYTHON) -m helpers doctor $(ARGS)
+
+lock: setup ## compile requirements.in into requirements.txt
+	@./setup.sh --lock
+
+lint: setup ## ruff over code and notebooks
+	@$(PYTHON) -m ruff check $(ARGS)
+
+clean: ## remove out/ and caches; .venv stays
+	@rm -rf out .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
