@@ -61,8 +61,8 @@ def _net_modules():
         def __init__(self, layer, cos, sin):
             super().__init__()
             self.layer = layer
-            self.register_buffer("cos", cos)
-            self.register_buffer("sin", sin)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
 
         def forward(self, states, position_ids, attention_mask, past_k=None, past_v=None):
             rotary = [self.cos[position_ids].unsqueeze(2), self.sin[position_ids].unsqueeze(2)]
@@ -104,7 +104,7 @@ def _net_modules():
             super().__init__()
             keep = torch.zeros((1, CANDIDATES), dtype=torch.bool)
             keep[0, :MIN_TOKENS_TO_KEEP] = True
-            self.register_buffer("keep", keep)
+            self.register_buffer("keep", keep, persistent=False)
 
         def forward(self, logits, input_ids, top_p, temperature, penalty):
             seen = torch.gather(logits, 1, input_ids)
@@ -117,6 +117,27 @@ def _net_modules():
             return logits.softmax(dim=1), tokens
 
     return Embedding, Block, LmHead, LmHeadWithTopK, GreedyHead, PenaltySampleHead
+
+
+def _without_weights(make: Callable):
+    """A float32 module whose weights were never filled in, so that their memory is never touched."""
+    import torch
+    from torch import nn
+
+    initialisers = ("kaiming_uniform_", "uniform_", "normal_")
+    saved = {name: getattr(nn.init, name) for name in initialisers}
+    try:
+        for name in initialisers:
+            setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
+        module = make()
+    finally:
+        for name, function in saved.items():
+            setattr(nn.init, name, function)
+    with torch.no_grad():
+        for number, parameter in enumerate(module.parameters()):
+            # The exporter stores equal weights once, and the others would be lost.
+            parameter.view(-1)[0] = number
+    return module
 
 
 class NetBuilder:
@@ -132,9 +153,7 @@ class NetBuilder:
 
     def layer(self):
         """A QWenBlock in float32 whose weights hold whatever the memory held."""
-        from helpers.modeling import empty_module
-
-        layer = empty_module(lambda: self.module.QWenBlock(self.config))
+        layer = _without_weights(lambda: self.module.QWenBlock(self.config))
         # Within the trained length Qwen's log-n scaling is exactly 1; but a decode step's key is padded to S + 1
         # rows, which the code would take for a longer text.
         layer.attn.use_logn_attn = False
@@ -147,26 +166,19 @@ class NetBuilder:
         return self.block(layer or self.layer(), *tables).eval()
 
     def head_net(self, kind):
-        from helpers.modeling import empty_module
-
-        ln_f = empty_module(lambda: self.module.RMSNorm(self.checkpoint.hidden_size, eps=self.checkpoint.eps))
+        ln_f = _without_weights(lambda: self.module.RMSNorm(self.checkpoint.hidden_size, eps=self.checkpoint.eps))
         return kind(ln_f, self._linear()).eval()
 
     def _linear(self):
         from torch import nn
 
-        from helpers.modeling import empty_module
-
-        return empty_module(lambda: nn.Linear(self.checkpoint.hidden_size, self.checkpoint.vocab_size, bias=False))
+        return _without_weights(lambda: nn.Linear(self.checkpoint.hidden_size, self.checkpoint.vocab_size, bias=False))
 
     def embedding_net(self):
         from torch import nn
 
-        from helpers.modeling import empty_module
-
-        return self.embedding(
-            empty_module(lambda: nn.Embedding(self.checkpoint.vocab_size, self.checkpoint.hidden_size))
-        ).eval()
+        wte = _without_weights(lambda: nn.Embedding(self.checkpoint.vocab_size, self.checkpoint.hidden_size))
+        return self.embedding(wte).eval()
 
     def example(self, net: str, rows: int = 1) -> tuple:
         """Inputs to trace a net with: zeros of the shapes of the net's contract (`rows` new tokens for *_cache)."""
@@ -272,7 +284,7 @@ class WeightFile:
 def attach_weights(graph, module, weights: WeightFile | None):
     """A copy of a traced graph with its weights: from a weight file by reference, buffers by value.
 
-    Raises KeyError where the graph wants a weight that the file does not have.
+    Raises ValueError where the graph leaves out a weight of the module.
     """
     import onnx
     from onnx import TensorProto, numpy_helper
@@ -281,6 +293,8 @@ def attach_weights(graph, module, weights: WeightFile | None):
     model.CopyFrom(graph)
     buffers = dict(module.named_buffers())
     parameters = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    if lost := sorted(parameters.keys() - {value.name for value in model.graph.input}):
+        raise ValueError(f"the exporter dropped weights: {', '.join(lost)}")
     kept = []
     for value in model.graph.input:
         if value.name in buffers:
@@ -412,14 +426,16 @@ def export(
             for net in nets:
                 kind = net_kind(net)
                 if kind not in traced:
-                    module = _module_of(builder, kind)
+                    module = net_module(builder, kind)
                     traced[kind] = (trace(module, kind, builder.example(kind)), module)
                 _save(attach_weights(*traced[kind], weights), partial.with_name(f"{net}.onnx"))
     _write_folder_manifest(out, checkpoint, code, settings, trained)
     return out
 
 
-def _module_of(builder: NetBuilder, kind: str):
+def net_module(builder: NetBuilder, net: str):
+    """The module that is exported as a net, its weights not filled in."""
+    kind = net_kind(net)
     if kind.startswith("embedding"):
         return builder.embedding_net()
     if kind.startswith("block"):
@@ -430,6 +446,14 @@ def _module_of(builder: NetBuilder, kind: str):
         "greedy_head": lambda: builder.greedy().eval(),
         "penalty_sample_head": lambda: builder.penalty().eval(),
     }[kind]()
+
+
+def load_weights(module, checkpoint: Checkpoint, prefixes: dict[str, str]) -> None:
+    """Fill a net's module from the checkpoint. Raises RuntimeError where names do not match exactly."""
+    import torch
+
+    with torch.no_grad():
+        module.load_state_dict({name: tensor.float() for name, tensor in _renamed(checkpoint, prefixes).items()})
 
 
 def _renamed(checkpoint: Checkpoint, prefixes: dict[str, str]) -> dict:
