@@ -1,0 +1,286 @@
+"""A first-generation Qwen checkpoint on disk: its configuration and its weights, read tensor by tensor.
+
+Nothing here builds a model. A 7B checkpoint has 15 GB of weights and each net of it needs only a few of them, so
+tensors are read by name, from safetensors or PyTorch .bin files, single or sharded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from helpers.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+# Model types that TPU-MLIR's one-click converter takes (llm_convert.py of tpu-mlir 1.30.2).
+LLM_CONVERT_TYPES = frozenset(
+    "qwen3 qwen2 llama minicpm qwen2_moe mllama chatglm phi3 qwen2_vl qwen2_5_vl qwen3_vl qwen3_5 qwen3_5_moe "
+    "qwen2_5_omni internvl_chat gemma3 gemma4 glm4v minicpmv janus".split()
+)
+
+# Places where weights are looked for, in this order; an index names the shards.
+WEIGHT_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+
+# The August 2023 revisions of Qwen call four keys otherwise.
+OLD_KEYS = {
+    "hidden_size": "n_embd",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "intermediate_size": "ffn_hidden_size",
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder that was found to be one. Make it with `Checkpoint.open`.
+
+    config is config.json as it stands; files maps each tensor's name to the file that holds it.
+    intermediate_size is that of one branch of SwiGLU (w1 or w2): half of what config.json says.
+    """
+
+    path: Path
+    config: dict
+    files: dict[str, Path]
+    layers: int
+    hidden_size: int
+    heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    eps: float
+    rotary_base: float
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Checkpoint:
+        """Read the configuration and the list of tensors; no weight is read.
+
+        Raises UserError where the folder is not a whole first-generation Qwen checkpoint, with what is wrong.
+        """
+        path = Path(folder)
+        config = _read_config(path)
+
+        def size(key: str) -> int:
+            value = config.get(key, config.get(OLD_KEYS.get(key)))
+            if not isinstance(value, int) or value < 1:
+                raise UserError(
+                    f"{path / 'config.json'} says {key} = {value!r} where a positive whole number was needed: take "
+                    "config.json from the checkpoint's own repository again."
+                )
+            return value
+
+        sizes = {
+            "layers": size("num_hidden_layers"),
+            "hidden_size": size("hidden_size"),
+            "heads": size("num_attention_heads"),
+            "intermediate_size": size("intermediate_size") // 2,
+            "vocab_size": size("vocab_size"),
+        }
+        checkpoint = cls(
+            path=path,
+            config=config,
+            files=_find_weights(path),
+            head_dim=config.get("kv_channels", sizes["hidden_size"] // sizes["heads"]),
+            eps=config.get("layer_norm_epsilon", 1e-6),
+            rotary_base=config.get("rotary_emb_base", 10000),
+            **sizes,
+        )
+        missing = [name for name in checkpoint.shapes() if name not in checkpoint.files]
+        if missing:
+            raise UserError(
+                f"The weights in {path} lack {_listed(missing)}, which a first-generation Qwen of {checkpoint.layers} "
+                "layers has: download the checkpoint again, or take the config.json that belongs to these weights."
+            )
+        return checkpoint
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor that the configuration asks for, by Qwen's own names, and its shape."""
+        hidden, inner, projection = self.hidden_size, self.intermediate_size, self.heads * self.head_dim
+        block = {
+            "ln_1.weight": (hidden,),
+            "attn.c_attn.weight": (3 * projection, hidden),
+            "attn.c_attn.bias": (3 * projection,),
+            "attn.c_proj.weight": (projection, hidden),
+            "ln_2.weight": (hidden,),
+            "mlp.w1.weight": (inner, hidden),
+            "mlp.w2.weight": (inner, hidden),
+            "mlp.c_proj.weight": (hidden, inner),
+        }
+        if not self.config.get("no_bias", True):
+            block |= {
+                "attn.c_proj.bias": (projection,),
+                "mlp.w1.bias": (inner,),
+                "mlp.w2.bias": (inner,),
+                "mlp.c_proj.bias": (hidden,),
+            }
+        return {
+            "transformer.wte.weight": (self.vocab_size, hidden),
+            **{f"transformer.h.{i}.{name}": shape for i in range(self.layers) for name, shape in block.items()},
+            "transformer.ln_f.weight": (hidden,),
+            "lm_head.weight": (self.vocab_size, hidden),
+        }
+
+    def names(self) -> list[str]:
+        """Names of all tensors in the weight files, sorted."""
+        return sorted(self.files)
+
+    def load(self, prefix: str) -> dict[str, torch.Tensor]:
+        """The tensors whose names are `prefix` or lie under it ("transformer.h.1" is not "transformer.h.10").
+
+        Returns full names and tensors in the dtype of the file; an empty prefix means all of them. Only these are
+        read. Raises UserError where none is there, where a file is damaged or a shape is not the configuration's.
+        """
+        return dict(self.tensors(prefix))
+
+    def tensors(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """As `load`, one tensor at a time, so that no more than one need be in memory."""
+        under = prefix.rstrip(".") + "."
+        wanted = [name for name in self.names() if not prefix or name == prefix or name.startswith(under)]
+        if not wanted:
+            raise UserError(f"The weights in {self.path} have no tensor {prefix!r}: they have {_listed(self.names())}.")
+        shapes = self.shapes()
+        for file in dict.fromkeys(self.files[name] for name in wanted):
+            for name, tensor in _read(file, [name for name in wanted if self.files[name] == file]):
+                if name in shapes and tuple(tensor.shape) != shapes[name]:
+                    raise UserError(
+                        f"{file} has {name} of shape {list(tensor.shape)}, but {self.path / 'config.json'} asks for "
+                        f"{list(shapes[name])}: the two are not of the same model; take both from one repository."
+                    )
+                yield name, tensor
+
+    def digest(self, prefix: str) -> str:
+        """SHA-256 over names, dtypes, shapes and raw bytes of the tensors under `prefix`, independent of the shards."""
+        each = {}
+        for name, tensor in self.tensors(prefix):
+            digest = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(_bytes_of(tensor))
+            each[name] = digest.hexdigest()
+        return hashlib.sha256("".join(each[name] for name in sorted(each)).encode()).hexdigest()
+
+
+def _read_config(path: Path) -> dict:
+    if not path.is_dir():
+        raise UserError(
+            f"{path} is not a folder: a checkpoint is a folder with config.json, modeling_qwen.py and the weights; "
+            "models/tiny is one."
+        )
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{path} has no config.json, so it is not a checkpoint: give the folder that holds config.json, "
+            "modeling_qwen.py and the weights."
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not readable JSON ({error}): download it again.") from None
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind != "qwen":
+        remedy = (
+            "TPU-MLIR's llm_convert.py takes this one."
+            if kind in LLM_CONVERT_TYPES
+            else "take Qwen-1.8B-Chat, Qwen-7B-Chat or Qwen-14B-Chat, or models/tiny."
+        )
+        raise UserError(f"{file} says model_type {kind!r}; first-generation Qwen ('qwen') was needed: {remedy}")
+    if "quantization_config" in config:
+        raise UserError(
+            f"{path} is quantised already (quantization_config in its config.json); unquantised weights were needed: "
+            "take the checkpoint without -Int4 or -Int8 in its name, TPU-MLIR quantises it."
+        )
+    return config
+
+
+def _find_weights(path: Path) -> dict[str, Path]:
+    for name in WEIGHT_FILES:
+        file = path / name
+        if not file.is_file():
+            continue
+        if name.endswith(".index.json"):
+            try:
+                shards = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+                raise UserError(f"{file} is not a readable index ({error!r}): download it again.") from None
+            missing = sorted({shard for shard in shards.values() if not (path / shard).is_file()})
+            if missing:
+                raise UserError(
+                    f"{path} lacks {_listed(missing)} of the {len(set(shards.values()))} weight files that {name} "
+                    "names: download them (`git lfs pull`, or `python -m helpers fetch`)."
+                )
+            return {tensor: path / shard for tensor, shard in shards.items()}
+        return dict.fromkeys(_names_in(file), file)
+    raise UserError(
+        f"{path} has no weights: model.safetensors or pytorch_model.bin, or the index of their shards, was needed; "
+        "download them (`git lfs pull`, or `python -m helpers fetch`)."
+    )
+
+
+def _names_in(file: Path) -> list[str]:
+    if file.suffix == ".safetensors":
+        with _safetensors(file) as tensors:
+            return list(tensors.keys())
+    return list(_bin(file))
+
+
+def _read(file: Path, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    if file.suffix == ".safetensors":
+        with _safetensors(file) as tensors:
+            there = set(tensors.keys())
+            for name in names:
+                yield name, tensors.get_tensor(name) if name in there else _absent(file, name)
+    else:
+        tensors = _bin(file)
+        for name in names:
+            yield name, tensors[name] if name in tensors else _absent(file, name)
+
+
+def _absent(file: Path, name: str) -> torch.Tensor:
+    raise UserError(f"{file} lacks {name}, which the index says it has: download this file again.")
+
+
+def _safetensors(file: Path):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise _damaged(file, error) from None
+
+
+def _bin(file: Path) -> dict[str, torch.Tensor]:
+    import pickle
+
+    import torch
+
+    try:
+        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        raise _damaged(file, error) from None
+
+
+def _damaged(file: Path, error: Exception) -> UserError:
+    with open(file, "rb") as start:
+        if start.read(40).startswith(b"version https://git-lfs"):
+            return UserError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` in {file.parent}.")
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(f"{file} ({file.stat().st_size} bytes) is damaged ({reason}): download it again.")
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    import torch
+
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+
+
+def _listed(names: list[str], most: int = 3) -> str:
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

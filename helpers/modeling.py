@@ -1,0 +1,210 @@
+"""A checkpoint's own modeling_qwen.py, loaded under a transformers that no longer supports it.
+
+`AutoModelForCausalLM` cannot load first-generation Qwen with transformers 5: the code asks for packages and methods
+that are gone. Loaded as an ordinary module it works, once the little that is missing is supplied, to this module only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import importlib.machinery
+import importlib.util
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from helpers.checkpoint import Checkpoint
+from helpers.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+MODELING = "modeling_qwen"
+
+# Modules that some revision imports at its top level and no step here calls: CUDA kernels for the quantised cache.
+ABSENT_MODULES = {"kernels": {}, "kernels.cpp_kernels": {"cache_autogptq_cuda_256": None}}
+
+
+def load_modeling(folder: str | Path) -> types.ModuleType:
+    """The checkpoint's modeling_qwen.py as a module (QWenLMHeadModel, QWenBlock, RMSNorm, …).
+
+    Each content of a folder is a module of its own: the original and the patched code, and one file before and after
+    patching in place, live side by side. Nothing is written into the folder.
+    Raises UserError where the file is absent or cannot be imported.
+    """
+    folder = Path(folder).resolve()
+    file = folder / f"{MODELING}.py"
+    if not file.is_file():
+        raise UserError(
+            f"{folder} has no {file.name}: the code that came with the checkpoint was needed; download it beside the "
+            "weights."
+        )
+    digest = hashlib.sha256(str(folder).encode())
+    for source in sorted(folder.glob("*.py")):
+        digest.update(source.name.encode() + source.read_bytes())
+    package = f"qwen_checkpoint_{digest.hexdigest()[:16]}"
+    name = f"{package}.{MODELING}"
+    if name in sys.modules:
+        return sys.modules[name]
+    parent = types.ModuleType(package)
+    parent.__path__ = [str(folder)]
+    sys.modules[package] = parent
+    try:
+        with _found_in(folder, package), _absent_modules():
+            module = importlib.import_module(name)
+    except Exception as error:
+        for loaded in [other for other in sys.modules if other.split(".")[0] == package]:
+            del sys.modules[loaded]
+        raise UserError(
+            f"{file} cannot be imported ({type(error).__name__}: {error}): take the .py files from the checkpoint's "
+            "repository again, all of one revision."
+        ) from error
+    if not hasattr(module.QWenPreTrainedModel, "get_head_mask"):
+        module.QWenPreTrainedModel.get_head_mask = _get_head_mask
+    return module
+
+
+def make_config(module: types.ModuleType, checkpoint: Checkpoint) -> object:
+    """The module's QWenConfig for this checkpoint, in float32 and without the options that need a GPU."""
+    settings = checkpoint.config | {
+        "bf16": False,
+        "fp16": False,
+        "fp32": True,
+        "use_flash_attn": False,
+        "use_cache_quantization": False,
+        "use_cache_kernel": False,
+    }
+    for key in ("architectures", "auto_map", "model_type", "transformers_version"):
+        settings.pop(key, None)
+    return module.QWenConfig(**settings)
+
+
+def build_block(
+    module: types.ModuleType, checkpoint: Checkpoint, layer: int, dtype: torch.dtype | str = "float32"
+) -> torch.nn.Module:
+    """Layer number `layer` as the module's QWenBlock, in evaluation mode, without gradients.
+
+    Only this layer's weights are read. dtype: of weights and buffers, e.g. "bfloat16".
+    """
+    config = make_config(module, checkpoint)
+    with _uninitialised():
+        block = module.QWenBlock(config)
+    return _filled(block, checkpoint, f"transformer.h.{layer}.", dtype)
+
+
+def build_model(folder: str | Path, dtype: torch.dtype | str = "float32") -> torch.nn.Module:
+    """The whole QWenLMHeadModel with its weights, in evaluation mode, without gradients.
+
+    Call it with ids [1, T] and use_cache=True: logits [1, T, V] and past_key_values, a tuple of (key, value), each
+    [1, T, heads, head_dim], per layer.
+    """
+    checkpoint = Checkpoint.open(folder)
+    module = load_modeling(folder)
+    config = make_config(module, checkpoint)
+    with _uninitialised():
+        model = module.QWenLMHeadModel(config)
+    return _filled(model, checkpoint, "", dtype)
+
+
+def greedy(model: torch.nn.Module, ids: list[int], stop: set[int], limit: int) -> list[int]:
+    """The answer's tokens by greedy decoding through the model's own forward and its KV cache.
+
+    ids: the prompt. Stops after a token of `stop`, which is not part of the answer, or after `limit` tokens.
+    The model must be unpatched: the patched one takes its causal mask and its cache from the caller.
+    """
+    import torch
+
+    answer: list[int] = []
+    past = None
+    fed = torch.tensor([ids])
+    with torch.inference_mode():
+        while len(answer) < limit:
+            output = model(fed, past_key_values=past, use_cache=True)
+            token = int(output.logits[0, -1].argmax())
+            if token in stop:
+                break
+            answer.append(token)
+            past = output.past_key_values
+            fed = torch.tensor([[token]])
+    return answer
+
+
+class _SourceLoader(importlib.machinery.SourceFileLoader):
+    """Compiles the source as it is now: a bytecode cache would miss a patch made within one second."""
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
+@contextlib.contextmanager
+def _found_in(folder: Path, package: str) -> Iterator[None]:
+    class Finder:
+        @staticmethod
+        def find_spec(name: str, path: object = None, target: object = None):
+            parent, _, stem = name.rpartition(".")
+            file = folder / f"{stem}.py"
+            if parent == package and file.is_file():
+                return importlib.util.spec_from_file_location(name, file, loader=_SourceLoader(name, str(file)))
+            return None
+
+    sys.meta_path.insert(0, Finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(Finder)
+
+
+@contextlib.contextmanager
+def _absent_modules() -> Iterator[None]:
+    supplied = []
+    for name, attributes in ABSENT_MODULES.items():
+        root = name.split(".")[0]
+        if root in supplied or (root not in sys.modules and importlib.util.find_spec(root) is None):
+            module = types.ModuleType(name)
+            module.__dict__.update(attributes)
+            sys.modules[name] = module
+            supplied.append(name)
+    try:
+        yield
+    finally:
+        for name in supplied:
+            del sys.modules[name]
+
+
+def _get_head_mask(self: object, head_mask: object, num_hidden_layers: int) -> list:
+    return [None] * num_hidden_layers if head_mask is None else list(head_mask)
+
+
+@contextlib.contextmanager
+def _uninitialised() -> Iterator[None]:
+    """Leave weights as they were allocated: memory that nothing touches is never taken from the machine."""
+    from transformers.initialization import no_init_weights
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    # Old revisions warn of flash attention and of generate(): neither is used here.
+    logging.set_verbosity_error()
+    try:
+        with no_init_weights():
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _filled(net: torch.nn.Module, checkpoint: Checkpoint, prefix: str, dtype: torch.dtype | str) -> torch.nn.Module:
+    import torch
+
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    parameters = dict(net.named_parameters())
+    for name, tensor in checkpoint.tensors(prefix):
+        parameter = parameters.pop(name.removeprefix(prefix), None)
+        # Files of old revisions hold buffers too (masked_bias, inv_freq); the code computes those itself.
+        if parameter is not None:
+            parameter.data = tensor.to(dtype)
+    if parameters:
+        raise UserError(f"The weights in {checkpoint.path} lack {', '.join(sorted(parameters)[:3])} under {prefix!r}.")
+    return net.to(dtype).eval().requires_grad_(False)
