@@ -1,0 +1,153 @@
+"""Pictures of the notebooks. Every axis has its unit, every picture of time says which kind of time it shows."""
+
+from pathlib import Path
+
+import numpy as np
+
+from helpers.latency import KINDS, phase_nets
+
+_COLOURS = {
+    "embedding": "#9aa5b1",
+    "block": "#2f6db5",
+    "lm_head": "#e08e2b",
+    "greedy_head": "#6aa84f",
+}
+
+
+def _figure(width=8.0, height=4.0, columns=1, **kwargs):
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", **kwargs)
+    for axis in np.atleast_1d(axes):
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def save(figure, path: str | Path) -> Path:
+    """Write a figure as PNG (120 dpi), its folder made if absent."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _kind_of_net(net: str) -> str:
+    return "block" if net.startswith("block") else net.replace("embedding_cache", "embedding")
+
+
+def net_share(ms: dict[str, dict[str, float]], layers: int, kind: str):
+    """Each net's share of the first token's and of a further token's time: one bar a mode, stacked by net.
+
+    ms: {mode: {net: ms}}. kind: a key of helpers.latency.KINDS.
+    """
+    figure, axes = _figure(11, 1.6 + 0.55 * len(ms), columns=2)
+    for axis, phase in zip(axes, ("prefill", "decode"), strict=True):
+        seen = set()
+        for row, (mode, nets) in enumerate(ms.items()):
+            left = 0.0
+            for net in phase_nets(layers, list(nets))[phase]:
+                group = _kind_of_net(net)
+                axis.barh(
+                    row,
+                    nets[net],
+                    left=left,
+                    color=_COLOURS[group],
+                    edgecolor="white",
+                    linewidth=0.6,
+                    label=None if group in seen else group,
+                )
+                seen.add(group)
+                left += nets[net]
+            axis.annotate(f" {left:.3g} ms", (left, row), va="center")
+        axis.set_yticks(range(len(ms)), list(ms))
+        axis.invert_yaxis()
+        axis.margins(x=0.18)
+        axis.set_xlabel(f"ms, {KINDS[kind]}", fontsize=9)
+        axis.set_title({"prefill": "first token (prefill)", "decode": "each further token (decode)"}[phase])
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize=9, ncols=4)
+    return figure
+
+
+def token_times(seconds: dict[str, list[float]], kind: str):
+    """Time of each token of an answer: the first, with the prefill in it, then one decode step each.
+
+    seconds: {label: [s, …]}, the first entry being the first-token latency.
+    """
+    figure, axis = _figure(9, 3.6)
+    for label, values in seconds.items():
+        axis.plot(range(1, len(values) + 1), np.asarray(values) * 1e3, marker="o", markersize=3, label=label)
+    axis.set_yscale("log")
+    axis.set_xlabel("token of the answer")
+    axis.set_ylabel("ms")
+    axis.set_title(f"Token by token: {KINDS[kind]}")
+    axis.legend(frameon=False)
+    axis.grid(axis="y", alpha=0.3)
+    return figure
+
+
+def parity_ladder(parity: dict[str, dict[str, dict[str, float]]]):
+    """Largest absolute difference and distance from cosine 1 of every net, one mark a rung of the ladder."""
+    figure, axes = _figure(12, 4.8, columns=2)
+    nets = list(dict.fromkeys(net for rung in parity.values() for net in rung))
+    floor = 1e-9
+    for axis, key, label in (
+        (axes[0], "max_abs", "largest absolute difference"),
+        (axes[1], "cosine", "1 − cosine similarity"),
+    ):
+        for rung, figures in parity.items():
+            values = [figures[net][key] for net in nets if net in figures]
+            values = [1 - value if key == "cosine" else value for value in values]
+            places = [nets.index(net) for net in nets if net in figures]
+            axis.plot(places, np.maximum(values, floor), marker="o", markersize=4, linestyle=":", label=rung)
+        axis.set_yscale("log")
+        axis.set_xticks(range(len(nets)), nets, rotation=90, fontsize=8)
+        axis.set_ylabel(label)
+        axis.grid(axis="y", alpha=0.3)
+    axes[0].set_title("Parity, net by net")
+    axes[1].set_title(f"(values below {floor:g} are drawn there)", fontsize=9)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize=9, ncols=3)
+    return figure
+
+
+def net_costs(nets: dict[str, dict], title: str):
+    """Cycles and size of every net of a bmodel. nets: {net: {"cycles", "bytes"}}."""
+    figure, axes = _figure(11, 0.6 + 0.24 * len(nets), columns=2, sharey=True)
+    names = list(nets)
+    for axis, key, scale, label in (
+        (axes[0], "cycles", 1e3, "thousand cycles, estimated by the compiler's cycle model"),
+        (axes[1], "bytes", 1e3, "kB of bmodel"),
+    ):
+        axis.barh(
+            range(len(names)),
+            [nets[name][key] / scale for name in names],
+            color=[_COLOURS.get(_kind_of_net(name), "#b35c9e") for name in names],
+        )
+        axis.set_xlabel(label, fontsize=9)
+    axes[0].set_yticks(range(len(names)), names, fontsize=8)
+    axes[0].invert_yaxis()
+    axes[0].set_title(title)
+    return figure
+
+
+def latency_over_prompts(record: dict, estimate_ms: dict[str, float] | None = None):
+    """Median and p95 of first-token latency over prompt lengths, beside the compiler's estimate where it is the chip's.
+
+    record: from helpers.latency.measure. estimate_ms: drawn only beside a measurement on a chip.
+    """
+    figure, axes = _figure(10, 3.6, columns=2)
+    lengths = [prompt["tokens"] for prompt in record["prompts"]]
+    for axis, key, title in ((axes[0], "first_token", "first token"), (axes[1], "decode", "each further token")):
+        medians = [prompt[key]["median_ms"] for prompt in record["prompts"]]
+        tails = [prompt[key]["p95_ms"] for prompt in record["prompts"]]
+        axis.plot(lengths, medians, marker="o", label="median")
+        axis.plot(lengths, tails, marker="^", linestyle=":", label="p95")
+        if estimate_ms and record["kind"] == "measured":
+            axis.axhline(estimate_ms[f"{key}_ms"], color="#888", linestyle="--", label=KINDS["estimated"])
+        axis.set_ylim(bottom=0)
+        axis.set_xlabel("tokens of the prompt")
+        axis.set_ylabel("ms")
+        axis.set_title(f"{title}: {KINDS[record['kind']]}", fontsize=10)
+        axis.legend(frameon=False)
+    return figure
