@@ -122,17 +122,10 @@ def _net_modules():
 def _without_weights(make: Callable):
     """A float32 module whose weights were never filled in, so that their memory is never touched."""
     import torch
-    from torch import nn
+    from transformers.initialization import no_init_weights
 
-    initialisers = ("kaiming_uniform_", "uniform_", "normal_")
-    saved = {name: getattr(nn.init, name) for name in initialisers}
-    try:
-        for name in initialisers:
-            setattr(nn.init, name, lambda tensor, *args, **kwargs: tensor)
+    with no_init_weights():
         module = make()
-    finally:
-        for name, function in saved.items():
-            setattr(nn.init, name, function)
     with torch.no_grad():
         for number, parameter in enumerate(module.parameters()):
             # The exporter stores equal weights once, and the others would be lost.
@@ -148,7 +141,7 @@ class NetBuilder:
 
         self.checkpoint, self.seq_length = checkpoint, seq_length
         self.module = modeling.load_modeling(checkpoint.path)
-        self.config = modeling.load_config(self.module, checkpoint)
+        self.config = modeling.make_config(self.module, checkpoint)
         (self.embedding, self.block, self.lm_head, self.lm_head_with_topk, self.greedy, self.penalty) = _net_modules()
 
     def layer(self):
@@ -488,10 +481,24 @@ def _write_folder_manifest(out: Path, checkpoint: Checkpoint, code: dict, settin
             "seq_length": settings["seq_length"],
             "trained_seq_length": trained,
             "config": checkpoint.config,
-            "checkpoint": str(checkpoint.path),
-            "tokenizer": str(checkpoint.tokenizer_file),
+            "tokenizer": _copy_vocabulary(checkpoint, out),
         },
     )
+
+
+def _copy_vocabulary(checkpoint: Checkpoint, out: Path) -> str | None:
+    """Put the vocabulary beside the nets, where the bmodel takes it along to a machine without the checkpoint."""
+    import shutil
+
+    from helpers.tokenizer import VOCABULARY, QwenTokenizer
+
+    try:
+        tokenizer = QwenTokenizer.open(checkpoint.path)
+    except UserError as error:
+        artefacts.log(f"warning: {error} The nets are exported all the same; chatting will want --tokenizer.")
+        return None
+    shutil.copyfile(tokenizer.path, out / VOCABULARY)
+    return VOCABULARY
 
 
 def add_arguments(parser) -> None:
