@@ -1,0 +1,96 @@
+"""`python -m helpers serve`: a bmodel over HTTP, one request at a time.
+
+`helpers.service_queue` owns the chip, `helpers.service_api` speaks HTTP.
+"""
+
+import argparse
+import contextlib
+import ipaddress
+import os
+import resource
+import socket
+from pathlib import Path
+
+from helpers.artefacts import log
+from helpers.chat import TIME_IN_WORDS, add_model_arguments, open_tokenizer
+from helpers.engines import open_engine
+from helpers.errors import UserError
+from helpers.generation import QwenRunner
+
+PORT = 8000  # as documented
+WAITING = 16
+KEY_VARIABLE = "QWEN_SERVICE_API_KEY"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--name", help="the model's name over HTTP; default: the bmodel's file name")
+    parser.add_argument("--host", default="127.0.0.1", help="default: this machine only; 0.0.0.0 for all")
+    parser.add_argument("--port", type=int, default=PORT, help="0 takes a free one")
+    parser.add_argument("--api-key", help=f"ask every client for it; better given as {KEY_VARIABLE}")
+    parser.add_argument("--waiting", type=int, default=WAITING, help="requests that may wait; more get 429")
+    parser.add_argument("--time-limit", type=float, default=600, metavar="S", help="seconds a request, waiting too")
+    parser.add_argument("--max-body", type=int, default=1 << 20, metavar="BYTES", help="longest request")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket. Raises UserError where the address cannot be had."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, kind, proto)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except (OSError, OverflowError) as error:
+        raise UserError(f"Cannot listen on {host} port {port} ({error}): take another --host or --port.") from None
+    return bound
+
+
+def is_loopback(bound: socket.socket) -> bool:
+    return ipaddress.ip_address(bound.getsockname()[0]).is_loopback
+
+
+def run(args: argparse.Namespace) -> None:
+    try:
+        import uvicorn
+
+        from helpers.service_api import Settings, create_app
+        from helpers.service_queue import ChipQueue
+    except ImportError as error:
+        raise UserError(
+            f"The service needs {error.name}, which is absent: pip install fastapi sse-starlette uvicorn."
+        ) from None
+    for name, least in (("waiting", 0), ("time_limit", 1), ("max_body", 1)):
+        if not getattr(args, name) >= least:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be {least} or more.")
+    api_key = args.api_key or os.environ.get(KEY_VARIABLE) or None
+    bound = listen(args.host, args.port)
+    with contextlib.closing(bound):
+        tokenizer = open_tokenizer(args.model, args.tokenizer)
+
+        def open_runner() -> QwenRunner:
+            return QwenRunner(open_engine(args.model, engine=args.engine, devid=args.devid))
+
+        queue = ChipQueue(open_runner, tokenizer, args.waiting)
+        runner = queue.start()
+        settings = Settings(
+            model=args.name or Path(args.model).stem,
+            system=args.system,
+            api_key=api_key,
+            time_limit_s=args.time_limit,
+            max_body_bytes=args.max_body,
+        )
+        app = create_app(queue, runner, settings)
+        # Each connection is a file: a burst of a thousand must not be cut at the usual soft limit of 1024.
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        host, port = bound.getsockname()[:2]
+        engine = runner.engine
+        log(f"{settings.model} on {engine.name} ({engine.reason}); times: {TIME_IN_WORDS[engine.kind_of_time]}")
+        if api_key is None and not is_loopback(bound):
+            log(f"warning: every machine that reaches {host} may use this service; {KEY_VARIABLE} sets a key.")
+        log(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
+        try:
+            uvicorn.Server(config).run(sockets=[bound])
+        finally:
+            queue.close()

@@ -1,0 +1,127 @@
+"use strict";
+
+const $ = (id) => document.getElementById(id);
+// The conversation as the service gets it; the page remembers it, the service does not.
+let messages = [];
+let request = null;
+
+function show(kind, text) {
+  const element = document.createElement("div");
+  element.className = kind;
+  element.textContent = text;
+  $("log").append(element);
+  element.scrollIntoView({ block: "end" });
+  return element;
+}
+
+function headers() {
+  const key = $("key").value;
+  return { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
+}
+
+async function refusal(response) {
+  const body = await response.json().catch(() => ({}));
+  const error = body.error ?? { message: `HTTP ${response.status}` };
+  return Object.assign(new Error(error.message), { code: error.code });
+}
+
+// Server-sent events of a response, as the data of each.
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) return;
+    text += value.replaceAll("\r\n", "\n");
+    let end;
+    while ((end = text.indexOf("\n\n")) >= 0) {
+      const lines = text.slice(0, end).split("\n").filter((line) => line.startsWith("data:"));
+      text = text.slice(end + 2);
+      if (lines.length) yield lines.map((line) => line.slice(5).replace(/^ /, "")).join("\n");
+    }
+  }
+}
+
+async function post(signal) {
+  for (;;) {
+    const body = { messages, stream: true, temperature: Number($("temperature").value) || 0 };
+    const response = await fetch("v1/chat/completions", {
+      method: "POST", headers: headers(), body: JSON.stringify(body), signal,
+    });
+    if (response.ok) return response;
+    const error = await refusal(response);
+    if (error.code !== "context_length_exceeded" || messages.length < 3) throw error;
+    messages = messages.slice(2);
+    show("notice", "The oldest turn is forgotten: the conversation no longer fits the compiled length.");
+  }
+}
+
+function figures({ first_token_s, tokens_per_s, kind }) {
+  const time = kind === "measured" ? "measured on the chip" : "simulator wall time";
+  const speed = tokens_per_s ? ` · ${tokens_per_s.toFixed(2)} token/s` : "";
+  return `first token ${first_token_s.toFixed(2)} s${speed} (${time})`;
+}
+
+async function ask(question) {
+  const asked = { role: "user", content: question };
+  const answer = { role: "assistant", content: "" };
+  messages.push(asked);
+  show("user", question);
+  const element = show("assistant", "");
+  request = new AbortController();
+  $("send").disabled = true;
+  $("stop").disabled = false;
+  let finished = false;
+  try {
+    const response = await post(request.signal);
+    for await (const data of events(response)) {
+      if (data === "[DONE]") { finished = true; break; }
+      const chunk = JSON.parse(data);
+      if (chunk.error) throw new Error(chunk.error.message);
+      answer.content += chunk.choices[0]?.delta.content ?? "";
+      element.textContent = answer.content;
+      if (chunk.timings) show("figures", figures(chunk.timings));
+    }
+    if (!finished) throw new Error("The service ended the answer early.");
+  } catch (error) {
+    if (error.name === "AbortError") show("notice", "stopped");
+    else show("error", error.message);
+  }
+  // A turn without an answer would leave two questions in a row.
+  if (messages.at(-1) === asked) {
+    if (answer.content) messages.push(answer);
+    else messages.pop();
+  }
+  request = null;
+  $("send").disabled = false;
+  $("stop").disabled = true;
+}
+
+$("form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const question = $("question").value.trim();
+  if (!question || request) return;
+  $("question").value = "";
+  ask(question);
+});
+
+$("question").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    $("form").requestSubmit();
+  }
+});
+
+$("stop").addEventListener("click", () => request?.abort());
+
+$("clear").addEventListener("click", () => {
+  request?.abort();
+  messages = [];
+  $("log").replaceChildren();
+});
+
+fetch("health").then(async (response) => {
+  const health = await response.json();
+  $("about").textContent = `${health.model} on the ${health.engine}, ${health.seq_length} tokens` +
+    (response.ok ? "" : ` · ${health.failure ?? health.status}`);
+}, () => { $("about").textContent = "The service does not answer."; });
