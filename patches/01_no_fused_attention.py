@@ -1,0 +1,28 @@
+"""Take the attention that is written out, not torch 2's fused one.
+
+Torch 2's `F.scaled_dot_product_attention` is one opaque operator. Exported to ONNX it fails or comes out as a graph in
+which the compiler finds no attention, depending on torch's version; and in front of it Qwen builds a causal mask of
+its own, from an argument that an exported block does not have. Qwen's older path, `_attn`, is plain matrix products
+and a softmax: with SUPPORT_TORCH2 off it is the one taken.
+
+Recognises: the assignment to SUPPORT_TORCH2 at the top of the file.
+Not needed: in the revisions before October 2023, which do not call the fused attention.
+"""
+
+from helpers.passages import MisfitError, NotNeededError, Source, calls, is_code
+
+FILE = "modeling_qwen.py"
+
+
+def change(source: Source) -> Source:
+    fused = calls(source.tree, "scaled_dot_product_attention")
+    switch = [s for s in source.tree.body if is_code(s, "SUPPORT_TORCH2 = .*")]
+    if not fused:
+        raise NotNeededError("this revision does not call torch's fused attention")
+    if len(switch) != 1:
+        raise MisfitError(f"fused attention without the one switch SUPPORT_TORCH2 at the top, {source.excerpt(fused[0])}")
+    if is_code(switch[0], "SUPPORT_TORCH2 = False"):
+        raise NotNeededError("SUPPORT_TORCH2 is False already")
+    if not is_code(switch[0].value, r".*torch\.__version__\.split\('\.'\).*>= 2"):
+        raise MisfitError(f"SUPPORT_TORCH2 is set in a way that is not known, {source.excerpt(switch[0])}")
+    return source.comment_out(switch[0], switch[0], then=("SUPPORT_TORCH2 = False",))

@@ -1,0 +1,23 @@
+"""Let the attention mask that the caller gives be the only mask.
+
+`_attn` cuts a causal mask out of a big triangular one, by the lengths of query and key, and puts the smallest number
+there before it adds the caller's mask. In an exported net the caller's mask says everything, the causal part and the
+padding too, and the key has a fixed length that says nothing about how many rows are filled. Without this the triangle
+is a constant of S × S in each net, or, from September to November 2023, an argument that an exported block lacks.
+
+Recognises, in `QWenAttention._attn`: `attn_weights = torch.where(causal_mask, attn_weights, mask_value)`, under
+`if causal_mask is not None` or not, with the statements before it that only prepare its arguments: the lengths, the cut
+from `registered_causal_mask` or `self.bias`, and the mask value.
+In the revisions up to 24 September 2023 `_attn` does not read the caller's mask at all: there it is added.
+
+After it the file's own `QWenModel.forward` is no longer causal: only the blocks, with an explicit mask, are of use.
+"""
+
+from helpers.masking import caller_mask_only
+from helpers.passages import Source
+
+FILE = "modeling_qwen.py"
+
+
+def change(source: Source) -> Source:
+    return caller_mask_only(source, source.required("QWenAttention", "_attn"))

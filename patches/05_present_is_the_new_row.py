@@ -1,0 +1,35 @@
+"""Return only the new rows of key and value, not the whole cache again.
+
+`present` is taken after the past has been joined in front of the new key and value, so a decode step would hand back
+all S + 1 rows of every layer's cache to have one row stored. Taken before, it is the new row alone, and the caller
+writes it in its place.
+
+Recognises, in `QWenAttention.forward`: `if use_cache: present = (key, value) else: present = None` right after
+`if layer_past is not None: …`. It is moved in front of it.
+
+After it the file's own `QWenModel.forward` can no longer decode: only the blocks, with a cache outside, are of use.
+"""
+
+from helpers.passages import MisfitError, NotNeededError, Source, is_code
+
+FILE = "modeling_qwen.py"
+
+
+def change(source: Source) -> Source:
+    forward = source.required("QWenAttention", "forward")
+    present = r"if use_cache:\s+present = \(key, value\)\s+else:\s+present = None"
+    takes = [i for i, s in enumerate(forward.body) if is_code(s, present)]
+    joins = [i for i, s in enumerate(forward.body) if is_code(s, r"if layer_past is not None:.*torch\.cat.*")]
+    if len(takes) != 1 or len(joins) != 1:
+        raise MisfitError(f"`present` and the joining of the past are not each there once, {source.excerpt(forward)}")
+    (take,), (join,) = takes, joins
+    if take < join:
+        raise NotNeededError("present is taken before the past is joined already")
+    if take != join + 1:
+        raise MisfitError(
+            f"something stands between the joining of the past and `present`, "
+            f"{source.excerpt(forward.body[join + 1], forward.body[take])}"
+        )
+    moved = forward.body[take]
+    lines = [line.rstrip("\r\n")[moved.col_offset :] for line in source.lines[moved.lineno - 1 : moved.end_lineno]]
+    return source.replace(moved, moved, []).insert_before(forward.body[join], lines)
