@@ -1,0 +1,66 @@
+"""IPython extension that the notebook runner loads: a shell command that fails, fails its cell.
+
+Jupyter shows `!command` and `x = !command` as done whatever their exit status, and `%%bash` looks only at its
+last line. A reader sees the message on the screen; a run without a reader would call it a success.
+"""
+
+import shlex
+import subprocess
+import types
+
+STRICT = "set -eo pipefail; "
+# `long listing | head`: the listing ends by SIGPIPE, as it should.
+PIPE_CLOSED = 128 + 13
+
+
+class CommandFailed(Exception):
+    """A shell command of a notebook ended with another exit status than 0."""
+
+
+def _check(command: str, status: int) -> None:
+    if status and not (status == PIPE_CLOSED and "|" in command):
+        raise CommandFailed(f"`{command}` ended with exit status {status}")
+
+
+def _refuse_background(command: str) -> None:
+    if command.rstrip().endswith("&"):
+        raise CommandFailed(f"`{command}` runs in the background, where nobody sees it fail")
+
+
+def _system(shell, command: str) -> None:
+    from IPython.utils.process import system
+
+    command = shell.var_expand(command, depth=1)
+    _refuse_background(command)
+    status = system(f"bash -c {shlex.quote(STRICT + command)}")
+    shell.user_ns["_exit_code"] = status
+    _check(command, status)
+
+
+def _getoutput(shell, command: str, split: bool = True, depth: int = 0):
+    from IPython.utils.text import LSString, SList
+
+    command = shell.var_expand(command, depth=depth + 1)
+    _refuse_background(command)
+    done = subprocess.run(
+        ["bash", "-c", STRICT + command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        print(done.stdout, end="")
+    _check(command, done.returncode)
+    return SList(done.stdout.splitlines()) if split else LSString(done.stdout)
+
+
+def load_ipython_extension(shell) -> None:
+    """Replace the shell's `!`, `x = !` and `%%bash` by ones that raise CommandFailed or CalledProcessError."""
+    shell.system = types.MethodType(_system, shell)
+    shell.getoutput = types.MethodType(_getoutput, shell)
+    cell_magics = shell.magics_manager.magics["cell"]
+    lenient = cell_magics["bash"]
+    cell_magics["bash"] = lambda line, cell: lenient(line, STRICT + cell)

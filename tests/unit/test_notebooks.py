@@ -1,0 +1,466 @@
+"""Each trap: a tiny notebook that papermill alone calls a success, and the runner does not."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from multiprocessing import Process
+from pathlib import Path
+
+import nbformat
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_raw_cell
+
+from helpers import notebooks
+from helpers.cli import main
+from helpers.errors import UserError
+from helpers.notebooks import NotebookFailed, check_summary, parameters_of, record, run_notebook
+
+WORK = "import time; time.sleep(0.1)"
+
+
+def cell(source, *tags):
+    return new_code_cell(source, metadata={"tags": list(tags)})
+
+
+def tutorial(*cells, parameters="seq_length = 64", **declared):
+    """A notebook with a heading, a parameters cell, and the given cells (sources or cells)."""
+    written = [new_markdown_cell("# Title")]
+    if parameters is not None:
+        written.append(cell(parameters, "parameters"))
+    written += [new_code_cell(c) if isinstance(c, str) else c for c in cells]
+    notebook = new_notebook(cells=written)
+    notebook.metadata.tutorial = {"min_seconds": 0.01, **declared}
+    return notebook
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(notebook, name="00_tiny.ipynb"):
+        folder = tmp_path / "notebooks"
+        folder.mkdir(exist_ok=True)
+        nbformat.write(notebook, folder / name)
+        return folder / name
+
+    return write
+
+
+@pytest.fixture
+def fails(write, tmp_path):
+    """Run a notebook that must fail; return its one problem."""
+
+    def fails(notebook, parameters=None, **options):
+        with pytest.raises(NotebookFailed) as caught:
+            run_notebook(write(notebook), tmp_path / "done.ipynb", parameters, out=tmp_path / "out", **options)
+        assert len(caught.value.report.problems) == 1, caught.value.report.problems
+        return caught.value.report.problems[0]
+
+    return fails
+
+
+def papermill_alone(notebook, tmp_path, parameters=None):
+    from papermill import execute_notebook
+
+    with contextlib.redirect_stderr(io.StringIO()):
+        execute_notebook(
+            notebook,
+            str(tmp_path / "alone.ipynb"),
+            parameters=parameters,
+            kernel_name="python3",
+            language="python",
+            progress_bar=False,
+            cwd=str(tmp_path),
+        )
+
+
+def test_a_right_notebook_passes(write, tmp_path):
+    path = write(
+        tutorial(
+            "import sys\nprint(sys.prefix)",
+            "import json, pathlib\npathlib.Path(out).mkdir(exist_ok=True)\n"
+            "pathlib.Path(out, f'net_{seq_length}.json').write_text(json.dumps([1]))",
+            "!echo hello from the shell",
+            cell("1 / 0", "raises-exception"),
+            parameters="seq_length = 64\nout: str = '../out'",
+            makes=["net_{seq_length}.json"],
+        )
+    )
+    report = run_notebook(path, tmp_path / "done" / "00.ipynb", {"seq_length": 7}, out=tmp_path / "out")
+    assert report.problems == [] and report.stderr_outputs == 0
+    assert report.cells == 6 and report.seconds > 0
+    done = nbformat.read(tmp_path / "done" / "00.ipynb", as_version=4)
+    text = [output.text.strip() for c in done.cells for output in c.get("outputs", []) if "text" in output]
+    assert text == [sys.prefix, "hello from the shell"]
+    assert (tmp_path / "out" / "net_7.json").exists()
+
+
+TRAPS = {
+    "exit code 0 in a cell": (tutorial("import sys\nsys.exit(0)", "never = 1"), "`import sys`: SystemExit: 0"),
+    "exit in the last cell": (tutorial(WORK, "raise SystemExit"), "SystemExit"),
+    "exit in a cell that may raise": (
+        tutorial(cell("raise SystemExit(0)", "raises-exception")),
+        "SystemExit",
+    ),
+    "quit as the last word": (tutorial(WORK, "exit"), "asked its kernel to exit"),
+    "failing command": (tutorial("!exit 3"), "CommandFailed: `exit 3` ended with exit status 3"),
+    "failing command, captured": (tutorial("listing = !ls /nonexistent"), "CommandFailed"),
+    "failing command in a pipe": (tutorial("!false | cat"), "CommandFailed"),
+    "failing command before another": (tutorial("!false; echo done"), "CommandFailed"),
+    "failing command in a function": (
+        tutorial("def step(name):\n    !test {name} = right\nstep('wrong')"),
+        "`test wrong = right` ended with exit status 1",
+    ),
+    "failing line of %%bash": (tutorial("%%bash\nfalse\necho done"), "CalledProcessError"),
+    "script that may fail": (tutorial("%%script --no-raise-error false\nx"), "hides whether its script fails"),
+    "script in the background": (tutorial("%%bash --bg\nfalse"), "hides whether its script fails"),
+    "script of a missing program": (tutorial("%%script nonesuch\nx"), "Couldn't find program: 'nonesuch'"),
+    "value derived among the parameters": (
+        tutorial(WORK, parameters="seq_length = 64\nrows = seq_length * 2"),
+        "`rows = seq_length * 2`",
+    ),
+    "call among the parameters": (tutorial(WORK, parameters="import os"), "`import os`"),
+    "parameter set anew": (tutorial("seq_length = 8"), "sets the parameter seq_length anew"),
+    "no parameters tag": (tutorial(WORK, parameters=None), "0 code cells have the tag `parameters`"),
+    "two parameters tags": (
+        tutorial(WORK, cell("mode = 'int8'", "parameters")),
+        "2 code cells have the tag `parameters`",
+    ),
+    "raises-exception that raises nothing": (
+        tutorial(cell("fine = 1", "raises-exception")),
+        "raised nothing",
+    ),
+    "skip-execution": (tutorial(cell("1 / 0", "skip-execution")), "would not run"),
+    "raw cell": (tutorial(WORK, new_raw_cell("1 / 0")), "`1 / 0` is a raw cell, which never runs"),
+    "empty cell": (tutorial(WORK, ""), "cell 4 `` is empty"),
+    "parameters left from a run": (tutorial(cell("seq_length = 1", "injected-parameters")), "an earlier run"),
+    "nothing done": (tutorial("pass", min_seconds=30), "it did not really run"),
+    "broken promise": (tutorial(WORK, makes=["net.onnx"]), "promises net.onnx"),
+    "exception in a thread": (
+        tutorial("import threading\nt = threading.Thread(target=lambda: 1 / 0)\nt.start(); t.join()"),
+        "printed a traceback and went on (ZeroDivisionError: division by zero)",
+    ),
+    "wall of log": (tutorial("for i in range(61): print(i)"), "one output has 61 lines; 60 are allowed"),
+    "key of the metadata misspelt": (tutorial(WORK, make=["net.onnx"]), "metadata.tutorial has make"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trap", TRAPS)
+def test_trap(trap, fails, tmp_path):
+    notebook, message = TRAPS[trap]
+    papermill_alone(notebook, tmp_path)
+    assert message in fails(notebook)
+
+
+def test_unknown_parameter(fails, tmp_path):
+    notebook = tutorial(WORK)
+    papermill_alone(notebook, tmp_path, {"seq_lenght": 1})
+    assert fails(notebook, {"seq_lenght": 1}) == "has no parameter seq_lenght (it has seq_length)"
+
+
+def test_derived_value_keeps_its_meaning_under_papermill(tmp_path):
+    notebook = tutorial("assert rows == 128", parameters="seq_length = 64\nrows = seq_length * 2")
+    papermill_alone(notebook, tmp_path, {"seq_length": 1})
+
+
+def test_error_names_the_cell_and_the_executed_notebook_shows_it(fails, tmp_path):
+    notebook = tutorial(WORK, "x = 1\nassert x == 2, 'x must be 2'", "after = 1")
+    assert fails(notebook) == "cell 4 `x = 1`: AssertionError: x must be 2"
+    done = nbformat.read(tmp_path / "done.ipynb", as_version=4)
+    assert [c.get("execution_count") for c in done.cells] == [None, 1, 2, 3, None]
+    assert done.cells[3].outputs[0].ename == "AssertionError"
+
+
+def test_cell_that_hangs_is_stopped_with_what_it_started(fails, tmp_path):
+    notebook = tutorial(
+        "import subprocess, pathlib\nchild = subprocess.Popen(['sleep', '600'])\n"
+        f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(child.pid))",
+        "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('waiting', flush=True)\n"
+        "while True: signal.pause()",
+    )
+    started = time.monotonic()
+    assert "cell 4 `import signal`: ran longer than 2 s and was stopped" == fails(notebook, cell_seconds=2)
+    assert time.monotonic() - started < 20
+    done = nbformat.read(tmp_path / "done.ipynb", as_version=4)
+    assert [output.output_type for output in done.cells[3].outputs] == ["stream", "error"]
+    child = int((tmp_path / "pid").read_text())
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(child).wait(5)
+
+
+def test_kernel_that_dies(fails, tmp_path):
+    assert fails(tutorial(WORK, "import os\nos._exit(0)")) == "cell 4 `import os`: ended its kernel"
+    done = nbformat.read(tmp_path / "done.ipynb", as_version=4)
+    assert done.cells[3].outputs[-1].evalue == "The runner: this cell ended its kernel."
+
+
+def test_flood_of_output_is_stopped(fails, monkeypatch, tmp_path):
+    monkeypatch.setattr(notebooks, "MAX_CELL_CHARACTERS", 100_000)
+    problem = fails(tutorial("while True: print('x' * 1000)"), cell_seconds=60)
+    assert "printed more than 100,000 characters and was stopped" in problem
+    assert (tmp_path / "done.ipynb").stat().st_size < 50_000
+
+
+def test_stderr_is_counted(write, tmp_path):
+    path = write(tutorial("import sys\nprint('careful', file=sys.stderr)"))
+    assert run_notebook(path, tmp_path / "done.ipynb", out=tmp_path).stderr_outputs == 1
+
+
+def test_the_kernel_is_this_interpreter_whatever_is_registered(write, tmp_path, monkeypatch):
+    spec = tmp_path / "jupyter" / "kernels" / "python3"
+    spec.mkdir(parents=True)
+    (spec / "kernel.json").write_text(
+        json.dumps({"argv": ["/bin/false", "{connection_file}"], "display_name": "other", "language": "python"})
+    )
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
+    notebook = tutorial("import sys, shutil\nassert shutil.which('python').startswith(sys.prefix)", WORK)
+    with pytest.raises(Exception):  # noqa: B017  papermill alone takes the registered one, and dies with it
+        papermill_alone(notebook, tmp_path)
+    assert run_notebook(write(notebook), tmp_path / "done.ipynb", out=tmp_path).problems == []
+
+
+def test_all_that_a_parameter_cell_may_hold():
+    source = "# What can be changed\na = 1  # rows\nb: float = -0.5\nc = ['x', None]\nd = {'k': (1, True)}"
+    assert parameters_of(tutorial(parameters=source)) == {"a": 1, "b": -0.5, "c": ["x", None], "d": {"k": (1, True)}}
+    for derived in ("a = b", "a = f'{1}'", "a = 1 + 1", "a = b = 1", "a, b = 1, 2", "a: int", "a += 1", "a = 1\na = 2"):
+        with pytest.raises(ValueError, match="parameters cell"):
+            parameters_of(tutorial(parameters=derived))
+
+
+GOOD = {
+    "a.json": b"{}",
+    "a.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "notes.txt": b"x",
+}
+BAD = {
+    "a.json": b"{",
+    "a.svg": b"<html/>",
+    "notes.txt": b"",
+    "a.png": b"\x89PNG\r\n\x1a\n",
+    "a.npz": b"PK",
+    "a.onnx": b"x",
+}
+
+
+def test_artefacts_must_load(tmp_path):
+    import numpy as np
+    import onnx
+    from onnx import TensorProto, helper
+
+    for name, data in GOOD.items():
+        (tmp_path / name).write_bytes(data)
+    np.savez(tmp_path / "a.npz", x=np.zeros(3))
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+    out = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
+    onnx.save(
+        helper.make_model(helper.make_graph([helper.make_node("Neg", ["x"], ["y"])], "g", [value], [out])),
+        tmp_path / "a.onnx",
+    )
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    pyplot.figure().savefig(tmp_path / "a.png")
+    names = [*GOOD, "a.npz", "a.onnx", "a.png"]
+    assert notebooks.check_artefacts(names, tmp_path, {}) == []
+    for name, data in BAD.items():
+        (tmp_path / name).write_bytes(data)
+        problems = notebooks.check_artefacts([name], tmp_path, {})
+        assert len(problems) == 1 and f"made {name}, which does not load" in problems[0]
+
+
+def test_artefact_patterns(tmp_path):
+    out = tmp_path / "out"
+    (out / "empty").mkdir(parents=True)
+    (tmp_path / "outside.txt").write_text("x")
+    (out / "net_int8.txt").write_text("x")
+
+    def check(pattern, **parameters):
+        return notebooks.check_artefacts([pattern], out, parameters)
+
+    assert check("net_{mode}.txt", mode="int8") == [] == check("net_*.txt")
+    assert "promises net_int4.txt" in check("net_{mode}.txt", mode="int4")[0]
+    assert "names a parameter that it does not have" in check("net_{mode}.txt")[0]
+    assert "the folder is empty" in check("empty")[0]
+    assert "where it is not" in check("../outside.txt")[0]
+    assert "where it is not" in check(str(out / "net_int8.txt"))[0]
+
+
+def test_artefact_must_be_what_its_manifest_says(tmp_path):
+    from helpers.artefacts import building
+
+    with building(tmp_path / "nets", kind="test", inputs={}, settings={}) as staging:
+        staging.mkdir()
+        (staging / "net.bin").write_bytes(b"12345")
+    assert notebooks.check_artefacts(["nets"], tmp_path, {}) == []
+    (tmp_path / "nets" / "net.bin").write_bytes(b"123")
+    assert "not those that its manifest lists" in notebooks.check_artefacts(["nets"], tmp_path, {})[0]
+
+
+def test_record_merges(tmp_path):
+    record(tmp_path, {"model": "tiny", "bytes": {"a": 1}, "questions": [{"question": "q", "tokens": {"pytorch": [1]}}]})
+    record(tmp_path, {"bytes": {"b": 2}, "questions": [{"question": "q", "answer": "x", "tokens": {"int8": [1, 2]}}]})
+    record(tmp_path, {"questions": [{"question": "r", "tokens": {"pytorch": [3]}}]})
+    summary = record(tmp_path, {"questions": [{"question": "q", "tokens": {"int8": [9]}}]})
+    assert summary == json.loads((tmp_path / "summary.json").read_text()) == {
+        "model": "tiny",
+        "bytes": {"a": 1, "b": 2},
+        "questions": [
+            {"question": "q", "answer": "x", "tokens": {"pytorch": [1], "int8": [9]}},
+            {"question": "r", "tokens": {"pytorch": [3]}},
+        ],
+    }
+    with pytest.raises(ValueError, match="no modle; it has model"):
+        record(tmp_path, {"modle": "tiny"})
+
+
+def _record_some(out, start):
+    for i in range(start, start + 25):
+        record(out, {"bytes": {str(i): i}})
+
+
+def test_record_loses_nothing_when_two_write(tmp_path):
+    writers = [Process(target=_record_some, args=(tmp_path, start)) for start in (0, 100)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(60)
+    assert len(json.loads((tmp_path / "summary.json").read_text())["bytes"]) == 50
+
+
+RUNGS = ("pytorch", "patched", "onnxruntime", "bf16", "int8", "int4")
+SUMMARY = {
+    "model": "tiny",
+    "engine": "simulator",
+    "versions": {"torch": "2.11.0"},
+    "questions": [{"question": "q", "answer": "a", "tokens": {rung: [1] for rung in RUNGS}}],
+    "parity": {"bf16": {"block_0": {"max_abs": 0.1, "cosine": 0.999}}},
+    "bytes": {"tiny.bmodel": 7},
+    "estimates": {"int8": {"first_token_ms": 1.5, "decode_ms": 1}},
+    "wall_s": {"00_environment": 1.0},
+}
+
+
+def test_complete_summary():
+    assert check_summary(SUMMARY) == []
+
+
+@pytest.mark.parametrize("key", SUMMARY)
+def test_summary_lacks_nothing(key):
+    problems = check_summary({name: value for name, value in SUMMARY.items() if name != key})
+    assert len(problems) == 1 and key in problems[0]
+
+
+@given(rung=st.sampled_from(RUNGS), value=st.sampled_from([None, [], ["1"], [1.5]]))
+def test_summary_wants_every_rung(rung, value):
+    summary = json.loads(json.dumps(SUMMARY))
+    summary["questions"][0]["tokens"][rung] = value
+    assert [p for p in check_summary(summary) if rung in p]
+
+
+def test_summary_refuses_what_is_no_number():
+    summary = json.loads(json.dumps(SUMMARY))
+    summary["parity"]["bf16"]["block_0"]["max_abs"] = None
+    summary["extra"] = 1
+    assert len(check_summary(summary)) == 2
+
+
+# The command line
+
+
+@pytest.fixture
+def tutorial_folder(write, monkeypatch):
+    write(tutorial(WORK, parameters="seq_length = 64\nscale = 1.0"), "00_first.ipynb")
+    write(tutorial("assert mode == 'int8'", parameters="mode = 'int8'"), "01_second.ipynb")
+    path = write(tutorial(WORK), "02_third.ipynb")
+    monkeypatch.setattr(notebooks, "NOTEBOOKS", path.parent)
+    return path.parent
+
+
+def test_command_line_runs_red(tutorial_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["notebooks", "--out", str(out), "--from", "01", "--set", "mode=bf16"]) == 1
+    said = capsys.readouterr().err
+    assert "error: 01_second.ipynb, cell 3 `assert mode == 'int8'`: AssertionError" in said
+    assert "Traceback" not in said
+    assert sorted(os.listdir(out / "notebooks")) == ["01_second.ipynb"]
+
+
+def test_command_line_runs_some(tutorial_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    record(out, {"wall_s": {"earlier": 1.0}})
+    assert main(["notebooks", "--out", str(out), "--only", "01", "--only", "02", "--set", "seq_length=8"]) == 0
+    assert sorted(json.loads((out / "summary.json").read_text())["wall_s"]) == ["01_second", "02_third", "earlier"]
+    assert "seq_length = 8" in (out / "notebooks" / "02_third.ipynb").read_text()
+    assert "01_second.ipynb" in capsys.readouterr().out
+
+
+def test_whole_set_wants_a_whole_summary(tutorial_folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    record(out, {"model": "of an earlier run"})
+    assert main(["notebooks", "--out", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert "error: summary.json, model: Field required" in said and "parity" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "seq_lenght=8"], "no notebook of this run has that parameter"),
+        (["--set", "seq_length=long"], "a value like 64 is needed"),
+        (["--set", "seq_length"], "needed is NAME=VALUE"),
+        (["--only", "07"], "No notebook was chosen; there are 00_first.ipynb"),
+        (["nonesuch.ipynb"], "does not exist"),
+    ],
+)
+def test_command_line_refuses(arguments, message, tutorial_folder, tmp_path, capsys):
+    assert main(["notebooks", "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_settings_are_literals_or_text():
+    assert notebooks._settings(["a=1", "b=int8", "c=['x']", "d=a=b", "e=True"]) == {
+        "a": 1,
+        "b": "int8",
+        "c": ["x"],
+        "d": "a=b",
+        "e": True,
+    }
+
+
+def test_not_a_notebook(tmp_path):
+    for text in ("", "{}", "[1]", '{"cells": 3, "nbformat": 4, "nbformat_minor": 5, "metadata": {}}'):
+        path = tmp_path / "broken.ipynb"
+        path.write_text(text)
+        with pytest.raises(UserError, match="is not a notebook"):
+            notebooks.read_notebook(path)
+
+
+def test_killed_runner_leaves_no_kernel(write, tmp_path):
+    path = write(
+        tutorial(
+            f"import os, pathlib, time\npathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
+            "time.sleep(600)"
+        )
+    )
+    runner = subprocess.Popen(
+        [sys.executable, "-m", "helpers", "notebooks", str(path), "--out", str(tmp_path / "out")],
+        cwd=Path(notebooks.ROOT),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    kernel = psutil.Process(int((tmp_path / "pid").read_text()))
+    runner.kill()
+    runner.wait()
+    kernel.wait(10)
