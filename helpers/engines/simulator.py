@@ -1,0 +1,254 @@
+"""The BM1684X of the tpu-mlir wheel's bit-level simulator, in a process of its own.
+
+Whatever a bmodel does to the simulator (it asserts, aborts, or takes all memory), the caller reads one sentence.
+"""
+
+import contextlib
+import importlib.util
+import os
+import queue
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Sequence
+from concurrent.futures import Future
+from multiprocessing.connection import Connection
+from pathlib import Path
+from socket import socketpair
+
+import numpy as np
+
+from helpers.engines import yield_library
+from helpers.engines.base import (
+    ADDR_MODES,
+    HOST_DTYPE,
+    DeviceTensor,
+    Engine,
+    NetInfo,
+    TensorInfo,
+    check_allocation,
+    check_copy,
+    check_run,
+    check_values,
+    check_view,
+    net_tensor,
+)
+from helpers.errors import UserError
+
+WORKER = Path(__file__).with_name("simulator_worker.py")
+# What the runtime and the simulator print before they give up, the most telling first.
+TELLING = ("Memory exhausted", "ASSERT /", "BMRT_ASSERT", "ssertion", "terminate called", "what():", "Error", "error", "rror")
+SCHEDULING = ("yield", "priority", "plain")
+
+
+class SimulatorEngine(Engine):
+    """A bmodel on the simulator.
+
+    scheduling: how the simulator's threads are kept from waiting for each other. "yield": by the preloaded library
+    (simulator_yield.c). "priority": by the threads' priorities, which needs no C compiler. "plain": not at all.
+    None takes the best that this machine can have. What is computed is the same.
+
+    Raises UserError where the wheel is not installed, the bmodel cannot be loaded, or memory does not suffice.
+    """
+
+    name = "simulator"
+    kind_of_time = "simulator wall"
+
+    def __init__(self, bmodel: str | os.PathLike, scheduling: str | None = None):
+        self._worker = _Worker(scheduling)
+        self.scheduling = self._worker.scheduling
+        try:
+            described = self._worker.call("open", str(bmodel), subject=f"{bmodel} could not be opened")
+            nets, self._own = _nets(described, bmodel)
+        except BaseException:
+            self._worker.close()
+            raise
+        super().__init__((0,), nets)
+        self._basic: dict[tuple[str, str, int], DeviceTensor] = {}
+
+    def input_tensor(self, net: str, index: int) -> DeviceTensor:
+        return self._net_memory(net, "input", self._net(net).inputs, index)
+
+    def output_tensor(self, net: str, index: int) -> DeviceTensor:
+        return self._net_memory(net, "output", self._net(net).outputs, index)
+
+    def _net_memory(self, net: str, kind: str, infos: Sequence[TensorInfo], index: int) -> DeviceTensor:
+        info = net_tensor(infos, index, f"{net} {kind}s")
+        key = (net, kind, index)
+        if key in self._own:
+            return self._own[key]
+        if key not in self._basic:
+            self._basic[key] = self.allocate(info.shape, info.dtype)
+        return self._basic[key]
+
+    def allocate(self, shape: Sequence[int], dtype: str, device: int = 0) -> DeviceTensor:
+        shape = check_allocation(shape, dtype)
+        if device != 0:
+            raise UserError(f"The simulator has one device, number 0; {device} was asked for.")
+        size = DeviceTensor(shape, dtype, 0, None).bytes
+        return DeviceTensor(shape, dtype, 0, self._worker.call("allocate", size))
+
+    def view(self, tensor: DeviceTensor, offset_elements: int, shape: Sequence[int]) -> DeviceTensor:
+        shape = check_view(tensor, offset_elements, shape)
+        address = tensor.memory + offset_elements * HOST_DTYPE[tensor.dtype].itemsize
+        return DeviceTensor(shape, tensor.dtype, tensor.device, address, tensor)
+
+    def write(self, tensor: DeviceTensor, values: np.ndarray) -> None:
+        values = check_values(tensor, values)
+        self._worker.call("write", tensor.memory, data=values)
+        self.bytes_to_device += values.nbytes
+
+    def read(self, tensor: DeviceTensor) -> np.ndarray:
+        data = self._worker.call("read", tensor.memory, tensor.bytes)
+        self.bytes_to_host += len(data)
+        return np.frombuffer(bytearray(data), dtype=HOST_DTYPE[tensor.dtype]).reshape(tensor.shape)
+
+    def copy(self, source: DeviceTensor, target: DeviceTensor) -> None:
+        check_copy(source, target)
+        self._worker.call("copy", source.memory, target.memory, source.bytes)
+
+    def run(self, net: str, inputs: Sequence[DeviceTensor], outputs: Sequence[DeviceTensor]) -> None:
+        check_run(self._net(net), inputs, outputs)
+        described = [[(t.memory, t.shape, t.dtype) for t in tensors] for tensors in (inputs, outputs)]
+        self._worker.call("run", net, *described, subject=f"The simulator stopped while running {net}")
+
+    def close(self) -> None:
+        self._worker.close()
+
+
+def _nets(described: dict, bmodel: str | os.PathLike) -> tuple[dict[str, NetInfo], dict]:
+    """NetInfos, and the memory that nets have of their own: {(net, "input" | "output", index): DeviceTensor}."""
+    nets, own = {}, {}
+    for net, (inputs, outputs, addr_mode, dynamic) in described.items():
+        if addr_mode >= len(ADDR_MODES):
+            raise UserError(
+                f"{bmodel}: {net} was compiled with address mode {addr_mode}; compile it with basic or io_alone."
+            )
+        infos = []
+        for kind, tensors in (("input", inputs), ("output", outputs)):
+            for index, (name, shape, dtype, address) in enumerate(tensors):
+                if dtype not in HOST_DTYPE:
+                    raise UserError(f"{bmodel}: {kind} {name} of {net} is {dtype}; take one of {', '.join(HOST_DTYPE)}.")
+                if address is not None:
+                    own[net, kind, index] = DeviceTensor(shape, dtype, 0, address)
+            infos.append(tuple(TensorInfo(name, shape, dtype) for name, shape, dtype, _ in tensors))
+        nets[net] = NetInfo(net, *infos, ADDR_MODES[addr_mode], dynamic)
+    return nets, own
+
+
+def _wheel() -> Path:
+    spec = importlib.util.find_spec("tpu_mlir")
+    if spec is None:
+        raise UserError("The simulator is part of tpu-mlir, which is not installed here: run `make setup`.")
+    return Path(spec.submodule_search_locations[0])
+
+
+class _Worker:
+    """The simulator's process and the conversation with it.
+
+    The conversation is held by a thread: Ctrl-C interrupts the one who waits for an answer, never an answer half read,
+    so that after it the engine can be used again (the next call waits for the run that was interrupted).
+    """
+
+    def __init__(self, scheduling: str | None):
+        libraries = _wheel() / "lib"
+        if not (libraries / "libcmodel_bm1684x.so").exists():
+            raise UserError(f"No simulator in {libraries}: install tpu-mlir again (`make setup`).")
+        preload = yield_library.path() if scheduling in (None, "yield") else None
+        self.scheduling = scheduling or ("yield" if preload else "priority")
+        if self.scheduling == "yield" and not preload:
+            raise UserError("No C compiler (cc) to build the simulator's yield library: install one, or leave it out.")
+        self._scratch = tempfile.mkdtemp(prefix="qwen-simulator-")
+        self._log = os.path.join(self._scratch, "log")
+        # The wheel's libcmodel.so and libbmlib.so.0 are links that its tools turn to other chips.
+        os.symlink(libraries / "libcmodel_bm1684x.so", os.path.join(self._scratch, "libcmodel.so"))
+        os.symlink(libraries / "libbmlib_bm1684x.so.0", os.path.join(self._scratch, "libbmlib.so.0"))
+        environment = os.environ | {"LD_LIBRARY_PATH": f"{self._scratch}:{libraries}", "OMP_NUM_THREADS": "1"}
+        if preload:
+            environment["LD_PRELOAD"] = str(preload)
+        ours, theirs = socketpair()
+        with ours, theirs, open(self._log, "ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(WORKER)]
+                + [str(a) for a in (libraries, theirs.fileno(), os.getpid(), self._scratch, self.scheduling)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # Ctrl-C in the terminal is the caller's to answer
+            )
+            self._connection = Connection(ours.detach())
+        self._requests: queue.SimpleQueue = queue.SimpleQueue()
+        self._closed = False
+        self._lock = threading.Lock()
+        self._finalizer = weakref.finalize(self, _end, self._process, self._requests, self._scratch)
+        threading.Thread(
+            target=_converse, args=(self._connection, self._requests), name="simulator", daemon=True
+        ).start()
+
+    def call(self, *request: object, data: np.ndarray | None = None, subject: str = "The simulator stopped") -> object:
+        """One operation of the worker; raises UserError where it refuses or dies."""
+        answer: Future = Future()
+        with self._lock:
+            if self._closed:
+                raise UserError("This engine is closed: open the bmodel again.")
+            self._requests.put((request, data, answer))
+        try:
+            status, value = answer.result()
+        except (EOFError, OSError):
+            raise UserError(f"{subject}: {self._last_words()}") from None
+        if status == "error":
+            raise UserError(f"{subject}: {value}.")
+        return value
+
+    def _last_words(self) -> str:
+        if self._closed:
+            return "the engine was closed."
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=5)
+        code = self._process.returncode
+        text = Path(self._log).read_text(errors="replace") if os.path.exists(self._log) else ""
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        telling = [line for mark in TELLING for line in lines if mark in line][:1] or lines[-1:]
+        if code == -signal.SIGKILL:
+            cause = "its process was killed, most likely because the machine ran out of memory"
+        elif code is not None and code < 0:
+            cause = f"its process died of {signal.Signals(-code).name}"
+        else:
+            cause = f"its process ended with code {code}"
+        last = f" Its last telling line: {re.sub(r' +', ' ', telling[0])}" if telling else ""
+        return f"{cause}; open the engine again, and if it happens again compile the bmodel again.{last}"
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+        self._finalizer()
+
+
+def _converse(connection: Connection, requests: queue.SimpleQueue) -> None:
+    with connection:
+        while (job := requests.get()) is not None:
+            request, data, answer = job
+            try:
+                connection.send(request)
+                if data is not None:
+                    connection.send_bytes(data.reshape(-1).view(np.uint8))
+                status, value = connection.recv()
+                if status == "ok" and request[0] == "read":
+                    value = connection.recv_bytes()
+                answer.set_result((status, value))
+            except (EOFError, OSError) as error:
+                answer.set_exception(error)
+
+
+def _end(process: subprocess.Popen, requests: queue.SimpleQueue, scratch: str) -> None:
+    requests.put(None)
+    process.kill()
+    process.wait()
+    shutil.rmtree(scratch, ignore_errors=True)
