@@ -24,7 +24,7 @@ lab: setup ## the same notebooks in JupyterLab
 doctor: setup ## what this machine has, what it lacks, and the remedy
 	@$(PYTHON) -m helpers doctor $(ARGS)
 
-lock: setup ## compile requirements.in into requirements.txt
+lock: ## compile requirements.in into requirements.txt
 	@./setup.sh --lock
 
 lint: setup ## ruff over code and notebooks

@@ -1,0 +1,334 @@
+"""The doctor: what this machine has, what it lacks, and the remedy; every bug report can carry its output.
+
+Three states: OK; NOT OK, where the tutorial cannot work without it; optional, where it can, and the line says what is
+lost. A machine that has a chip and the real sophon.sail runs bmodels and need not be able to compile them.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+from helpers import toolchain
+from helpers.artefacts import free_bytes
+
+ROOT = Path(__file__).resolve().parent.parent
+REQUIREMENTS = ROOT / "requirements.txt"
+OK, NOT_OK, OPTIONAL = "OK", "NOT OK", "optional"
+GB = 1e9
+# Measured: compiling the embedded model takes 1.4 GB a net, its artefacts 0.5 GB; less than this cannot end well.
+NEEDED_MEMORY = 2 * GB
+NEEDED_DISK = 2 * GB
+CPU_FLAGS = ("avx2", "avx512f", "f16c", "amx_tile")
+# What PyPI's CUDA build of torch needs and the CPU build does not.
+CUDA_ONLY = re.compile(r"(nvidia-|cuda-|triton$)")
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor's report. remedy: what to do where the state is not OK."""
+
+    name: str
+    state: str
+    found: str
+    remedy: str = ""
+
+
+def _state(ok: bool, needed: bool = True) -> str:
+    return OK if ok else NOT_OK if needed else OPTIONAL
+
+
+def _output(*command: str, seconds: float = 20, **options) -> str | None:
+    """What a program prints; None where it is missing, fails or does not answer."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, **options)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+# The tool chain
+
+
+def check_toolchain(needed: bool = True) -> list[Check]:
+    """The wheel's health as helpers.toolchain sees it, and whether its compiler really starts here."""
+    checks = [
+        # Without bytecode everything works, slower.
+        Check(f.name, _state(f.ok, needed and "bytecode" not in f.name), f.found, f.remedy)
+        for f in toolchain.health()
+    ]
+    if importlib.util.find_spec("tpu_mlir"):
+        checks.append(_check_compiler_starts(needed))
+    return checks
+
+
+def _check_compiler_starts(needed: bool) -> Check:
+    program = toolchain.wheel_path() / "bin" / "tpuc-opt"
+    try:
+        done = subprocess.run(
+            [program, "--version"],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=60,
+            env=toolchain.environment(),
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Check("tpuc-opt", _state(False, needed), str(error), "make setup")
+    if done.returncode == 0:
+        return Check("tpuc-opt", OK, "starts")
+    said = (done.stderr or done.stdout).strip().splitlines()
+    found = f"dies with {done.returncode}: {said[0] if said else 'no message'}"
+    return Check("tpuc-opt", _state(False, needed), found, "python -m helpers doctor --fix")
+
+
+def check_pins(requirements: Path = REQUIREMENTS, needed: bool = True) -> Check:
+    """Whether the installed packages are those that requirements.txt pins."""
+    pins = dict(re.findall(r"^([A-Za-z0-9._-]+)==([^\s;]+)", requirements.read_text(encoding="utf-8"), re.MULTILINE))
+    installed = {_canonical(d.metadata["Name"]): d.version for d in metadata.distributions() if d.metadata["Name"]}
+    cpu_build = installed.get("torch", "").endswith("+cpu")
+    wrong = []
+    for name, version in pins.items():
+        found = installed.get(_canonical(name))
+        if found is None:
+            if not (cpu_build and CUDA_ONLY.match(name)):
+                wrong.append(f"{name} is missing")
+        elif found.split("+")[0] != version:
+            wrong.append(f"{name} is {found}, pinned {version}")
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    found = "; ".join(wrong[:3]) + more or f"all {len(pins)} packages as pinned"
+    return Check("packages", _state(not wrong, needed), found, "make setup" if wrong else "")
+
+
+def _canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _path_file() -> Path:
+    return Path(sysconfig.get_paths()["purelib"]) / "qwen-bm1684x-tutorial.pth"
+
+
+def check_helpers_importable() -> Check:
+    """Whether `import helpers` works in a notebook, whose working folder is notebooks/."""
+    file = _path_file()
+    try:
+        named = Path(file.read_text(encoding="utf-8").strip())
+    except OSError:
+        named = None
+    ok = named == ROOT
+    found = "in every folder" if ok else f"of {named}, another copy" if named else "in this folder only"
+    return Check("import helpers", _state(ok, needed=False), found, "" if ok else "python -m helpers doctor --fix")
+
+
+# The machine
+
+
+def check_cpu() -> Check:
+    """Model, usable cores and the vector extensions that decide how fast torch and the simulator are."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
+    present = [flag for flag in CPU_FLAGS if flags and flag in flags[1].split()]
+    cores = len(os.sched_getaffinity(0))
+    name = model[1].strip() if model else os.uname().machine
+    return Check("CPU", OK, f"{name}, {cores} cores{', ' if present else ''}{' '.join(present)}")
+
+
+def available_memory() -> tuple[int, int]:
+    """(available, total) bytes of memory, the limit of a container included."""
+    text = Path("/proc/meminfo").read_text(encoding="utf-8")
+    total, available = (
+        int(re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)[1]) * 1024 for name in ("MemTotal", "MemAvailable")
+    )
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8"))
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # no container, or "max"
+        return available, total
+    return min(available, limit - used), min(total, limit)
+
+
+def check_memory() -> Check:
+    """Memory that is free for the compiler."""
+    available, total = available_memory()
+    ok = available >= NEEDED_MEMORY
+    remedy = "" if ok else f"close programs: compiling needs {NEEDED_MEMORY / GB:.0f} GB, a 7B block 9 GB"
+    return Check("memory", _state(ok), f"{available / GB:.1f} of {total / GB:.1f} GB free", remedy)
+
+
+def check_disk(folder: Path = ROOT) -> Check:
+    """Disk space where out/ is."""
+    free = free_bytes(folder)
+    ok = free >= NEEDED_DISK
+    remedy = "" if ok else f"free {NEEDED_DISK / GB:.0f} GB (a real 7B checkpoint with its nets: 60 GB), or use --out"
+    return Check("disk", _state(ok), f"{free / GB:.0f} GB free", remedy)
+
+
+def check_gpu() -> Check:
+    """An NVIDIA GPU and whether torch is a build that can use it; nothing here needs one."""
+    answer = _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+    if not answer:
+        return Check("GPU", OPTIONAL, "none; the CPU does everything")
+    try:
+        build = metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        build = "none"
+    return Check("GPU", OK, f"{'; '.join(answer.splitlines())} (torch {build})")
+
+
+def check_c_compiler() -> Check:
+    """A C compiler for the simulator's yield library."""
+    found = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
+    if found:
+        return Check("C compiler", OK, found)
+    return Check("C compiler", OPTIONAL, "none; the simulator is several times slower", "apt-get install gcc libc6-dev")
+
+
+def check_parallel() -> Check:
+    """GNU parallel, which only `compile --via llm_convert` uses."""
+    found = _output("parallel", "--version")
+    if found and "GNU parallel" in found:
+        return Check("GNU parallel", OK, found.splitlines()[0])
+    return Check("GNU parallel", OPTIONAL, "none; compile --via llm_convert needs it", "apt-get install parallel")
+
+
+def check_chinese_font() -> Check:
+    """A font with Chinese glyphs, for labels in plots."""
+    found = _output("fc-list", ":lang=zh", "family")
+    if found:
+        return Check("Chinese font", OK, found.splitlines()[0].split(",")[0])
+    return Check(
+        "Chinese font", OPTIONAL, "none; Chinese in a plot would be drawn as boxes", "apt-get install fonts-noto-cjk"
+    )
+
+
+# The chip
+
+
+def chip_devices(root: Path = Path("/")) -> list[str]:
+    """Device files of Sophgo's driver: PCIe cards are bm-sophon0, 1, …; a board has one for its own chip."""
+    return sorted(str(path) for path in (root / "dev").glob("bm-sophon[0-9]*"))
+
+
+def check_driver(root: Path = Path("/")) -> Check:
+    """Sophgo's driver and the devices that it offers."""
+    devices = chip_devices(root)
+    proc = root / "proc" / "bmsophon"
+    smi = shutil.which("bm-smi")
+    if devices:
+        return Check("sophon driver", OK, ", ".join(devices) + ("" if smi else "; no bm-smi on the PATH"))
+    if proc.exists():
+        return Check("sophon driver", OPTIONAL, f"{proc} but no device", "dmesg | grep bmsophon; is the card seated?")
+    return Check("sophon driver", OPTIONAL, "none; the simulator stands in for the chip")
+
+
+def check_sail(driver: bool) -> Check:
+    """sophon.sail, the empty package of PyPI told from the real one. driver: whether there is a device to use."""
+    kind, where = toolchain.sophon_sail()
+    sdk = "install the sophon-sail wheel of Sophgo's SDK for this Python"
+    if kind == "real":
+        return Check("sophon.sail", OK, where)
+    if kind == "placeholder":
+        found = f"PyPI's empty placeholder ({where})"
+        return Check("sophon.sail", _state(False, needed=driver), found, f"pip uninstall sophon; {sdk}")
+    return Check("sophon.sail", _state(False, needed=driver), "not installed; it drives a chip", sdk if driver else "")
+
+
+def checks() -> list[Check]:
+    """Every check, in the order of the report."""
+    driver = bool(chip_devices())
+    sail = check_sail(driver)
+    compiles = not (driver and sail.state == OK)
+    return [
+        *check_toolchain(needed=compiles),
+        check_pins(needed=compiles),
+        check_helpers_importable(),
+        check_cpu(),
+        check_memory(),
+        check_disk(),
+        check_gpu(),
+        check_c_compiler(),
+        check_parallel(),
+        check_chinese_font(),
+        check_driver(),
+        sail,
+    ]
+
+
+def fix() -> list[str]:
+    """Apply the cures that touch only this environment; return what was done.
+
+    Raises UserError where the environment cannot be written.
+    """
+    done = []
+    if importlib.util.find_spec("tpu_mlir") and (moved := toolchain.cure()):
+        done.append(f"glibc of the wheel: moved {', '.join(moved)}")
+    # A Python of the system is not ours to write to.
+    own = sys.prefix != sys.base_prefix or (Path(sys.prefix) / "conda-meta").is_dir()
+    if own and check_helpers_importable().state != OK:
+        _path_file().write_text(f"{ROOT}\n", encoding="utf-8")
+        done.append("import helpers: works in every folder")
+    return done
+
+
+# The command line
+
+
+def _print(rows: list[Check]) -> None:
+    problems = sum(row.state == NOT_OK for row in rows)
+    verdict = f"{problems} NOT OK" if problems else "all that is needed is there"
+    if sys.stdout.isatty() and importlib.util.find_spec("rich"):
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        styles = {OK: "green", NOT_OK: "bold red", OPTIONAL: "yellow"}
+        table = Table(box=None, padding=(0, 1), header_style="bold")
+        for heading in ("", "what", "found"):
+            table.add_column(heading)
+        for row in rows:
+            found = Text(row.found)
+            if row.remedy:
+                found.append(f"\n→ {row.remedy}", style="cyan")
+            table.add_row(Text(row.state, style=styles[row.state]), row.name, found)
+        console = Console()
+        console.print(table)
+        console.print(Text(verdict, style="bold red" if problems else "bold green"))
+        return
+    width = max(len(row.name) for row in rows)
+    for row in rows:
+        print(f"{row.state:8}  {row.name:{width}}  {row.found}")
+        if row.remedy:
+            print(f"{'':8}  {'':{width}}  -> {row.remedy}")
+    print(verdict)
+
+
+def add_arguments(parser) -> None:
+    """Arguments of `python -m helpers doctor`."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument("--fix", action="store_true", help="first apply the cures that touch only this environment")
+
+
+def run(args) -> int:
+    """Print the report; 0 if nothing that is needed is NOT OK, else 1."""
+    fixed = fix() if args.fix else []
+    rows = checks()
+    ok = all(row.state != NOT_OK for row in rows)
+    if args.json:
+        print(json.dumps({"ok": ok, "fixed": fixed, "checks": [asdict(row) for row in rows]}, indent=1))
+    else:
+        for line in fixed:
+            print(f"fixed     {line}")
+        _print(rows)
+    return 0 if ok else 1
