@@ -287,9 +287,9 @@ def run_notebook(
     report.problems += check_source(notebook)
     if not report.problems:
         declared = parameters_of(notebook)
-        below = os.path.relpath(out, path.absolute().parent)
-        if "out" in declared and "out" not in parameters and declared["out"] != below:
-            parameters["out"] = below
+        # Notebooks work in the repository's root, wherever they were started.
+        if "out" in declared and "out" not in parameters and ROOT / declared["out"] != out:
+            parameters["out"] = str(out)
         report.problems += [
             f"has no parameter {name} (it has {', '.join(declared) or 'none'})"
             for name in parameters
