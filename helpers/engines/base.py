@@ -138,7 +138,7 @@ class Engine:
             return self.nets[name]
         except KeyError:
             raise UserError(
-                f"The bmodel has no net {name!r}; it has {', '.join(sorted(self.nets))}: compile a bmodel with all nets."
+                f"The bmodel has no net {name!r}; it has {', '.join(sorted(self.nets))}: compile one with all nets."
             ) from None
 
 
@@ -203,10 +203,10 @@ def check_run(net: NetInfo, inputs: Sequence[DeviceTensor], outputs: Sequence[De
     for kind, infos, tensors in (("inputs", net.inputs, inputs), ("outputs", net.outputs, outputs)):
         if len(tensors) != len(infos):
             raise UserError(f"{net.name} has {len(infos)} {kind}, {len(tensors)} were given.")
-        for index, (info, tensor) in enumerate(zip(infos, tensors)):
+        for index, (info, tensor) in enumerate(zip(infos, tensors, strict=True)):
             if net.dynamic:
                 fits = len(tensor.shape) == len(info.shape) and all(
-                    given <= most for given, most in zip(tensor.shape, info.shape)
+                    given <= most for given, most in zip(tensor.shape, info.shape, strict=True)
                 )
             else:
                 fits = tensor.shape == info.shape

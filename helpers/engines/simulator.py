@@ -4,7 +4,6 @@ Whatever a bmodel does to the simulator (it asserts, aborts, or takes all memory
 """
 
 import contextlib
-import importlib.util
 import os
 import queue
 import re
@@ -39,10 +38,11 @@ from helpers.engines.base import (
     net_tensor,
 )
 from helpers.errors import UserError
+from helpers.toolchain import wheel_path
 
 WORKER = Path(__file__).with_name("simulator_worker.py")
 # What the runtime and the simulator print before they give up, the most telling first.
-TELLING = ("Memory exhausted", "ASSERT /", "BMRT_ASSERT", "ssertion", "terminate called", "what():", "Error", "error", "rror")
+TELLING = ("Memory exhausted", "FATAL", "ASSERT /", "BMRT_ASSERT", "ssertion", "what():", "rror")
 SCHEDULING = ("yield", "priority", "plain")
 
 
@@ -133,19 +133,14 @@ def _nets(described: dict, bmodel: str | os.PathLike) -> tuple[dict[str, NetInfo
         for kind, tensors in (("input", inputs), ("output", outputs)):
             for index, (name, shape, dtype, address) in enumerate(tensors):
                 if dtype not in HOST_DTYPE:
-                    raise UserError(f"{bmodel}: {kind} {name} of {net} is {dtype}; take one of {', '.join(HOST_DTYPE)}.")
+                    raise UserError(
+                        f"{bmodel}: {kind} {name} of {net} is {dtype}; take one of {', '.join(HOST_DTYPE)}."
+                    )
                 if address is not None:
                     own[net, kind, index] = DeviceTensor(shape, dtype, 0, address)
             infos.append(tuple(TensorInfo(name, shape, dtype) for name, shape, dtype, _ in tensors))
         nets[net] = NetInfo(net, *infos, ADDR_MODES[addr_mode], dynamic)
     return nets, own
-
-
-def _wheel() -> Path:
-    spec = importlib.util.find_spec("tpu_mlir")
-    if spec is None:
-        raise UserError("The simulator is part of tpu-mlir, which is not installed here: run `make setup`.")
-    return Path(spec.submodule_search_locations[0])
 
 
 class _Worker:
@@ -156,7 +151,7 @@ class _Worker:
     """
 
     def __init__(self, scheduling: str | None):
-        libraries = _wheel() / "lib"
+        libraries = wheel_path() / "lib"
         if not (libraries / "libcmodel_bm1684x.so").exists():
             raise UserError(f"No simulator in {libraries}: install tpu-mlir again (`make setup`).")
         preload = yield_library.path() if scheduling in (None, "yield") else None

@@ -186,8 +186,7 @@ class Simulator:
         names = POINTER(c_char_p)()
         self.bmrt.bmrt_get_network_names(self.runtime, ctypes.byref(names))
         return {
-            names[k].decode(): self._describe(names[k])
-            for k in range(self.bmrt.bmrt_get_network_number(self.runtime))
+            names[k].decode(): self._describe(names[k]) for k in range(self.bmrt.bmrt_get_network_number(self.runtime))
         }
 
     def _describe(self, name):
@@ -255,7 +254,7 @@ def memory_at(address, size):
 
 def tensor_array(tensors):
     array = (Tensor * len(tensors))()
-    for slot, (address, shape, dtype) in zip(array, tensors):
+    for slot, (address, shape, dtype) in zip(array, tensors, strict=True):
         size = ITEM_BYTES[dtype]
         for k, extent in enumerate(shape):
             slot.shape.sizes[k] = extent
