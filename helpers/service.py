@@ -19,6 +19,7 @@ from helpers.generation import QwenRunner
 
 PORT = 8000  # as documented
 WAITING = 16
+BACKLOG = 2048
 KEY_VARIABLE = "QWEN_SERVICE_API_KEY"
 
 
@@ -34,12 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket. Raises UserError where the address cannot be had."""
+    """A listening socket: clients that come before the model is open wait. Raises UserError where it cannot be had."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, proto)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen(BACKLOG)
     except (OSError, OverflowError) as error:
         raise UserError(f"Cannot listen on {host} port {port} ({error}): take another --host or --port.") from None
     return bound

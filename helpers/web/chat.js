@@ -32,7 +32,7 @@ async function* events(response) {
   for (;;) {
     const { value, done } = await reader.read();
     if (done) return;
-    text += value.replaceAll("\r\n", "\n");
+    text += value;
     let end;
     while ((end = text.indexOf("\n\n")) >= 0) {
       const lines = text.slice(0, end).split("\n").filter((line) => line.startsWith("data:"));

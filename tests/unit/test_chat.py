@@ -1,0 +1,280 @@
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helpers import chat
+from helpers.chat import Answer, ChatSession, StopStrings, fit_history
+from helpers.errors import UserError
+from helpers.tokenizer import QwenTokenizer
+from tests.unit.fake_runner import FakeRunner
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "models" / "tiny"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return QwenTokenizer.open(TINY)
+
+
+def runner_saying(tokenizer, text, **settings):
+    return FakeRunner(lambda ids: tokenizer.encode(text), **settings)
+
+
+# Stop strings
+
+
+@given(st.lists(st.text("ab", max_size=4), max_size=8), st.text("ab", min_size=1, max_size=4))
+def test_stop_string_cuts_wherever_the_pieces_are_cut(pieces, stop):
+    stops = StopStrings([stop])
+    given_out = ""
+    for piece in pieces:
+        given_out += stops.push(piece)
+        if stops.found:
+            break
+    given_out += stops.end()
+    assert given_out == "".join(pieces).split(stop)[0]
+    assert stops.found == (stop in "".join(pieces))
+
+
+def test_without_stop_strings_nothing_is_held_back():
+    assert StopStrings([]).push("text") == "text"
+
+
+# An answer
+
+
+def test_pieces_never_hold_a_broken_character(tokenizer):
+    text = "深圳的历史 🙂🏽 naïve — 什么是BM1684X？"
+    assert len(tokenizer.encode("🙂")) > 1, "no character here is split over tokens"
+    answer = Answer(runner_saying(tokenizer, text), tokenizer, [1])
+    assert "".join(answer) == text == answer.text
+    assert "\N{REPLACEMENT CHARACTER}" not in answer.text
+    assert answer.finish_reason == "stop"
+    assert answer.tokens == tokenizer.encode(text)
+
+
+def test_a_character_cut_by_the_limit_is_not_shown(tokenizer):
+    whole = tokenizer.encode("🙂")
+    assert len(whole) > 1
+    answer = Answer(runner_saying(tokenizer, "🙂"), tokenizer, [1], max_new_tokens=len(whole) - 1)
+    assert list(answer) == []
+    assert answer.finish_reason == "length" and len(answer.tokens) == len(whole) - 1
+
+
+def test_a_stop_string_ends_the_answer_and_the_computation(tokenizer):
+    runner = runner_saying(tokenizer, "one two three four five six seven")
+    answer = Answer(runner, tokenizer, [1], stop=[" three"])
+    assert "".join(answer) == "one two" and answer.finish_reason == "stop"
+    assert runner.answers[0]["computed"] < len(tokenizer.encode("one two three four five six seven"))
+
+
+# History
+
+
+history = st.lists(st.tuples(st.text("xy 深", max_size=12), st.text("xy 深", max_size=12)), max_size=6)
+
+
+@given(history, st.integers(20, 120), st.integers(1, 40))
+def test_the_fewest_turns_are_dropped(tokenizer, history, seq_length, reserve):
+    def length(dropped):
+        messages = [{"role": "system", "content": "s"}]
+        for asked, answered in history[dropped:]:
+            messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        return len(tokenizer.chatml([*messages, {"role": "user", "content": "q"}]))
+
+    if length(len(history)) > seq_length:
+        with pytest.raises(UserError, match="tokens"):
+            fit_history(tokenizer, seq_length, "s", history, "q", reserve)
+        return
+    ids, dropped = fit_history(tokenizer, seq_length, "s", history, "q", reserve)
+    fitting = [n for n in range(len(history)) if length(n) + reserve <= seq_length]
+    assert dropped == (fitting[0] if fitting else len(history))
+    assert len(ids) == length(dropped) <= seq_length
+
+
+def test_turns_reach_the_model_in_order(tokenizer):
+    runner = runner_saying(tokenizer, "fine")
+    session = ChatSession(runner, tokenizer)
+    for question in ("how are you?", "and now?"):
+        assert "".join(session.ask(question)) == "fine"
+    expected = [
+        {"role": "system", "content": chat.SYSTEM_PROMPT},
+        {"role": "user", "content": "how are you?"},
+        {"role": "assistant", "content": "fine"},
+        {"role": "user", "content": "and now?"},
+    ]
+    assert runner.answers[1]["ids"] == tokenizer.chatml(expected)
+    assert session.notice is None
+
+
+def test_the_oldest_turns_are_dropped_and_it_says_so(tokenizer):
+    session = ChatSession(runner_saying(tokenizer, "a long answer " * 4), tokenizer, max_turns=50)
+    session.runner.seq_length = 120
+    for turn in range(4):
+        list(session.ask(f"question {turn}"))
+    assert session.dropped_turns >= 1
+    assert "oldest" in session.notice and "120" in session.notice
+    assert session.history[-1][0] == "question 3"
+    assert len(session.history) < 4
+
+
+def test_max_turns_limits_what_is_remembered(tokenizer):
+    session = ChatSession(runner_saying(tokenizer, "a"), tokenizer, max_turns=1)
+    for turn in range(3):
+        list(session.ask(f"question {turn}"))
+    assert session.dropped_turns == 1 and [question for question, _ in session.history] == ["question 1", "question 2"]
+
+
+def test_what_cannot_fit_alone_is_refused_with_both_numbers(tokenizer):
+    session = ChatSession(runner_saying(tokenizer, "a", seq_length=64), tokenizer)
+    list(session.ask("short"))
+    with pytest.raises(UserError, match=r"takes \d+ tokens .* 64 \(S\)"):
+        session.ask("very long " * 100)
+    assert len(session.history) == 1 and len(session.runner.answers) == 1
+
+
+@pytest.mark.parametrize("question", ["", "  \n"])
+def test_an_empty_question_is_refused(tokenizer, question):
+    with pytest.raises(UserError, match="empty"):
+        ChatSession(runner_saying(tokenizer, "a"), tokenizer).ask(question)
+
+
+def test_stop_keeps_what_was_said(tokenizer):
+    session = ChatSession(runner_saying(tokenizer, "one two three four"), tokenizer)
+    pieces = session.ask("count")
+    first = next(pieces)
+    session.stop()
+    rest = "".join(pieces)
+    assert rest == "" and session.last.finish_reason == "cancelled"
+    assert session.history == [("count", first)]
+    assert "".join(session.ask("again")) == "one two three four"
+
+
+def test_two_answers_at_once_are_refused(tokenizer):
+    session = ChatSession(runner_saying(tokenizer, "one two three"), tokenizer)
+    pieces = session.ask("count")
+    next(pieces)
+    with pytest.raises(UserError, match="still being answered"):
+        session.ask("more")
+    pieces.close()
+    assert "".join(session.ask("more")) == "one two three"
+
+
+def test_an_engine_that_fails_leaves_the_history_as_it_was(tokenizer):
+    session = ChatSession(runner_saying(tokenizer, "one two three", fail_after=2), tokenizer)
+    with pytest.raises(RuntimeError):
+        list(session.ask("count"))
+    assert session.history == []
+
+
+def test_clear_forgets(tokenizer):
+    session = ChatSession(runner_saying(tokenizer, "a"), tokenizer)
+    list(session.ask("b"))
+    session.clear()
+    assert session.history == []
+
+
+# Terminal
+
+
+def talk(session, lines, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    out = io.StringIO()
+    with redirect_stdout(out):
+        chat.talk(session, chat._Terminal())
+    return out.getvalue()
+
+
+def test_a_conversation_in_the_terminal(tokenizer, monkeypatch):
+    session = ChatSession(runner_saying(tokenizer, "fine [thanks]"), tokenizer)
+    out = talk(session, ["how are you?", "", "clear", "and now?", "exit", "never asked"], monkeypatch)
+    assert out.count("fine [thanks]") == 2
+    assert "question is empty" in out and "forgotten" in out
+    assert "first token" in out and "simulator wall time" in out and "memory" in out
+    assert [question for question, _ in session.history] == ["and now?"]
+
+
+def test_ctrl_c_stops_the_answer_not_the_program(tokenizer, monkeypatch):
+    presses = iter([False, False, True])
+
+    def reply(ids):
+        for token in tokenizer.encode("one two three four five six"):
+            if next(presses, False):
+                os.kill(os.getpid(), signal.SIGINT)
+            yield token
+
+    class Slow(FakeRunner):
+        def generate(self, ids, **settings):
+            for token in reply(ids):
+                if settings["should_stop"]():
+                    self.finish_reason = "cancelled"
+                    return
+                yield token
+            self.finish_reason = "stop"
+
+    session = ChatSession(Slow(reply), tokenizer)
+    out = talk(session, ["count", "again"], monkeypatch)
+    assert "(stopped)" in out and "one two three four five six" in out
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# Command line
+
+
+def test_json_needs_a_question(capsys):
+    from helpers.cli import main
+
+    assert main(["chat", "--model", "none.bmodel", "--json"]) == 2
+    assert "--question" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["x", "0,0", "-1", ""])
+def test_device_ids_that_are_none(text, capsys):
+    from helpers.cli import main
+
+    with pytest.raises(SystemExit):
+        main(["chat", "--model", "none.bmodel", f"--devid={text}"])
+    assert "--devid" in capsys.readouterr().err
+
+
+def test_device_ids():
+    assert chat.device_ids("2,3") == (2, 3)
+
+
+def test_what_libraries_print_does_not_reach_standard_output(tmp_path):
+    script = (
+        "import ctypes, json\nfrom helpers.chat import _stdout_to_stderr\n"
+        "with _stdout_to_stderr():\n    print('python'); ctypes.CDLL(None).puts(b'library')\nprint(json.dumps({}))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "{}\n" and "library" in done.stderr and "python" in done.stderr
+
+
+def test_chat_imports_without_torch_and_the_tool_chain():
+    absent = ["torch", "transformers", "onnx", "onnxruntime", "tpu_mlir", "rich", "fastapi", "IPython"]
+    script = (
+        f"import sys\nfor name in {absent}: sys.modules[name] = None\n"
+        "import helpers.chat as chat\nchat._Terminal().say('plain')\n"
+        f"chat.QwenTokenizer.open({str(TINY)!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "plain\n"), done.stderr
+
+
+def test_the_object_has_just_the_documented_keys(tokenizer):
+    runner = runner_saying(tokenizer, "fine")
+    answer = Answer(runner, tokenizer, [1])
+    list(answer)
+    value = json.loads(json.dumps(chat.answer_object(answer, runner.engine)))
+    assert sorted(value) == ["engine", "first_token_s", "kind", "text", "tokens", "tokens_per_s"]
+    assert value["kind"] == "simulator wall" and value["tokens"] == tokenizer.encode("fine")

@@ -1,0 +1,532 @@
+"""The service over a real socket, with a runner that blocks, fails and answers on demand."""
+
+import argparse
+import asyncio
+import contextlib
+import http.client
+import json
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from helpers.errors import UserError
+from helpers.service import add_arguments, is_loopback, listen
+from helpers.service_api import Settings, create_app
+from helpers.service_queue import ChipQueue
+from helpers.tokenizer import QwenTokenizer
+from tests.unit.fake_runner import FakeRunner
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTED = {
+    "question": "你知道深圳的历史吗?写一段小作文介绍下。",
+    "history": ["Hello, how are you?", "I am fine, thank you."],
+    "stream": False,
+}
+TEXT = "深圳 is a city 🙂, and BM1684X\na chip."
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return QwenTokenizer.open(ROOT / "models" / "tiny")
+
+
+class Service:
+    """A server in a thread; `runners` are the fakes that were opened so far."""
+
+    def __init__(self, tokenizer, runner, waiting=16, open_runner=None, **settings):
+        self.runners = []
+
+        def reopen():
+            self.runners.append((open_runner or (lambda: runner))())
+            return self.runners[-1]
+
+        self.queue = ChipQueue(reopen, tokenizer, waiting)
+        app = create_app(self.queue, self.queue.start(), Settings(model="tiny", system="", **settings))
+        self.socket = listen("127.0.0.1", 0)
+        self.port = self.socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
+        self.thread.start()
+        self.http = httpx.Client(base_url=self.url, timeout=30, trust_env=False, verify=False)
+        self.openai = openai.OpenAI(
+            base_url=f"{self.url}/v1",
+            api_key="none",
+            max_retries=0,
+            http_client=httpx.Client(trust_env=False, timeout=30, verify=False),
+        )
+
+    def close(self):
+        self.http.close()
+        self.openai.close()
+        self.server.should_exit = True
+        self.thread.join()
+        self.queue.close()
+        self.socket.close()
+
+    def wait_until(self, condition, seconds=10):
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, "it did not happen in time"
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def serve(tokenizer):
+    with contextlib.ExitStack() as stack:
+
+        def start(text=TEXT, waiting=16, open_runner=None, settings=None, **runner):
+            fake = FakeRunner(lambda ids: tokenizer.encode(text), **runner)
+            service = Service(tokenizer, fake, waiting, open_runner, **(settings or {}))
+            stack.callback(service.close)
+            return service
+
+        yield start
+
+
+def ask(content="hello", **more):
+    return {"model": "tiny", "messages": [{"role": "user", "content": content}], **more}
+
+
+def sse(response):
+    """Server-sent events as (name, data)."""
+    name, data = "message", []
+    for line in response.iter_lines():
+        if line.startswith("event: "):
+            name = line[7:]
+        elif line.startswith("data: ") or line == "data:":
+            data.append(line[6:])
+        elif not line and data:
+            yield name, "\n".join(data)
+            name, data = "message", []
+
+
+# The documented route
+
+
+def test_curl_with_the_documented_body(serve, tokenizer):
+    service = serve()
+    command = ["curl", "-sS", "--noproxy", "*", f"{service.url}/chat/completions", "-d", json.dumps(DOCUMENTED)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == {"data": TEXT}
+    assert service.runners[0].answers[0]["ids"] == tokenizer.chatml(
+        [
+            {"role": "user", "content": DOCUMENTED["history"][0]},
+            {"role": "assistant", "content": DOCUMENTED["history"][1]},
+            {"role": "user", "content": DOCUMENTED["question"]},
+        ]
+    )
+
+
+def test_the_documented_stream_is_cumulative_and_has_an_end(serve):
+    service = serve(step_s=0.01)
+    with service.http.stream("POST", "/chat/completions", json={**DOCUMENTED, "stream": True}) as response:
+        assert response.headers["content-type"].startswith("text/event-stream")
+        events = list(sse(response))
+    texts = [data for name, data in events if name == "message"]
+    assert len(texts) > 3 and texts[-1] == TEXT
+    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+    assert events[-1] == ("done", TEXT)
+
+
+@pytest.mark.parametrize("text", ["a", ""])
+def test_a_short_answer_is_not_null(serve, text):
+    service = serve(text)
+    assert service.http.post("/chat/completions", json={"question": "q"}).json() == {"data": text}
+    with service.http.stream("POST", "/chat/completions", json={"question": "q", "stream": True}) as response:
+        assert list(sse(response))[-1] == ("done", text)
+
+
+def test_long_histories_lose_their_oldest_turns_and_it_says_so(serve):
+    service = serve(seq_length=128)
+    history = ["a question of some length", "an answer of some length"] * 20
+    response = service.http.post("/chat/completions", json={"question": "q", "history": history})
+    assert response.json() == {"data": TEXT}
+    assert 10 < int(response.headers["X-Dropped-Turns"]) < 20
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "words"),
+    [
+        ({"question": "q", "history": ["one"]}, 400, "even"),
+        ({"question": " "}, 400, "empty"),
+        ({"question": "long " * 2000}, 400, "tokens"),
+        ({"history": []}, 422, "question"),
+        ({"question": 5}, 422, "question"),
+        ({"question": "q", "history": "no list"}, 422, "history"),
+        ({"question": "q", "history": ["a", 5]}, 422, "history.1"),
+        ([], 422, "object"),
+        (b"{", 400, "JSON"),
+        (b"", 400, "JSON"),
+        (b'{"question": "\xff"}', 400, "JSON"),
+        (b'{"question": "\\ud800"}', 400, "JSON"),
+        (b"[" * 100_000, 400, "JSON"),
+    ],
+)
+def test_a_documented_request_that_is_malformed(serve, body, status, words):
+    service = serve()
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    response = service.http.post("/chat/completions", content=content)
+    assert response.status_code == status
+    assert list(response.json()) == ["detail"] and words in response.json()["detail"]
+    assert service.runners[0].answers == []
+
+
+# The OpenAI-compatible routes
+
+
+def test_the_openai_client_holds_a_chat_of_two_turns(serve, tokenizer):
+    service = serve()
+    messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "one"}]
+    first = service.openai.chat.completions.create(model="tiny", messages=messages)
+    assert first.choices[0].message.content == TEXT and first.choices[0].finish_reason == "stop"
+    assert first.usage.prompt_tokens == len(tokenizer.chatml(messages))
+    assert first.usage.completion_tokens == len(tokenizer.encode(TEXT))
+    assert first.usage.total_tokens == first.usage.prompt_tokens + first.usage.completion_tokens
+    messages += [{"role": "assistant", "content": TEXT}, {"role": "user", "content": "two"}]
+    stream = service.openai.chat.completions.create(
+        model="tiny", messages=messages, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == TEXT
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-1].choices == [] and chunks[-1].usage.prompt_tokens == len(tokenizer.chatml(messages))
+    assert len({c.id for c in chunks}) == 1
+    assert service.runners[0].answers[1]["ids"] == tokenizer.chatml(messages)
+
+
+def test_the_stream_ends_with_done(serve):
+    service = serve()
+    with service.http.stream("POST", "/v1/chat/completions", json=ask(stream=True)) as response:
+        data = [data for _, data in sse(response)]
+    assert data[-1] == "[DONE]"
+    assert all("usage" not in json.loads(chunk) for chunk in data[:-1])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_limits_and_stop_strings(serve, stream):
+    service = serve("one two three four five")
+
+    def answer(**more):
+        made = service.openai.chat.completions.create(**ask(stream=stream, **more))
+        if not stream:
+            return made.choices[0].message.content, made.choices[0].finish_reason
+        chunks = [chunk.choices[0] for chunk in made]
+        return "".join(c.delta.content or "" for c in chunks), chunks[-1].finish_reason
+
+    assert answer(stop=[" three", "never"]) == ("one two", "stop")
+    text, reason = answer(max_tokens=2)
+    assert "one two three four five".startswith(text) and reason == "length"
+    assert answer(max_completion_tokens=2) == (text, reason)
+
+
+def test_sampling_parameters_reach_the_runner(serve):
+    service = serve()
+    create = service.openai.chat.completions.create
+    create(**ask())
+    create(**ask(temperature=0.7, top_p=0.5, seed=-3))
+    create(**ask(top_p=0.5, extra_body={"top_k": 7, "repetition_penalty": 1.1, "repetition_last_n": 5}))
+    greedy, drawn, extra = (answer["sampling"] for answer in service.runners[0].answers)
+    assert greedy.greedy
+    assert (drawn.temperature, drawn.top_p) == (0.7, 0.5) and drawn.seed >= 0
+    assert (extra.temperature, extra.top_k, extra.repetition_penalty, extra.repetition_last_n) == (1, 7, 1.1, 5)
+
+
+def test_models(serve):
+    service = serve()
+    assert [model.id for model in service.openai.models.list()] == ["tiny"]
+    assert service.openai.models.retrieve("tiny").id == "tiny"
+    with pytest.raises(openai.NotFoundError):
+        service.openai.models.retrieve("gpt")
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "code"),
+    [
+        ({"messages": []}, 422, "invalid_value"),
+        ({}, 422, "invalid_value"),
+        (ask(""), 400, "invalid_value"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, 400, "invalid_value"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, 422, "invalid_value"),
+        (ask([{"type": "image_url", "image_url": {"url": "x"}}]), 422, "invalid_value"),
+        (ask("long " * 2000), 400, "context_length_exceeded"),
+        (ask(temperature=-1), 422, "invalid_value"),
+        (ask(temperature="hot"), 422, "invalid_value"),
+        (ask(top_p=0), 422, "invalid_value"),
+        (ask(top_k=51), 400, "invalid_value"),
+        (ask(repetition_last_n=0), 400, "invalid_value"),
+        (ask(max_tokens=0), 422, "invalid_value"),
+        (ask(n=2), 422, "invalid_value"),
+        (ask(logprobs=True), 422, "invalid_value"),
+        (ask(frequency_penalty=0.5), 422, "invalid_value"),
+        (ask(tools=[{"type": "function"}]), 422, "invalid_value"),
+        (ask(response_format={"type": "json_object"}), 400, "unsupported_value"),
+        (ask() | {"model": "gpt"}, 404, "model_not_found"),
+        (b'{"messages": [{"role": "user", "content": "q"}], "temperature": NaN}', 422, "invalid_value"),
+        (b"nonsense", 400, "invalid_json"),
+    ],
+)
+def test_an_openai_request_that_is_malformed(serve, body, status, code):
+    service = serve()
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    response = service.http.post("/v1/chat/completions", content=content)
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert sorted(error) == ["code", "message", "param", "type"] and error["code"] == code
+    assert service.runners[0].answers == []
+
+
+def test_neutral_values_and_fields_of_other_makes_are_taken(serve):
+    service = serve()
+    body = ask(
+        n=1, frequency_penalty=0, presence_penalty=0.0, logit_bias={}, tools=[], logprobs=False, user="somebody",
+        response_format={"type": "text"}, stop=None,
+    )  # fmt: skip
+    body["messages"].insert(0, {"role": "developer", "content": [{"type": "text", "text": "be kind"}]})
+    assert service.http.post("/v1/chat/completions", json=body).status_code == 200
+
+
+def test_drawing_without_the_net_for_it_is_refused(serve):
+    service = serve(can_sample=False)
+    response = service.http.post("/v1/chat/completions", json=ask(temperature=1))
+    assert response.status_code == 400 and "penalty_sample_head" in response.json()["error"]["message"]
+    assert service.http.post("/v1/chat/completions", json=ask()).status_code == 200
+
+
+def test_what_is_not_there(serve):
+    service = serve()
+    assert service.http.get("/nowhere").json() == {"detail": "GET /nowhere: Not Found."}
+    assert service.http.get("/v1/chat/completions").status_code == 405
+    assert "error" in service.http.get("/v1/nowhere").json()
+
+
+# Keys and sizes
+
+
+def test_the_api_key(serve):
+    service = serve(settings={"api_key": "gehéim"})
+    for path, body in (("/v1/chat/completions", ask()), ("/chat/completions", {"question": "q"})):
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic gehéim".encode()}):
+            response = service.http.post(path, json=body, headers=headers)
+            assert response.status_code == 401 and response.headers["WWW-Authenticate"] == "Bearer"
+        good = {"Authorization": "Bearer gehéim".encode("latin-1")}
+        assert service.http.post(path, json=body, headers=good).status_code == 200
+    assert service.http.get("/v1/models").status_code == 401
+    assert service.http.get("/health").status_code == 200
+    assert service.http.get("/").status_code == 200
+    with pytest.raises(openai.AuthenticationError):
+        service.openai.models.list()
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_request_that_is_too_long(serve, chunked):
+    service = serve(settings={"max_body_bytes": 10_000})
+    body = json.dumps({"question": "x" * 5_000_000}).encode()
+    pieces = (body[i : i + 65536] for i in range(0, len(body), 65536))
+    response = service.http.post("/chat/completions", content=pieces if chunked else body)
+    assert response.status_code == 413 and "10000" in response.json()["detail"]
+    assert service.http.post("/chat/completions", json={"question": "q"}).status_code == 200
+
+
+def test_only_this_machine_unless_told_otherwise():
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    with listen(parser.parse_args(["--model", "m"]).host, 0) as bound:
+        assert is_loopback(bound)
+        with pytest.raises(UserError, match="port"):
+            listen("127.0.0.1", bound.getsockname()[1])
+    with listen("0.0.0.0", 0) as bound:
+        assert not is_loopback(bound)
+
+
+# One chip, many clients
+
+
+def test_the_event_loop_never_waits_for_the_chip(serve):
+    service = serve(step_s=0.5)
+    with service.http.stream("POST", "/v1/chat/completions", json=ask(stream=True)):
+        started = time.monotonic()
+        for _ in range(20):
+            assert service.http.get("/health").json()["busy"]
+        assert time.monotonic() - started < 0.45
+
+
+def test_one_request_at_a_time_in_order(serve):
+    service = serve(step_s=0.005)
+    order = []
+
+    async def run():
+        async with httpx.AsyncClient(base_url=service.url, timeout=30, trust_env=False, verify=False) as client:
+
+            async def one(k):
+                await asyncio.sleep(0.02 * k)
+                await client.post("/chat/completions", json={"question": f"question {k}"})
+                order.append(k)
+
+            await asyncio.gather(*(one(k) for k in range(6)))
+
+    asyncio.run(run())
+    assert order == list(range(6))
+    assert [answer["computed"] for answer in service.runners[0].answers] == [len(service.runners[0].reply([])) + 1] * 6
+
+
+def test_a_thousand_requests_at_once(serve):
+    service = serve("a", waiting=7, step_s=0.02)
+    body = json.dumps(ask()).encode()
+    request = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
+
+    async def one():
+        reader, writer = await asyncio.open_connection("127.0.0.1", service.port)
+        writer.write(request % (len(body), body))
+        response = await reader.read()
+        writer.close()
+        return response.decode()
+
+    async def all_of_them():
+        return await asyncio.gather(*(one() for _ in range(1000)))
+
+    responses = asyncio.run(all_of_them())
+    answered = [r for r in responses if r.startswith("HTTP/1.1 200 ")]
+    refused = [r for r in responses if r.startswith("HTTP/1.1 429 ")]
+    assert len(answered) + len(refused) == 1000
+    assert len(answered) == len(service.runners[0].answers) >= 8
+    assert all('"finish_reason":"stop"' in response for response in answered)
+    assert all("rate_limit_error" in response and "retry-after: " in response.lower() for response in refused)
+    assert service.http.get("/health").json()["waiting"] == 0
+
+
+def test_the_openai_client_sees_a_full_queue_as_a_rate_limit(serve):
+    service = serve(waiting=0, step_s=0.2)
+    with service.http.stream("POST", "/v1/chat/completions", json=ask(stream=True)):
+        with pytest.raises(openai.RateLimitError, match="waiting"):
+            service.openai.chat.completions.create(**ask())
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_the_chip(serve, stream):
+    service = serve("word " * 200, step_s=0.02)
+    with contextlib.suppress(httpx.ReadTimeout):
+        with service.http.stream("POST", "/v1/chat/completions", json=ask(stream=stream), timeout=0.3) as response:
+            for _ in zip(range(5), response.iter_lines(), strict=False):
+                pass
+    service.wait_until(lambda: not service.queue.busy, 2)
+    assert 0 < service.runners[0].answers[0]["computed"] < 150
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_the_queue_is_never_answered(serve, stream):
+    service = serve("word " * 20, step_s=0.05)
+    with service.http.stream("POST", "/v1/chat/completions", json=ask("first", stream=True)):
+        with contextlib.suppress(httpx.ReadTimeout):
+            service.http.post("/v1/chat/completions", json=ask("second", stream=stream), timeout=0.2)
+        service.wait_until(lambda: service.queue.waiting == 0, 2)
+        assert service.queue.busy
+    assert len(service.runners[0].answers) == 1
+
+
+def test_a_slow_reader_does_not_hold_the_chip(serve):
+    # Cumulative events of this answer are far more than sockets hold.
+    service = serve("word " * 4000, seq_length=10_000)
+    body = json.dumps({"question": "q", "stream": True}).encode()
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        slow.connect(("127.0.0.1", service.port))
+        slow.sendall(b"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        service.wait_until(lambda: service.runners[0].answers)
+        started = time.monotonic()
+        assert service.http.post("/v1/chat/completions", json=ask(max_tokens=2)).status_code == 200
+        assert time.monotonic() - started < 5
+        # It reads slowly, but it gets the whole answer in the end.
+        slow.settimeout(10)
+        response = http.client.HTTPResponse(slow)
+        response.begin()
+        *_, last, end = response.read().decode().split("\n\n")
+        assert last == f"event: done\ndata: {'word ' * 4000}" and end == ""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_time_limit_in_the_queue(serve, stream):
+    service = serve(step_s=2, settings={"time_limit_s": 1})
+    first = threading.Thread(target=service.http.post, args=("/v1/chat/completions",), kwargs={"json": ask()})
+    first.start()
+    service.wait_until(lambda: service.queue.busy)
+    response = service.http.post("/v1/chat/completions", json=ask(stream=stream))
+    assert response.status_code == 504 and "queue" in response.json()["error"]["message"]
+    assert response.elapsed.total_seconds() < 1.9
+    first.join()
+    assert len(service.runners[0].answers) == 1
+
+
+def test_the_time_limit_before_the_first_token(serve):
+    service = serve(step_s=2, settings={"time_limit_s": 1})
+    response = service.http.post("/chat/completions", json={"question": "q"})
+    assert response.status_code == 504 and "first token" in response.json()["detail"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_time_limit_cuts_an_answer(serve, stream):
+    service = serve("word " * 200, step_s=0.05, settings={"time_limit_s": 1})
+    made = service.openai.chat.completions.create(**ask(stream=stream))
+    last = list(made)[-1].choices[0] if stream else made.choices[0]
+    assert last.finish_reason == "length"
+    service.wait_until(lambda: not service.queue.busy, 1)
+
+
+# An engine that dies
+
+
+def test_an_engine_that_dies_is_opened_again(serve, tokenizer):
+    def fake(**settings):
+        return FakeRunner(lambda ids: tokenizer.encode("one two three four"), step_s=0.05, **settings)
+
+    fresh = iter([fake(fail_after=0), fake(fail_after=3), fake(fail_after=3), fake()])
+    service = serve(open_runner=lambda: next(fresh))
+    response = service.http.post("/v1/chat/completions", json=ask())
+    assert response.status_code == 503 and "process died" in response.json()["error"]["message"]
+    stream = service.openai.chat.completions.create(**ask(stream=True))
+    with pytest.raises(openai.APIError, match="process died"):
+        list(stream)
+    with service.http.stream("POST", "/chat/completions", json={"question": "q", "stream": True}) as response:
+        name, data = list(sse(response))[-1]
+        assert name == "error" and "process died" in data
+    assert service.http.post("/v1/chat/completions", json=ask()).status_code == 200
+    assert service.http.get("/health").json()["status"] == "ok"
+
+
+def test_an_engine_that_cannot_be_opened_again(serve, tokenizer, monkeypatch):
+    monkeypatch.setattr("helpers.service_queue.REOPEN_AFTER_S", 0.5)
+    broken = [False]
+
+    def open_runner():
+        if broken[0]:
+            raise UserError("no such chip")
+        return FakeRunner(lambda ids: tokenizer.encode("one"), fail_after=0 if not service_started else None)
+
+    service_started = []
+    service = serve(open_runner=open_runner)
+    service_started.append(True)
+    broken[0] = True
+    assert service.http.post("/v1/chat/completions", json=ask()).status_code == 503
+    service.wait_until(lambda: service.http.get("/health").status_code == 503)
+    assert "no such chip" in service.http.get("/health").json()["failure"]
+    assert "no such chip" in service.http.post("/v1/chat/completions", json=ask()).json()["error"]["message"]
+    broken[0] = False
+    time.sleep(0.6)
+    assert service.http.post("/v1/chat/completions", json=ask()).status_code == 200
+    assert service.http.get("/health").status_code == 200
+
+
+def test_a_model_that_cannot_be_opened_ends_the_start(tokenizer):
+    def open_runner():
+        raise UserError("no such bmodel")
+
+    with pytest.raises(UserError, match="no such bmodel"):
+        ChipQueue(open_runner, tokenizer, 1).start()
