@@ -372,7 +372,7 @@ def export(
     model_path: str | Path,
     out: str | Path,
     seq_length: int,
-    progress: Callable | None = None,
+    log: Callable[[str], None] = artefacts.log,
 ) -> Path:
     """Export all nets of a patched checkpoint for sequence length S to `out`/<net>.onnx.
 
@@ -391,11 +391,11 @@ def export(
     patching.require_patched(checkpoint.path)
     trained = patching.trained_seq_length(checkpoint.path)
     if seq_length > trained:
-        artefacts.log(
+        log(
             f"warning: seq_length {seq_length} is more than the {trained} this model was trained for; beyond that "
             "Qwen scales its rotary embedding, which these nets do not: expect worse answers there."
         )
-    artefacts.log(check_room(checkpoint, out))
+    log(check_room(checkpoint, out))
     code = {
         name: artefacts.sha256_file(checkpoint.path / name)
         for name in ("config.json", "modeling_qwen.py", "configuration_qwen.py")
@@ -406,7 +406,7 @@ def export(
     traced: dict[str, tuple] = {}
     groups = net_groups(checkpoint.layers)
     out.mkdir(parents=True, exist_ok=True)
-    for group, nets in (progress or tqdm)(groups.items(), desc="export", unit="net group", total=len(groups)):
+    for group, nets in tqdm(groups.items(), desc="export", unit="net group"):
         prefixes = checkpoint_prefixes(group)
         inputs = code | {prefix: checkpoint.digest(prefix) for prefix in prefixes}
         artefact = out / f"{group}.onnx"

@@ -1,0 +1,33 @@
+"""Tables for people: Markdown in a notebook."""
+
+from collections.abc import Iterable, Mapping
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def markdown(rows: Iterable[Mapping[str, object]]) -> str:
+    """Rows of equal keys as a Markdown table; numbers to the right, floats with four digits.
+
+    Raises ValueError where there is no row.
+    """
+    rows = list(rows)
+    if not rows:
+        raise ValueError("a table needs a row")
+    names = list(rows[0])
+    numeric = [all(isinstance(row[name], int | float) for row in rows) for name in names]
+    lines = [names, ["---:" if right else "---" for right in numeric]]
+    lines += [[_cell(row[name]) for name in names] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def show(rows: Iterable[Mapping[str, object]]) -> None:
+    """Display rows as a table in a notebook."""
+    from IPython.display import Markdown, display
+
+    display(Markdown(markdown(rows)))
