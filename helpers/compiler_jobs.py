@@ -1,0 +1,248 @@
+"""Jobs of the compiler: one net each, as a plain function of plain data, so that any executor can run them.
+
+Locally that is a pool of threads; with a Dask scheduler, its workers. Either way each machine has one compiler server
+and one account of its free memory.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import re
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+
+from helpers import artefacts
+from helpers.compiler_profile import PROFILE, read_profile
+from helpers.compiler_server import CompilerServer
+from helpers.errors import UserError
+
+# Peak memory of one net, from measurements (benchmarks/compile_vs_documented.py): 3.1 GB for the 810 MB of a Qwen-7B
+# block. The base is the front end's own.
+BASE_MEMORY = 600_000_000
+MEMORY_PER_WEIGHT_BYTE = 4.0
+# Left to everything else on the machine.
+MEMORY_SHARE = 0.9
+RESULT = "result.json"
+
+
+def needed_memory(weights_bytes: int) -> int:
+    """Bytes of memory that compiling a net takes at its peak. weights_bytes: size of its ONNX with its weights."""
+    return int(BASE_MEMORY + MEMORY_PER_WEIGHT_BYTE * weights_bytes)
+
+
+def memory_budget() -> int:
+    """Bytes of memory that nets may take together: most of what could be used now without swapping."""
+    import psutil
+
+    return int(MEMORY_SHARE * psutil.virtual_memory().available)
+
+
+class MemoryGate:
+    """Lets as many jobs run as fit into a budget of memory, in bytes. Jobs that come first go first where they fit."""
+
+    def __init__(self, budget: int):
+        self.budget = budget
+        self._used = 0
+        self._changed = threading.Condition()
+        self._closed = False
+
+    @contextlib.contextmanager
+    def room_for(self, need: int) -> Iterator[None]:
+        """Wait until `need` fits beside what runs. Raises UserError where it never will, or the gate was closed."""
+        if need > self.budget:
+            raise UserError(
+                f"This net needs {need / 1e9:.1f} GB of memory to compile, {self.budget / 1e9:.1f} GB are free: close "
+                "other programs, add swap, or compile on a larger machine (--scheduler)."
+            )
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._used + need <= self.budget)
+            if self._closed:
+                raise UserError("The compile was ended before this net began.")
+            self._used += need
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= need
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+class _Machine:
+    """What the jobs of one process share: the server, started when first needed, and the gate."""
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._server: CompilerServer | None = None
+        self._gate: MemoryGate | None = None
+        self._digests: dict[tuple, str] = {}
+
+    def server(self) -> CompilerServer:
+        with self._lock:
+            if self._server is None or not self._server.alive:
+                self._server = CompilerServer()
+            return self._server
+
+    def gate(self) -> MemoryGate:
+        with self._lock:
+            if self._gate is None:
+                self._gate = MemoryGate(memory_budget())
+            return self._gate
+
+    def measure(self) -> None:
+        """Look at the free memory anew, before a compile: nothing of this process runs."""
+        with self._lock:
+            self._gate = None
+
+    def digest(self, path: Path) -> str:
+        """SHA-256 of a file, computed once while it does not change: blocks share their weights."""
+        state = path.stat()
+        key = (str(path), state.st_size, state.st_mtime_ns, state.st_ino)
+        if key not in self._digests:
+            self._digests[key] = artefacts.sha256_file(path)
+        return self._digests[key]
+
+    def close(self) -> None:
+        with self._lock:
+            if self._gate is not None:
+                self._gate.close()
+            if self._server is not None:
+                self._server.close()
+            self._server = self._gate = None
+
+
+machine = _Machine()
+atexit.register(machine.close)
+
+
+def compile_net(task: dict) -> dict:
+    """Compile one net if it is not there already, made from the same inputs and settings; return its record.
+
+    task: net, onnx and files (paths of the ONNX file and of its outside weights), recorded {file name: sha256 that
+    the export wrote down}, folder (of all nets of this mode), settings (helpers.compiler_worker), memory (bytes),
+    threads. Returns {net, bmodel, sha256, bytes, cycles, ms, ddr_bw, flops, seconds, made: bool}; the figures of the
+    profile are None where the net is dynamic.
+    Raises UserError with the net's own error and the path of its log.
+    """
+    net, folder = task["net"], Path(task["folder"])
+    inputs = {}
+    for path in map(Path, task["files"]):
+        inputs[path.name] = machine.digest(path)
+        recorded = task["recorded"].get(path.name)
+        if recorded and recorded != inputs[path.name]:
+            raise UserError(
+                f"{path} is not what the export wrote (its SHA-256 differs): export again with `python -m helpers "
+                "export`, which makes just the damaged files anew."
+            )
+    artefact = folder / net
+    made = not artefacts.up_to_date(artefact, inputs, task["settings"])
+    if made:
+        _build(task, artefact, inputs)
+    record = artefacts.read_manifest(artefact)
+    bmodel = f"{net}.bmodel"
+    return {
+        "net": net,
+        "bmodel": str(artefact / bmodel),
+        "sha256": record["outputs"][bmodel]["sha256"],
+        "bytes": record["outputs"][bmodel]["bytes"],
+        "seconds": record["seconds"],
+        "made": made,
+        **{key: (record["profile"] or {}).get(key) for key in ("cycles", "ms", "ddr_bw", "flops")},
+    }
+
+
+def _build(task: dict, artefact: Path, inputs: dict) -> None:
+    net = task["net"]
+    log = artefact.with_name(f"{net}.log")
+    extra: dict = {}
+    server = machine.server()
+    with (
+        machine.gate().room_for(task["memory"]),
+        artefacts.building(
+            artefact, kind="net", inputs=inputs, settings=task["settings"], extra=extra
+        ) as partial,
+    ):
+        partial.mkdir()
+        job = {key: task[key] for key in ("net", "onnx", "settings", "threads")}
+        status = server.run(job | {"work": str(partial), "log": str(log)})
+        if status:
+            text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+            raise UserError(f"{net} did not compile: {own_error(text, status)} (its log is {log})")
+        result = partial / RESULT
+        extra.update(json.loads(result.read_text(encoding="utf-8")))
+        result.unlink()
+        # The compiler has no cycle model for nets whose shapes it does not know.
+        extra["profile"] = read_profile(partial / PROFILE) if (partial / PROFILE).exists() else None
+
+
+_NOISE = re.compile(r"#\d|PLEASE submit|Stack dump|\d+\.\s+Program arguments|\[Running\]|\[ *\]|\S+ was ended by")
+_ERROR = re.compile(
+    r"error|assert|unreachable|abort|terminate|not support|unsupport|failed|exception|ended by SIG", re.IGNORECASE
+)
+_EXCEPTION = re.compile(r"^\w[\w.]*(Error|Exception|Interrupt)\b.*")
+
+
+def own_error(log: str, status: int) -> str:
+    """The line of a net's log that says why it failed. status: its exit status, negative for a signal."""
+    lines = [re.split(r"\r|\x08", line)[-1].strip() for line in log.splitlines()]
+    lines = [line for line in lines if line and not _NOISE.match(line)]
+    exceptions = [line for line in lines if _EXCEPTION.match(line)]
+    ours = [line for line in lines if line.startswith("error: ")]
+    telling = [line for line in lines if _ERROR.search(line)]
+    if ours:
+        return ours[-1].removeprefix("error: ")[:500]
+    if exceptions:
+        return exceptions[-1][:500]
+    if telling:
+        return telling[0][:500]
+    how = f"status {status}" if status > 0 else f"signal {-status}"
+    return f"it ended with {how}" + (f" after: {lines[-1][:300]}" if lines else " and said nothing")
+
+
+@contextlib.contextmanager
+def executor(jobs: int, scheduler: str | None = None) -> Iterator[Executor]:
+    """A concurrent.futures executor: `jobs` threads here, or the workers of the Dask cluster at an address.
+
+    Workers and this machine must see the same folders under the same paths.
+    Raises UserError where no scheduler answers at the address.
+    """
+    if scheduler is None:
+        machine.measure()
+        pool = ThreadPoolExecutor(jobs, thread_name_prefix="compile")
+        try:
+            yield pool
+        except BaseException:
+            # Ctrl-C or a net that failed: nothing goes on in the background.
+            pool.shutdown(wait=False, cancel_futures=True)
+            machine.close()
+            raise
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+        return
+    from distributed import Client
+
+    try:
+        client = Client(scheduler, timeout="10s", set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"No Dask scheduler answers at {scheduler} ({error}): start one with `dask scheduler` and workers with "
+            "`dask worker ADDRESS` in the same environment, or leave --scheduler out."
+        ) from error
+    with client:
+        pool = client.get_executor()
+        try:
+            yield pool
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,306 @@
+"""What happens to one net inside a fork of the compiler server: ONNX to MLIR to a bmodel of one net.
+
+Only that process imports TPU-MLIR. Everything is written to the job's own folder: the tools use fixed names in the
+current one.
+"""
+
+import json
+import os
+import re
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from helpers.compiler_profile import PROFILE
+from helpers.compiler_server import die_with_parent
+from helpers.errors import UserError
+
+CHIP = "bm1684x"
+# Tensors from this size on bypass the ONNX simplifier: it copies them many times over and looks at none.
+BYPASS_BYTES = 1 << 16
+RESULT = "result.json"
+
+
+def preload() -> None:
+    """Import what every net needs. The server forks after this, so no thread may be left running."""
+    import tpu_mlir  # noqa: F401  puts the wheel's folders on sys.path and the tools on the PATH
+
+    # isort: split
+    import onnx  # noqa: F401
+    from transform import OnnxConverter  # noqa: F401
+
+
+def compile_net(job: dict) -> None:
+    """Compile one net in the folder job["work"]; leaves <net>.bmodel, the compiler's profile and result.json.
+
+    job: net, onnx (path), work, log, and settings {quantize, q_group_size, quant_input, quant_output, num_device,
+    addr_mode, dynamic, merge_cache}. Raises UserError or RuntimeError; what the tools say goes to standard output.
+    """
+    net, settings, work = job["net"], job["settings"], Path(job["work"])
+    os.chdir(work)
+    started = time.monotonic()
+    # In a process of its own, so that its memory is given back before the compiler takes its own.
+    transform_bytes = _in_child(lambda: transform(net, job["onnx"]))
+    mlir = work / f"{net}.mlir"
+    merged = 0
+    if settings["merge_cache"]:
+        text, merged = merge_cache_concats(mlir.read_text(encoding="utf-8"))
+        mlir.write_text(text, encoding="utf-8")
+    transformed = time.monotonic()
+    bmodel = work / f"{net}.bmodel"
+    deploy_bytes = _run_tool(compiler_command(mlir.name, bmodel.name, settings))
+    if not bmodel.is_file() or not bmodel.stat().st_size:
+        raise RuntimeError("error: the compiler ended without an error and without a bmodel")
+    result = {
+        "merged_concats": merged,
+        "transform_s": round(transformed - started, 3),
+        "deploy_s": round(time.monotonic() - transformed, 3),
+        "peak_bytes": max(transform_bytes, deploy_bytes),
+    }
+    keep = {bmodel.name, PROFILE, mlir.name}
+    for path in work.iterdir():
+        if path.is_file() and path.name not in keep:
+            path.unlink()
+    (work / RESULT).write_text(json.dumps(result), encoding="utf-8")
+
+
+def _in_child(function) -> int:
+    """Run a function in a fork and return its peak memory in bytes. Raises RuntimeError where it failed."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            die_with_parent()
+            function()
+            status = 0
+        except UserError as error:
+            print(f"error: {error}", flush=True)
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    _, status, usage = os.wait4(pid, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        print(f"error: the transform was ended by {signal.Signals(-code).name}", flush=True)
+    if code:
+        # Its own message is in the log already.
+        os._exit(1)
+    return usage.ru_maxrss * 1024
+
+
+def _run_tool(command: list[str]) -> int:
+    """Run a program of the wheel; its peak memory in bytes. Raises RuntimeError naming how it ended."""
+    print("[Running]:", shlex.join(command), flush=True)
+    process = subprocess.run(command, preexec_fn=die_with_parent, check=False)
+    if process.returncode < 0:
+        # The program's own last words are above in the log.
+        print(f"{command[0]} was ended by {signal.Signals(-process.returncode).name}", flush=True)
+    if process.returncode:
+        os._exit(1)
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
+
+
+def transform(net: str, path: str) -> None:
+    """ONNX file -> <net>.mlir (top dialect, before any optimisation) and its weights as .npz, in the current folder.
+
+    Raises UserError where the file is not an ONNX net that the front end can read.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+    from transform import OnnxConverter as front_end
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise UserError(f"{path} is not a readable ONNX file ({error}): export it again.") from None
+    weights = take_weights(model, Path(path).parent)
+    # The optimised ONNX is saved for debugging only, in gigabytes.
+    front_end.onnx.save = lambda *args, **kwargs: None
+    front_end.ConstantFolding = _folding_class(front_end.ConstantFolding)
+    converter = _converter_class(front_end.OnnxConverter)(net, model, weights)
+    converter.generate_mlir(f"{net}.mlir")
+
+
+def take_weights(model, folder: Path) -> dict:
+    """Take the large float32 tensors out of an onnx.ModelProto, leave the small ones in it with their data.
+
+    Returns name to numpy array, memory-mapped where the tensor was stored outside of the file.
+    Raises UserError where an external file is missing or too short.
+    """
+    import numpy as np
+    from onnx import TensorProto, external_data_helper, numpy_helper
+
+    def array_of(tensor):
+        if not external_data_helper.uses_external_data(tensor):
+            return numpy_helper.to_array(tensor)
+        info = external_data_helper.ExternalDataInfo(tensor)
+        path = folder / info.location
+        try:
+            return np.memmap(path, "<f4", "r", info.offset or 0, tuple(tensor.dims))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"The weights of {tensor.name} cannot be read from {path} ({error}): export the net again."
+            ) from None
+
+    weights, rest = {}, []
+    for tensor in model.graph.initializer:
+        if tensor.data_type != TensorProto.FLOAT:
+            if external_data_helper.uses_external_data(tensor):
+                external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+            rest.append(tensor)
+            continue
+        array = array_of(tensor)
+        if array.ndim > 1 and array.nbytes >= BYPASS_BYTES:
+            weights[tensor.name] = array
+        else:
+            rest.append(numpy_helper.from_array(np.ascontiguousarray(array), tensor.name))
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(rest)
+    return weights
+
+
+def _converter_class(front_end):
+    """The wheel's OnnxConverter, whose simplifier is not shown the large weights."""
+    import numpy as np
+    from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+    class Converter(front_end):
+        def __init__(self, net: str, model, weights: dict):
+            self.large = weights
+            super().__init__(net, model, [], [], "", {}, True, dump_final_opt=False)
+
+        def model_simplify(self, input_shapes=()):
+            untouched = ModelProto()
+            untouched.CopyFrom(self.model)
+            for name, array in self.large.items():
+                self.model.graph.input.append(
+                    helper.make_tensor_value_info(name, TensorProto.FLOAT, array.shape)
+                )
+            super().model_simplify(list(input_shapes))
+            if not self._fold_transposes():
+                # Something else is computed from weights alone: let the simplifier see them all.
+                self.model = untouched
+                self._attach(self.large)
+                super().model_simplify(list(input_shapes))
+
+        def _fold_transposes(self) -> bool:
+            graph = self.model.graph
+            inputs = [value for value in graph.input if value.name not in self.large]
+            constants = {tensor.name for tensor in graph.initializer} | set(self.large)
+            attached, nodes = dict(self.large), []
+            for node in graph.node:
+                if node.op_type == "Transpose" and node.input[0] in attached:
+                    perm = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
+                    attached[node.output[0]] = np.transpose(attached[node.input[0]], perm)
+                    constants.add(node.output[0])
+                elif node.input and all(name in constants for name in node.input):
+                    return False
+                else:
+                    nodes.append(node)
+            used = {name for node in nodes for name in node.input}
+            del graph.input[:]
+            graph.input.extend(inputs)
+            del graph.node[:]
+            graph.node.extend(nodes)
+            self._attach({name: array for name, array in attached.items() if name in used})
+            return True
+
+        def _attach(self, arrays: dict) -> None:
+            for name, array in arrays.items():
+                tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)
+                self.model.graph.initializer.append(tensor)
+
+    return Converter
+
+
+def _folding_class(folding):
+    """The wheel's ConstantFolding, which runs the whole net on random inputs to fold its constants, without that."""
+    import numpy as np
+    import onnxruntime
+    from onnx import ModelProto, ValueInfoProto
+
+    class Folding(folding):
+        def generate_specific_rand_input(self, input_shapes):
+            types = {name: self.get_np_type_from_elem_type(self.get_elem_type(name)) for name in input_shapes}
+            return {name: np.zeros(shape, types[name]) for name, shape in input_shapes.items()}
+
+        def forward_for_node_outputs(self, const_nodes):
+            if any(node.op_type == "Shape" for node in const_nodes):
+                return super().forward_for_node_outputs(const_nodes)
+            model = ModelProto()
+            model.CopyFrom(self.model)
+            graph = model.graph
+            wanted = [name for node in const_nodes for name in node.output]
+            constants = [node for node in graph.node if node.op_type == "Constant"]
+            for field in (graph.node, graph.input, graph.output):
+                del field[:]
+            graph.node.extend([*constants, *const_nodes])
+            graph.output.extend(ValueInfoProto(name=name) for name in wanted)
+            session = onnxruntime.InferenceSession(
+                model.SerializeToString(), providers=["CPUExecutionProvider"]
+            )
+            return dict(zip(wanted, session.run(wanted, {}), strict=True))
+
+    return Folding
+
+
+_CONCAT = re.compile(r'^\s*%\d+ = "top\.Concat"\((%\d+), (%\d+)\) \{axis = 1 : si32,.*$', re.MULTILINE)
+
+
+def merge_cache_concats(mlir: str) -> tuple[str, int]:
+    """Mark the concatenations of past and new row `only_merge`: placed side by side in memory, not copied.
+
+    mlir: a block_cache in the top dialect. A concatenation qualifies if it has two operands, runs along axis 1,
+    its first operand is an input of the net that nothing else uses, and it is no output of the net itself.
+    Returns the text and how many were marked.
+    """
+    inputs = set(re.findall(r'^\s*(%\d+) = "top\.Input"', mlir, re.MULTILINE))
+    returned = set(re.findall(r"%\d+", "".join(re.findall(r"^\s*return (.*?):", mlir, re.MULTILINE))))
+    marked = 0
+
+    def mark(match: re.Match) -> str:
+        nonlocal marked
+        line, past = match[0], match[1]
+        result = line.split("=")[0].strip()
+        uses = len(re.findall(re.escape(past) + r"\b", mlir)) - 1
+        if past not in inputs or uses != 1 or result in returned or "only_merge = false" not in line:
+            return line
+        marked += 1
+        return line.replace("only_merge = false", "only_merge = true")
+
+    return _CONCAT.sub(mark, mlir), marked
+
+
+def compiler_command(mlir: str, bmodel: str, settings: dict) -> list[str]:
+    """One tpuc-opt call with all the passes of model_transform.py and model_deploy.py, as the wheel defines them."""
+    from tpu_mlir.python.utils import mlir_shell
+
+    quantize = settings["quantize"].lower()
+    net = mlir.removesuffix(".mlir")
+    options = [
+        *mlir_shell.top_opt_options(),
+        *mlir_shell.lowering_options(
+            quantize,
+            CHIP,
+            num_device=settings["num_device"],
+            num_core=1,
+            weight_name=f"{net}_{CHIP}_{quantize}_tpu_weights.npz",
+            q_group_size=settings["q_group_size"],
+            addr_mode=settings["addr_mode"],
+        ),
+        *mlir_shell.tpu_opt_options(settings["quant_input"], settings["quant_output"]),
+        *mlir_shell.tpu_ada_options(dynamic=settings["dynamic"], enable_affine=True),
+        *mlir_shell.codegen_options(bmodel, model_version="latest"),
+    ]
+    return ["tpuc-opt", mlir, *shlex.split(" ".join(options)), "-o", os.devnull]
