@@ -1,0 +1,89 @@
+"""The real chain on the embedded model, made once and kept in out/tests: tests ask for the artefact they need.
+
+Nothing here is mocked. A second run finds the artefacts up to date, by their manifests.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = ROOT / "models" / "tiny"
+WORK = ROOT / "out" / "tests"
+SEQ_LENGTH = 256
+
+os.chdir(ROOT)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    """The embedded checkpoint, unpatched."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def demo_questions() -> list[str]:
+    entries = json.loads((TINY / "demo_questions.json").read_text(encoding="utf-8"))
+    return [entry["question"] for entry in entries]
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    from helpers.tokenizer import QwenTokenizer
+
+    return QwenTokenizer.open(TINY)
+
+
+@pytest.fixture(scope="session")
+def chat_prompt(tokenizer):
+    """question -> ids of the ChatML prompt with the usual system text."""
+
+    def prompt(question: str) -> list[int]:
+        system = {"role": "system", "content": "You are a helpful assistant."}
+        return tokenizer.chatml([system, {"role": "user", "content": question}])
+
+    return prompt
+
+
+@pytest.fixture(scope="session")
+def stop_ids(tokenizer) -> list[int]:
+    return [tokenizer.im_end, tokenizer.im_start, tokenizer.endoftext]
+
+
+@pytest.fixture(scope="session")
+def patched_tiny() -> Path:
+    """A patched copy of the embedded checkpoint, S = 256."""
+    from helpers import patching
+
+    folder = WORK / "patched"
+    patching.apply(TINY, out=folder, seq_length=SEQ_LENGTH)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def onnx_tiny(patched_tiny) -> Path:
+    """All ONNX nets of the embedded checkpoint, S = 256."""
+    from helpers import exporting
+
+    return exporting.export(patched_tiny, WORK / "onnx", SEQ_LENGTH)
+
+
+@pytest.fixture(scope="session")
+def compile_tiny(onnx_tiny):
+    """(mode, addr_mode) -> bmodel of the embedded checkpoint for one device."""
+    from helpers import compiling
+
+    def compiled(mode: str = "int8", addr_mode: str = "io_alone") -> Path:
+        return compiling.compile_model(
+            onnx_tiny, WORK / f"bmodel_{addr_mode}", name="tiny", mode=mode, addr_mode=addr_mode
+        )
+
+    return compiled
+
+
+@pytest.fixture(scope="session")
+def bmodel_tiny(compile_tiny) -> Path:
+    """The embedded checkpoint's int8 bmodel, io_alone."""
+    return compile_tiny()

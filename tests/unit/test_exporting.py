@@ -1,0 +1,123 @@
+import json
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+
+from helpers import artefacts, exporting
+from helpers.checkpoint import Checkpoint
+from helpers.errors import UserError
+from helpers.reference import HostChain, OnnxNets, OriginalModel, TorchNets, parity
+
+
+@pytest.fixture(scope="module")
+def prompt(chat_prompt, demo_questions):
+    return chat_prompt(demo_questions[0])
+
+
+def test_every_net_is_there_with_its_contract(onnx_tiny, patched_tiny):
+    c = Checkpoint.open(patched_tiny)
+    s, h, d, size, vocab = 256, c.heads, c.head_dim, c.hidden_size, c.vocab_size
+    contract = {
+        "embedding": ([[1, s]], [[1, s, size]]),
+        "embedding_cache": ([[1, 1]], [[1, 1, size]]),
+        "block_3": ([[1, s, size], [1, s], [1, 1, s, s]], [[1, s, size], [1, s, h, d], [1, s, h, d]]),
+        "block_cache_3": (
+            [[1, 1, size], [1, 1], [1, 1, 1, s + 1], [1, s, h, d], [1, s, h, d]],
+            [[1, 1, size], [1, 1, h, d], [1, 1, h, d]],
+        ),
+        "lm_head": ([[1, size]], [[1, vocab]]),
+        "lm_head_with_topk": ([[1, size]], [[1, 1]]),
+        "greedy_head": ([[1, vocab]], [[1, 1]]),
+        "penalty_sample_head": ([[1, vocab], [1, s], [1], [1], [1]], [[1, 50], [1, 50]]),
+    }
+    for net, shapes in contract.items():
+        graph = onnx.load(onnx_tiny / f"{net}.onnx").graph
+        onnx.checker.check_model(str(onnx_tiny / f"{net}.onnx"))
+        found = tuple(
+            [[dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values]
+            for values in (graph.input, graph.output)
+        )
+        assert found == shapes, net
+
+
+def test_onnx_agrees_with_pytorch_net_by_net_and_in_the_chain(patched_tiny, onnx_tiny, prompt, stop_ids, tiny):
+    chain = HostChain(TorchNets(patched_tiny, 256), record={})
+    first = int(chain.prefill(prompt).argmax())
+    chain.decode(first)
+    assert all(f["max_abs"] < 1e-4 for f in parity(chain.record, OnnxNets(onnx_tiny), tokens=len(prompt)).values())
+    expected = OriginalModel(tiny).greedy(prompt, stop_ids, 96, 256)
+    assert HostChain(OnnxNets(onnx_tiny)).greedy(prompt, stop_ids, 96) == expected
+
+
+@pytest.mark.parametrize("net", ["block_2", "lm_head", "embedding"])
+def test_one_corrupted_weight_turns_parity_red(net, onnx_tiny, patched_tiny, prompt, tmp_path):
+    folder = tmp_path / "onnx"
+    shutil.copytree(onnx_tiny, folder)
+    weights = folder / f"{net}.weights"
+    values = np.fromfile(weights, dtype=np.float32)
+    # A used one: for the embedding a row of the prompt, elsewhere any.
+    index = prompt[0] * 128 if net == "embedding" else len(values) // 2
+    values[index] += 1.0
+    values.tofile(weights)
+    chain = HostChain(TorchNets(patched_tiny, 256), record={})
+    chain.prefill(prompt)
+    figures = parity(chain.record, OnnxNets(folder), tokens=len(prompt))
+    assert figures[net]["max_abs"] > 1e-3
+    assert all(f["max_abs"] < 1e-4 for other, f in figures.items() if other != net)
+
+
+def test_a_second_export_writes_nothing_and_a_damaged_file_is_written_again(onnx_tiny, patched_tiny, tmp_path):
+    folder = tmp_path / "onnx"
+    shutil.copytree(onnx_tiny, folder)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    whole = artefacts.sha256_file(folder / "block_1.weights")
+    with open(folder / "block_1.weights", "r+b") as file:
+        file.write(b"\xff")
+    exporting.export(patched_tiny, folder, 256)
+    after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    changed = {name for name in after if after[name] != before[name]}
+    assert changed == {
+        "block_1.onnx", "block_1.onnx.json", "block_1.weights", "block_cache_1.onnx", "manifest.json", "qwen.tiktoken"
+    }  # fmt: skip
+    assert artefacts.sha256_file(folder / "block_1.weights") == whole
+
+
+def test_another_sequence_length_is_another_export(patched_tiny, tmp_path):
+    folder = exporting.export(patched_tiny, tmp_path / "onnx", 64)
+    assert json.loads((folder / "manifest.json").read_text())["seq_length"] == 64
+    shape = onnx.load(folder / "block_0.onnx").graph.input[2].type.tensor_type.shape.dim
+    assert [dim.dim_value for dim in shape] == [1, 1, 64, 64]
+
+
+@pytest.mark.parametrize("seq_length", [0, -1])
+def test_a_sequence_length_that_is_none_is_refused(seq_length, patched_tiny, tmp_path):
+    with pytest.raises(UserError, match="seq_length"):
+        exporting.export(patched_tiny, tmp_path, seq_length)
+
+
+def test_an_unpatched_checkpoint_is_refused(tiny, tmp_path):
+    with pytest.raises(UserError, match="patch"):
+        exporting.export(tiny, tmp_path, 256)
+
+
+def test_too_little_memory_and_disk_are_said_before_anything_is_written(patched_tiny, tmp_path, monkeypatch):
+    from types import SimpleNamespace
+
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**8))
+    with pytest.raises(UserError, match="memory"):
+        exporting.export(patched_tiny, tmp_path / "onnx", 256)
+    monkeypatch.undo()
+    monkeypatch.setattr(artefacts, "free_bytes", lambda path: 10**5)
+    with pytest.raises(UserError, match="disk"):
+        exporting.export(patched_tiny, tmp_path / "onnx", 256)
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_weights_that_are_equal_stay_apart(patched_tiny, tmp_path):
+    """Two norms of ones: the exporter would store one and alias the other, and the compiler then knows only one."""
+    builder = exporting.NetBuilder(Checkpoint.open(patched_tiny), 64)
+    module = builder.block_net()
+    graph = exporting.trace(module, "block", builder.example("block"))
+    assert {name for name, _ in module.named_parameters()} <= {value.name for value in graph.graph.input}

@@ -1,0 +1,117 @@
+"""Prefill and decode on the real simulator, against PyTorch and onnxruntime."""
+
+import numpy as np
+import pytest
+
+from helpers.bf16 import from_bf16
+from helpers.engines import open_engine
+from helpers.errors import UserError
+from helpers.generation import MASKED, QwenRunner, Sampling, decode_mask, prefill_mask
+
+
+@pytest.fixture(scope="module")
+def runner(bmodel_tiny):
+    with open_engine(bmodel_tiny, engine="simulator") as engine:
+        yield QwenRunner(engine)
+
+
+def test_prefill_mask_is_causal_and_hides_the_padding():
+    mask = prefill_mask(3, 5)[0, 0]
+    seen = mask == 0
+    assert seen[:3, :3].tolist() == np.tril(np.ones((3, 3), bool)).tolist()
+    assert not seen[3:].any() and not seen[:, 3:].any()
+    assert set(np.unique(mask)) == {0.0, MASKED}
+
+
+def test_decode_mask_shows_the_past_and_the_token_itself():
+    mask = decode_mask(2, 4)[0, 0, 0]
+    assert (mask == 0).tolist() == [True, True, False, False, True]
+
+
+def test_masked_is_what_the_bmodel_contract_says():
+    assert from_bf16(np.array([0xC61C], dtype=np.uint16))[0] == MASKED
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("addr_mode", ["io_alone", "basic"])
+def test_int8_on_the_simulator_gives_pytorchs_tokens(
+    addr_mode, compile_tiny, tiny, chat_prompt, stop_ids, demo_questions
+):
+    from helpers.reference import OriginalModel
+
+    original = OriginalModel(tiny)
+    with open_engine(compile_tiny("int8", addr_mode), engine="simulator") as engine:
+        runner = QwenRunner(engine)
+        for question in demo_questions[:2]:
+            prompt = chat_prompt(question)
+            expected = original.greedy(prompt, stop_ids, 24, runner.seq_length)
+            assert list(runner.generate(prompt, stop_ids=stop_ids, max_new_tokens=24)) == expected
+
+
+def test_no_keys_or_values_cross_to_the_host_in_a_decode_step(runner, chat_prompt, demo_questions):
+    runner.prefill(chat_prompt(demo_questions[0]))
+    token = runner.greedy_token()
+    engine = runner.engine
+    to_host, to_device = engine.bytes_to_host, engine.bytes_to_device
+    runner.decode(token)
+    runner.greedy_token()
+    assert engine.bytes_to_host - to_host == 4  # the next token's id
+    # The token's id, its position, and one mask of S + 1 bfloat16 values.
+    assert engine.bytes_to_device - to_device == 4 + 4 + 2 * (runner.seq_length + 1)
+
+
+def test_an_answer_ends_where_the_cache_is_full(runner):
+    prompt = [1 + i % 200 for i in range(runner.seq_length - 2)]
+    tokens = list(runner.generate(prompt))
+    assert len(tokens) == 3 and runner.finish_reason == "length"
+    with pytest.raises(UserError, match="full"):
+        runner.decode(1)
+
+
+def test_a_full_prompt_still_gets_one_token(runner):
+    assert len(list(runner.generate([1] * runner.seq_length))) == 1
+
+
+@pytest.mark.parametrize("length", [0, 257])
+def test_a_prompt_that_does_not_fit_is_refused_before_anything_runs(runner, length):
+    moved = runner.engine.bytes_to_device
+    with pytest.raises(UserError, match="empty|257 tokens.*256"):
+        list(runner.generate([1] * length))
+    assert runner.engine.bytes_to_device == moved
+
+
+def test_sampling_is_seeded_and_follows_its_candidates(runner, chat_prompt, demo_questions):
+    prompt = chat_prompt(demo_questions[0])
+    hot = Sampling(temperature=5.0, top_p=1.0, seed=3)
+    first = list(runner.generate(prompt, max_new_tokens=6, sampling=hot))
+    again = list(runner.generate(prompt, max_new_tokens=6, sampling=hot))
+    other = list(runner.generate(prompt, max_new_tokens=6, sampling=Sampling(temperature=5.0, top_p=1.0, seed=4)))
+    assert first == again != other
+    greedy = list(runner.generate(prompt, max_new_tokens=6))
+    assert list(runner.generate(prompt, max_new_tokens=6, sampling=Sampling(temperature=1.0, top_k=1))) == greedy
+
+
+def test_the_penalty_head_computes_what_its_definition_says(runner, chat_prompt, demo_questions):
+    runner.prefill(chat_prompt(demo_questions[0]))
+    logits = runner.logits().astype(np.float64)
+    best = int(logits.argmax())
+    runner.visited = [best]
+    # Divided by a large penalty, a positive logit falls behind the second.
+    second = int(np.argsort(logits)[-2])
+    token = runner.sample_token(Sampling(temperature=0.0, repetition_penalty=1000.0), np.random.default_rng(0))
+    assert logits[best] > 0 and token == second
+
+
+def test_cancelling_stops_between_tokens(runner, chat_prompt, demo_questions):
+    seen = []
+    for token in runner.generate(chat_prompt(demo_questions[0]), should_stop=lambda: len(seen) >= 2):
+        seen.append(token)
+    assert len(seen) == 2 and runner.finish_reason == "cancelled"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": 0}, {"top_k": 51}, {"repetition_penalty": 0}]
+)
+def test_sampling_outside_its_range_is_refused(wrong):
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        Sampling(**wrong)
