@@ -128,7 +128,7 @@ def compile_net(task: dict) -> dict:
     task: net, onnx and files (paths of the ONNX file and of its outside weights), recorded {file name: sha256 that
     the export wrote down}, folder (of all nets of this mode), settings (helpers.compiler_worker), memory (bytes),
     threads. Returns {net, bmodel, sha256, bytes, cycles, ms, ddr_bw, flops, seconds, made: bool}; the figures of the
-    profile are None where the net is dynamic.
+    profile are None where the compiler has none (helpers.compiler_profile).
     Raises UserError with the net's own error and the path of its log.
     """
     net, folder = task["net"], Path(task["folder"])
@@ -178,8 +178,7 @@ def _build(task: dict, artefact: Path, inputs: dict) -> None:
         result = partial / RESULT
         extra.update(json.loads(result.read_text(encoding="utf-8")))
         result.unlink()
-        # The compiler has no cycle model for nets whose shapes it does not know.
-        extra["profile"] = read_profile(partial / PROFILE) if (partial / PROFILE).exists() else None
+        extra["profile"] = read_profile(partial / PROFILE)
 
 
 _NOISE = re.compile(r"#\d|PLEASE submit|Stack dump|\d+\.\s+Program arguments|\[Running\]|\[ *\]|\S+ was ended by")

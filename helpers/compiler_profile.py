@@ -6,52 +6,48 @@ The compiler writes `compiler_profile_0.txt` for each net: one line a command, t
 import re
 from pathlib import Path
 
-from helpers.errors import UserError
-
 PROFILE = "compiler_profile_0.txt"
 # The frequency that the cycle model's own "runtime" line assumes.
 FREQUENCY = 1.0e9
-_SUMMARY = {
-    "cycles": (re.compile(r"^TCYC\s*:\s*(\d+)", re.MULTILINE), int),
-    "ddr_bw": (re.compile(r"^DDR BW USAGE\s*:\s*([\d.eE+-]+)%", re.MULTILINE), float),
-    "flops": (re.compile(r"^flops:\s*(\d+)", re.MULTILINE), int),
-}
+_SUBNET = re.compile(r"^TCYC\s*:\s*(\d+).*?^DDR BW USAGE\s*:\s*([\d.eE+-]+)%", re.MULTILINE | re.DOTALL)
+_FLOPS = re.compile(r"^flops:\s*(\d+)", re.MULTILINE)
 
 
-def read_profile(path: str | Path) -> dict[str, int | float]:
+def read_profile(path: str | Path) -> dict[str, int | float] | None:
     """cycles, ms (at 1 GHz), ddr_bw (percent of the memory bandwidth in use) and flops of one net.
 
-    Raises UserError where the file is not such a profile.
+    A net of several subnets has their cycles added up. None where the model says nothing of any: a net whose shapes
+    are dynamic, or that is one operator which the chip's scalar core runs (the TopK of greedy_head).
     """
-    path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error}): compile the net again.") from None
-    profile: dict[str, int | float] = {}
-    for key, (pattern, convert) in _SUMMARY.items():
-        found = pattern.findall(text)
-        if not found and key == "flops":
-            # Nets that only move data have no such line.
-            found = ["0"]
-        if not found:
-            raise UserError(f"{path} is not a compiler profile (it has no line for {key}): compile the net again.")
-        profile[key] = convert(found[-1])
-    return profile | {"ms": round(profile["cycles"] / FREQUENCY * 1e3, 6)}
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return None
+    subnets = [(int(cycles), float(usage)) for cycles, usage in _SUBNET.findall(text)]
+    cycles = sum(count for count, _ in subnets)
+    if not cycles:
+        return None
+    return {
+        "cycles": cycles,
+        "ms": round(cycles / FREQUENCY * 1e3, 6),
+        "ddr_bw": round(sum(count * usage for count, usage in subnets) / cycles, 3),
+        # Of the whole net, repeated for each subnet; nets that only move data have none.
+        "flops": max(map(int, _FLOPS.findall(text)), default=0),
+    }
 
 
 def estimates(nets: dict[str, dict]) -> dict[str, float] | None:
-    """first_token_ms and decode_ms of a whole model from its nets' records; None where a net has no cycles.
+    """first_token_ms and decode_ms of a whole model from its nets' records; None where one of them has no cycles.
 
-    First token: embedding, all blocks, the head. Decode: embedding_cache, all block_caches, the head. Dynamic nets
-    have no profile. The head is lm_head and, where there is one, greedy_head.
+    First token: embedding, all blocks, lm_head. Decode: embedding_cache, all block_caches, lm_head. What the cycle
+    model does not cover is not in it: launching nets, and the choice of the token from the logits.
     """
 
     def total(*kinds: str) -> float | None:
-        chosen = [record.get("ms") for net, record in nets.items() if net in kinds or _kind(net) in kinds]
+        chosen = [record.get("ms") for net, record in nets.items() if _kind(net) in kinds]
         return None if not chosen or None in chosen else round(sum(chosen), 6)
 
-    head = ("lm_head", "greedy_head")
+    head = ("lm_head", "lm_head_with_topk")
     first = total("embedding", "block", *head)
     decode = total("embedding_cache", "block_cache", *head)
     return None if first is None or decode is None else {"first_token_ms": first, "decode_ms": decode}
