@@ -1,0 +1,202 @@
+"""The checkpoint reader, on the embedded weights in every layout that real checkpoints come in."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers.checkpoint import Checkpoint
+from helpers.errors import UserError
+
+TINY = Path(__file__).parents[2] / "models" / "tiny"
+BLOCK = "transformer.h.1"
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return load_file(TINY / "model.safetensors")
+
+
+def halves(weights):
+    names = sorted(weights)
+    return {k: weights[k] for k in names[::2]}, {k: weights[k] for k in names[1::2]}
+
+
+def write(folder: Path, weights: dict, layout: str) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(TINY / "config.json", folder)
+    bins = layout.startswith("bin")
+    save = torch.save if bins else save_file
+    stem, suffix = ("pytorch_model", ".bin") if bins else ("model", ".safetensors")
+    if layout.endswith("sharded"):
+        weight_map = {}
+        for i, part in enumerate(halves(weights), start=1):
+            name = f"{stem}-0000{i}-of-00002{suffix}"
+            save(part, folder / name)
+            weight_map |= dict.fromkeys(part, name)
+        index = {"metadata": {}, "weight_map": weight_map}
+        (folder / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
+    else:
+        save(weights, folder / f"{stem}{suffix}")
+    return folder
+
+
+LAYOUTS = ["safetensors", "safetensors sharded", "bin", "bin sharded"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_gives_the_same_tensors(tmp_path, weights, layout):
+    checkpoint = Checkpoint.open(write(tmp_path / "c", weights, layout))
+    assert checkpoint.names() == sorted(weights)
+    block = checkpoint.load(BLOCK)
+    assert sorted(block) == sorted(name for name in weights if name.startswith(BLOCK + "."))
+    assert all(torch.equal(block[name], weights[name]) for name in block)
+    assert list(checkpoint.load("lm_head.weight")) == ["lm_head.weight"]
+    original = Checkpoint.open(TINY)
+    assert checkpoint.digest(BLOCK) == original.digest(BLOCK)
+    assert checkpoint.digest("") == original.digest("")
+
+
+def test_sizes_are_those_of_one_branch_and_one_head():
+    checkpoint = Checkpoint.open(TINY)
+    sizes = (checkpoint.layers, checkpoint.hidden_size, checkpoint.heads, checkpoint.head_dim)
+    assert sizes == (4, 128, 4, 32)
+    assert checkpoint.intermediate_size == 384 == checkpoint.config["intermediate_size"] // 2
+    assert (checkpoint.vocab_size, checkpoint.eps, checkpoint.rotary_base) == (3008, 1e-6, 10000)
+
+
+def test_august_keys_are_understood(tmp_path, weights):
+    folder = write(tmp_path / "c", weights, "safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    for new, old in (("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer"),
+                     ("num_attention_heads", "n_head"), ("intermediate_size", "ffn_hidden_size")):
+        config[old] = config.pop(new)
+    (folder / "config.json").write_text(json.dumps(config))
+    assert Checkpoint.open(folder).shapes() == Checkpoint.open(TINY).shapes()
+
+
+def test_a_prefix_ends_at_a_dot(tmp_path, weights):
+    more = weights | {"transformer.h.10.ln_1.weight": torch.ones(128)}
+    checkpoint = Checkpoint.open(write(tmp_path / "c", more, "safetensors"))
+    assert not any(name.startswith("transformer.h.10") for name in checkpoint.load(BLOCK))
+    assert sorted(checkpoint.load(BLOCK)) == sorted(checkpoint.load(BLOCK + "."))
+
+
+def test_only_the_named_shard_is_read(tmp_path, weights):
+    folder = write(tmp_path / "c", weights, "safetensors sharded")
+    first, second = halves(weights)
+    (folder / "model-00002-of-00002.safetensors").write_bytes(b"damaged")
+    checkpoint = Checkpoint.open(folder)
+    name = next(iter(first))
+    assert torch.equal(checkpoint.load(name)[name], weights[name])
+    with pytest.raises(UserError, match="model-00002-of-00002.safetensors .* is damaged"):
+        checkpoint.load(next(iter(second)))
+
+
+@pytest.mark.parametrize("name", ["transformer.h.1.ln_2.weight", "transformer.h.1.attn.c_attn.bias"])
+def test_one_bit_of_one_weight_changes_the_digest_of_its_block_only(tmp_path, weights, name):
+    changed = dict(weights)
+    bits = changed[name].clone().view(torch.int16)
+    bits.view(-1)[7] ^= 1
+    changed[name] = bits.view(torch.bfloat16)
+    one = Checkpoint.open(write(tmp_path / "c", changed, "safetensors"))
+    other = Checkpoint.open(TINY)
+    assert one.digest(BLOCK) != other.digest(BLOCK)
+    assert one.digest("transformer.h.2") == other.digest("transformer.h.2")
+
+
+def test_not_a_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="not a folder"):
+        Checkpoint.open(tmp_path / "absent")
+    with pytest.raises(UserError, match="no config.json"):
+        Checkpoint.open(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not readable JSON"):
+        Checkpoint.open(tmp_path)
+    shutil.copy(TINY / "config.json", tmp_path)
+    with pytest.raises(UserError, match="has no weights"):
+        Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "remedy"), [("qwen2", "llm_convert.py"), ("llama", "llm_convert.py"), ("bert", "Qwen-7B-Chat")]
+)
+def test_another_kind_of_model_is_sent_where_it_belongs(tmp_path, kind, remedy):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(UserError, match=f"{kind}.*{remedy}"):
+        Checkpoint.open(tmp_path)
+
+
+def test_a_quantised_checkpoint_is_refused(tmp_path, weights):
+    folder = write(tmp_path / "c", weights, "safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 4}}))
+    with pytest.raises(UserError, match="quantised already"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("value", [None, 0, "128"])
+def test_a_size_that_is_none_is_named(tmp_path, weights, value):
+    folder = write(tmp_path / "c", weights, "safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": value}))
+    with pytest.raises(UserError, match="num_hidden_layers"):
+        Checkpoint.open(folder)
+
+
+def test_missing_shards_are_named(tmp_path, weights):
+    folder = write(tmp_path / "c", weights, "bin sharded")
+    (folder / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(UserError, match="lacks pytorch_model-00002-of-00002.bin of the 2"):
+        Checkpoint.open(folder)
+
+
+def test_a_missing_tensor_is_named(tmp_path, weights):
+    less = {name: tensor for name, tensor in weights.items() if name != "transformer.h.3.mlp.w2.weight"}
+    with pytest.raises(UserError, match="lack transformer.h.3.mlp.w2.weight"):
+        Checkpoint.open(write(tmp_path / "c", less, "safetensors"))
+
+
+def test_a_tensor_that_only_the_index_has_is_named(tmp_path, weights):
+    folder = write(tmp_path / "c", weights, "safetensors sharded")
+    first, _ = halves(weights)
+    name = next(iter(first))
+    save_file({k: v for k, v in first.items() if k != name}, folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(UserError, match=f"lacks {name}"):
+        Checkpoint.open(folder).load(name)
+
+
+def test_a_shape_that_is_not_the_configurations_is_refused(tmp_path, weights):
+    wrong = weights | {f"{BLOCK}.ln_1.weight": torch.ones(64)}
+    checkpoint = Checkpoint.open(write(tmp_path / "c", wrong, "safetensors"))
+    with pytest.raises(UserError, match=r"\[64\].*\[128\]"):
+        checkpoint.load(BLOCK)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [(b"", "is damaged"), (b"\x10" * 99, "is damaged"), (b"version https://git-lfs.github.com/spec/v1\n", "LFS")],
+)
+def test_damaged_weights_are_said_to_be(tmp_path, name, contents, message):
+    shutil.copy(TINY / "config.json", tmp_path)
+    (tmp_path / name).write_bytes(contents)
+    with pytest.raises(UserError, match=message):
+        Checkpoint.open(tmp_path)
+
+
+def test_truncated_weights_are_said_to_be(tmp_path, weights):
+    for layout, name in (("safetensors", "model.safetensors"), ("bin", "pytorch_model.bin")):
+        folder = write(tmp_path / layout, weights, layout)
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(UserError, match="is damaged"):
+            Checkpoint.open(folder)
+
+
+def test_an_absent_prefix_is_an_error():
+    with pytest.raises(UserError, match="no tensor 'transformer.h.9'"):
+        Checkpoint.open(TINY).load("transformer.h.9")

@@ -1,0 +1,196 @@
+"""The checkpoint's own code, loaded as a module, with only the weights that are asked for.
+
+That every public revision of Qwen's code loads is not tested here (none of it is in this repository); the
+OLD_REVISION below asks for what those revisions ask for and transformers no longer has.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers.checkpoint import Checkpoint
+from helpers.errors import UserError
+from helpers.modeling import build_block, build_model, greedy, load_modeling, make_config
+from helpers.tokenizer import QwenTokenizer
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "models" / "tiny"
+FILES = ("config.json", "configuration_qwen.py", "modeling_qwen.py", "model.safetensors")
+
+# Put before the tiny model's code: the imports and calls of Qwen's revisions that fail under transformers 5.
+OLD_REVISION = """
+from kernels.cpp_kernels import cache_autogptq_cuda_256
+from .qwen_generation_utils import HistoryType
+"""
+
+
+@pytest.fixture
+def copy(tmp_path):
+    for name in FILES:
+        shutil.copy(TINY / name, tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def ids():
+    tokenizer = QwenTokenizer.open(TINY)
+    return tokenizer.chatml([{"role": "user", "content": "What is a bmodel?"}])
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert old in text
+    file.write_text(text.replace(old, new), encoding="utf-8")
+
+
+def test_two_folders_are_two_modules_and_one_folder_is_one(copy):
+    edit(copy / "modeling_qwen.py", "class QWenMLP", "MARK = 1\n\n\nclass QWenMLP")
+    original, changed = load_modeling(TINY), load_modeling(copy)
+    assert original is not changed and original.QWenBlock is not changed.QWenBlock
+    assert hasattr(changed, "MARK") and not hasattr(original, "MARK")
+    assert load_modeling(TINY) is original
+
+
+def test_a_change_in_place_is_seen_at_once(copy):
+    before = load_modeling(copy)
+    status = (copy / "modeling_qwen.py").stat()
+    # Same size, same time of change: what a bytecode cache would not notice.
+    edit(copy / "modeling_qwen.py", "LOGN_POSITIONS = 32768", "LOGN_POSITIONS = 16384")
+    os.utime(copy / "modeling_qwen.py", ns=(status.st_atime_ns, status.st_mtime_ns))
+    after = load_modeling(copy)
+    assert (before.LOGN_POSITIONS, after.LOGN_POSITIONS) == (32768, 16384)
+
+
+def test_the_folder_is_left_as_it_was(copy):
+    load_modeling(copy)
+    build_model(copy)
+    assert sorted(os.listdir(copy)) == sorted(FILES)
+
+
+def test_code_of_old_revisions_gets_what_it_lacks(copy, ids):
+    edit(copy / "modeling_qwen.py", "from torch import nn\n", "from torch import nn\n" + OLD_REVISION)
+    edit(
+        copy / "modeling_qwen.py",
+        "        hidden_states = self.drop(hidden_states)\n",
+        "        head_mask = self.get_head_mask(head_mask, self.config.num_hidden_layers)\n"
+        "        hidden_states = self.drop(hidden_states)\n",
+    )
+    (copy / "qwen_generation_utils.py").write_text("HistoryType = list\n")
+    with torch.inference_mode():
+        logits = build_model(copy)(torch.tensor([ids])).logits
+        assert torch.equal(logits, build_model(TINY)(torch.tensor([ids])).logits)
+    # Nothing of it is left behind for other code to find.
+    assert "kernels" not in sys.modules
+    from transformers import PreTrainedModel
+
+    assert not hasattr(PreTrainedModel, "get_head_mask")
+
+
+def test_missing_and_broken_code_is_named(copy):
+    (copy / "configuration_qwen.py").rename(copy / "elsewhere.py")
+    with pytest.raises(UserError, match="configuration_qwen"):
+        load_modeling(copy)
+    (copy / "modeling_qwen.py").write_text("def broken(:\n")
+    with pytest.raises(UserError, match="modeling_qwen.py cannot be imported .SyntaxError"):
+        load_modeling(copy)
+    (copy / "modeling_qwen.py").unlink()
+    with pytest.raises(UserError, match="has no modeling_qwen.py"):
+        load_modeling(copy)
+    assert not [name for name in sys.modules if name.startswith("qwen_checkpoint") and "elsewhere" in name]
+
+
+@pytest.mark.parametrize("dtype", ["float32", torch.bfloat16])
+def test_a_block_is_the_models_block(dtype):
+    module, checkpoint = load_modeling(TINY), Checkpoint.open(TINY)
+    whole = build_model(TINY, dtype).transformer.h[2].state_dict()
+    block = build_block(module, checkpoint, 2, dtype)
+    assert isinstance(block, module.QWenBlock) and not block.training
+    state = block.state_dict()
+    assert state.keys() == whole.keys()
+    assert all(torch.equal(state[name], whole[name]) for name in state)
+    wanted = torch.float32 if dtype == "float32" else dtype
+    assert {p.dtype for p in block.parameters()} == {wanted}
+    assert not any(p.requires_grad for p in block.parameters())
+
+
+def test_a_block_needs_its_own_weights_only(copy):
+    weights = load_file(TINY / "model.safetensors")
+    mine = {name: tensor for name, tensor in weights.items() if name.startswith("transformer.h.1.")}
+    others = {name: tensor for name, tensor in weights.items() if name not in mine}
+    (copy / "model.safetensors").unlink()
+    save_file(mine, copy / "mine.safetensors")
+    save_file(others, copy / "others.safetensors")
+    places = dict.fromkeys(mine, "mine.safetensors") | dict.fromkeys(others, "others.safetensors")
+    (copy / "model.safetensors.index.json").write_text(f'{{"weight_map": {places}}}'.replace("'", '"'))
+    (copy / "others.safetensors").write_bytes(b"")
+    block = build_block(load_modeling(copy), Checkpoint.open(copy), 1)
+    assert torch.equal(block.ln_1.weight, mine["transformer.h.1.ln_1.weight"].float())
+    with pytest.raises(UserError, match="others.safetensors .* is damaged"):
+        build_block(load_modeling(copy), Checkpoint.open(copy), 0)
+
+
+def test_the_cache_gives_the_tokens_that_the_whole_sequence_gives(ids):
+    model = build_model(TINY)
+    answer = greedy(model, ids, stop=set(), limit=12)
+    assert len(answer) == 12
+    with torch.inference_mode():
+        logits = model(torch.tensor([ids + answer])).logits[0]
+    assert logits[len(ids) - 1 : -1].argmax(-1).tolist() == answer
+
+
+def test_precision_and_gpu_options_of_the_config_do_not_reach_the_model(copy):
+    edit(copy / "config.json", '"bf16": false', '"bf16": true')
+    config = make_config(load_modeling(copy), Checkpoint.open(copy))
+    assert (config.bf16, config.fp32, config.use_flash_attn) == (False, True, False)
+    assert {p.dtype for p in build_model(copy).parameters()} == {torch.float32}
+
+
+def test_it_runs_without_a_warning():
+    code = """
+        import torch
+        from helpers.modeling import build_model
+        model = build_model("models/tiny")
+        first = model(torch.tensor([[1, 2, 3]]), use_cache=True)
+        model(torch.tensor([[4]]), past_key_values=first.past_key_values, use_cache=True)
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "default", "-c", textwrap.dedent(code)],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("", "")
+
+
+def test_a_light_import():
+    code = "import sys, helpers.modeling, helpers.checkpoint; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False False\n"
+
+
+@pytest.mark.parametrize("past", [False, True])
+def test_padding_on_the_right_changes_nothing(ids, past):
+    model = build_model(TINY)
+    with torch.inference_mode():
+        alone = model(torch.tensor([ids]), use_cache=past).logits
+        padded = model(torch.tensor([ids + [0] * 20]), use_cache=past).logits[:, : len(ids)]
+    torch.testing.assert_close(padded, alone, atol=1e-4, rtol=1e-4)
+
+
+def test_a_long_prompt_scales_the_rotation_and_the_query():
+    """use_dynamic_ntk and use_logn_attn, at twice the trained length, as the paper's formulas have it."""
+    module = load_modeling(TINY)
+    config = make_config(module, Checkpoint.open(TINY))
+    model = module.QWenModel(config)
+    assert [model.get_ntk_alpha(n) for n in (100, 256, 257, 512, 513, 1025)] == [1, 1, 3, 3, 7, 15]
+    cos, _ = model.rotary_emb(8, ntk_alpha=3)
+    base = 10000 * 3 ** (32 / 30)
+    assert cos[0, 5, 0, 1].item() == pytest.approx(torch.cos(torch.tensor(5 / base ** (2 / 32))).item(), abs=1e-6)
+    logn = model.h[0].attn.logn_tensor.flatten()
+    assert logn[:256].unique().tolist() == [1]
+    assert logn[511].item() == pytest.approx(9 / 8)
