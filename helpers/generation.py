@@ -176,9 +176,9 @@ class QwenRunner:
             source, target = target, source
         for k, head_input in enumerate(self._head_input):
             row = engine.view(
-                self._prefill_states[k][source], (count - 1) * self.hidden_size, tuple(head_input.shape)
+                self._prefill_states[k][source], (count - 1) * self.hidden_size, (1, 1, self.hidden_size)
             )
-            engine.copy(row, head_input)
+            engine.copy(row, engine.view(head_input, 0, row.shape))
         engine.run("lm_head", self._head_input, self._head_output)
         self.position = count
         self.visited = list(ids)
@@ -188,17 +188,35 @@ class QwenRunner:
         engine, position = self.engine, self.position
         if position >= self.seq_length:
             raise UserError(f"The cache of {self.seq_length} tokens is full: the answer ends here.")
-        self._embed(
-            "embedding_cache",
+        row_offset = position * self._row[2] * self._row[3]
+        self.feed(
             np.array([[token]], dtype=np.int32),
-            [engine.input_tensor("block_cache_0", 5 * k) for k in range(self.devices)],
+            np.array([[position]], dtype=np.int32),
+            decode_mask(position, self.seq_length),
+            lambda layer, device: [engine.view(cache, row_offset, self._row) for cache in self._caches[layer][device]],
+        )
+        self.position += 1
+        self.visited.append(int(token))
+
+    def feed(
+        self,
+        ids: np.ndarray,
+        positions: np.ndarray,
+        mask: np.ndarray,
+        new_rows: Callable[[int, int], Sequence[DeviceTensor]],
+    ) -> None:
+        """Run the decode nets on R new rows: lm_head then holds what follows each of them.
+
+        ids, positions: int32 [1,R]. mask: additive, float32 [1,1,R,S+R]. new_rows(layer, device): the tensors
+        [1,R,h,d] that take the new keys and the new values.
+        """
+        engine = self.engine
+        self._embed(
+            "embedding_cache", ids, [engine.input_tensor("block_cache_0", 5 * k) for k in range(self.devices)]
         )
         for k in range(self.devices):
-            engine.write(engine.input_tensor("block_cache_0", 5 * k + 1), np.array([[position]], dtype=np.int32))
-            engine.write(
-                engine.input_tensor("block_cache_0", 5 * k + 2), to_bf16(decode_mask(position, self.seq_length))
-            )
-        row_offset = position * self._row[2] * self._row[3]
+            engine.write(engine.input_tensor("block_cache_0", 5 * k + 1), positions)
+            engine.write(engine.input_tensor("block_cache_0", 5 * k + 2), to_bf16(mask))
         for i in range(self.layers):
             inputs, outputs = [], []
             for k in range(self.devices):
@@ -211,18 +229,12 @@ class QwenRunner:
                 if i + 1 < self.layers:
                     states = engine.input_tensor(f"block_cache_{i + 1}", 5 * k)
                 elif k < len(self._head_input):
-                    states = self._states_for_head(k)
+                    states = engine.view(self._head_input[k], 0, (1, ids.shape[1], self.hidden_size))
                 else:
                     states = engine.output_tensor(f"block_cache_{i}", 3 * k)
-                key, value = (engine.view(cache, row_offset, self._row) for cache in self._caches[i][k])
-                outputs += [states, key, value]
+                outputs += [states, *new_rows(i, k)]
             engine.run(f"block_cache_{i}", inputs, outputs)
         engine.run("lm_head", self._head_input, self._head_output)
-        self.position += 1
-        self.visited.append(int(token))
-
-    def _states_for_head(self, device: int) -> DeviceTensor:
-        return self.engine.view(self._head_input[device], 0, (1, 1, self.hidden_size))
 
     def _embed(self, net: str, ids: np.ndarray, outputs: list[DeviceTensor]) -> None:
         inputs = [self.engine.input_tensor(net, k) for k in range(len(self.engine.nets[net].inputs))]
@@ -230,13 +242,17 @@ class QwenRunner:
             self.engine.write(tensor, ids.reshape(tensor.shape))
         self.engine.run(net, inputs, outputs[: len(self.engine.nets[net].outputs)])
 
-    def greedy_token(self) -> int:
-        """The most likely next token after the last prefill or decode."""
+    def greedy_tokens(self) -> np.ndarray:
+        """The most likely next token after each row last fed: int32 [R]. After a prefill only the first counts."""
         if self.head_gives_token:
-            return int(self.engine.read(self._head_output[0]).reshape(-1)[0])
+            return self.engine.read(self._head_output[0]).reshape(-1)
         token = self.engine.output_tensor("greedy_head", 0)
         self.engine.run("greedy_head", [self._head_output[0]], [token])
-        return int(self.engine.read(token).reshape(-1)[0])
+        return self.engine.read(token).reshape(-1)
+
+    def greedy_token(self) -> int:
+        """The most likely next token after the last prefill or decode."""
+        return int(self.greedy_tokens()[0])
 
     def logits(self) -> np.ndarray:
         """Logits after the last prefill or decode: float32 [V]. For lessons and parity; chatting never reads them."""

@@ -15,15 +15,16 @@ Published as lookahead decoding by Fu, Bailis, Stoica and Zhang (2024); W = N = 
 Sophgo's demo.
 """
 
+import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from helpers.engines.base import DeviceTensor, Engine
 from helpers.errors import UserError
-
-MASKED = -9984.0  # a bfloat16 number (0xC61C), far below any score, whose exponential is 0
+from helpers.generation import MASKED, QwenRunner, Sampling, Timings
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,7 @@ class LookaheadSizes:
 
     def __post_init__(self):
         if self.window < 1 or self.ngram < 2 or self.guesses < 1:
-            raise UserError(
-                f"Lookahead needs a window and guesses of 1 or more, n-grams of 2 or more, not {self}."
-            )
+            raise UserError(f"Lookahead needs a window and guesses of 1 or more, n-grams of 2 or more, not {self}.")
 
     @property
     def rows(self) -> int:
@@ -266,3 +265,96 @@ class LookaheadState:
     def _new_column(self) -> deque[int]:
         """A column begins with a token drawn from the prompt: anything would do, this is at hand."""
         return deque([int(self._random.choice(self._prompt))], maxlen=self.sizes.ngram)
+
+
+class LookaheadRunner(QwenRunner):
+    """A Qwen bmodel whose decode nets take R rows in place of one; greedy only.
+
+    The nets are those of helpers.generation but for `embedding_cache` (ids [1,R]), `block_cache_i` (states [1,R,H],
+    positions [1,R], mask [1,1,R,S+R]; new keys and values [1,R,h,d]), `lm_head` on [R,H] and `greedy_head` on [R,V].
+    A step's keys and values wait in the nets' own outputs; once it is known which rows are right, these are copied
+    to the cache, within the device. A prefill uses the first row of `lm_head`.
+    Raises UserError where the bmodel was compiled for another number of rows.
+    """
+
+    def __init__(self, engine: Engine, sizes: LookaheadSizes | None = None):
+        super().__init__(engine)
+        self.sizes = sizes or LookaheadSizes()
+        rows = engine.nets["embedding_cache"].inputs[0].shape[1]
+        if rows != self.sizes.rows:
+            raise UserError(
+                f"The bmodel decodes {rows} rows a step; {self.sizes} needs {self.sizes.rows}: compile one with "
+                f"`export --rows {self.sizes.rows}`, or use other sizes."
+            )
+        self.statistics = Statistics()
+
+    def generate(
+        self,
+        ids: Sequence[int],
+        *,
+        stop_ids: Iterable[int] = (),
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+        on_step: Callable[[Step, Accepted], None] = lambda step, accepted: None,
+    ) -> Iterator[int]:
+        """As QwenRunner.generate, and the very same tokens. `statistics` has the steps of the last answer.
+
+        on_step sees what each step fed and what it gave. A step's time counts in equal parts for its tokens.
+        Raises UserError where sampling is asked for.
+        """
+        self.check_prompt(ids)
+        if sampling and not sampling.greedy:
+            raise UserError("Lookahead decoding is greedy: ask with temperature 0 and no repetition penalty.")
+        stop_ids = frozenset(stop_ids)
+        self.timings, self.statistics, self.finish_reason = Timings(), Statistics(), "length"
+        if max_new_tokens == 0:
+            return
+        if should_stop():
+            self.finish_reason = "cancelled"
+            return
+        started = time.perf_counter()
+        self.prefill(ids)
+        first = self.greedy_token()
+        self.timings.first_token_s = time.perf_counter() - started
+        state = LookaheadState(ids, first, self.seq_length, stop=stop_ids, max_tokens=max_new_tokens, sizes=self.sizes)
+        self.statistics = state.statistics
+        given = [first]
+        while True:
+            for token in given:
+                if token in stop_ids:
+                    self.finish_reason = "stop"
+                    return
+                yield token
+            if state.finished:
+                return
+            if should_stop():
+                self.finish_reason = "cancelled"
+                return
+            started = time.perf_counter()
+            given = self._advance(state, on_step)
+            self.timings.decode_s += [(time.perf_counter() - started) / len(given)] * len(given)
+
+    def _advance(self, state: LookaheadState, on_step: Callable[[Step, Accepted], None]) -> list[int]:
+        step, fed = state.step(), state.current
+        self.feed(step.ids, step.positions, step.mask, self._waiting)
+        accepted = state.verify(self.greedy_tokens())
+        for layer in range(self.layers):
+            for device in range(self.devices):
+                self._commit(layer, device, accepted.commits)
+        self.position = state.position
+        self.visited += [fed, *accepted.tokens[:-1]]
+        on_step(step, accepted)
+        return accepted.tokens
+
+    def _waiting(self, layer: int, device: int) -> list[DeviceTensor]:
+        return [self.engine.output_tensor(f"block_cache_{layer}", 3 * device + n) for n in (1, 2)]
+
+    def _commit(self, layer: int, device: int, commits: list[tuple[int, int]]) -> None:
+        elements = self._row[2] * self._row[3]
+        for new, cache in zip(self._waiting(layer, device), self._caches[layer][device], strict=True):
+            for row, place in commits:
+                self.engine.copy(
+                    self.engine.view(new, row * elements, self._row),
+                    self.engine.view(cache, place * elements, self._row),
+                )
