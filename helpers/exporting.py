@@ -230,10 +230,14 @@ OUTPUT_NAMES["block_cache"] = OUTPUT_NAMES["block"]
 
 
 def trace(module, net: str, example: tuple):
-    """Trace a module to an onnx.ModelProto whose weights are named inputs without data."""
+    """Trace a module to an onnx.ModelProto whose weights are named inputs without data.
+
+    Shape arithmetic is folded by onnxsim, which sees a graph of some kilobytes: the weights are not in it.
+    """
     import warnings
 
     import onnx
+    import onnxsim
     import torch
 
     file = io.BytesIO()
@@ -251,7 +255,10 @@ def trace(module, net: str, example: tuple):
             opset_version=OPSET,
             dynamo=False,
         )
-    return onnx.load_from_string(file.getvalue())
+    graph, checked = onnxsim.simplify(onnx.load_from_string(file.getvalue()))
+    if not checked:
+        raise ValueError(f"onnxsim changed what {net} computes")
+    return graph
 
 
 class WeightFile:
