@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
-from helpers import artefacts
+from helpers import artefacts, bmodel
 from helpers.compiler_profile import PROFILE, read_profile
 from helpers.compiler_server import CompilerServer
 from helpers.errors import UserError
@@ -127,7 +127,8 @@ def compile_net(task: dict) -> dict:
 
     task: net, onnx and files (paths of the ONNX file and of its outside weights), recorded {file name: sha256 that
     the export wrote down}, folder (of all nets of this mode), settings (helpers.compiler_worker), memory (bytes),
-    threads. Returns {net, bmodel, sha256, bytes, cycles, ms, ddr_bw, flops, seconds, made: bool}; the figures of the
+    threads. Returns {net, bmodel, sha256, bytes (weights and
+    instructions), cycles, ms, ddr_bw, flops, seconds, made: bool}; the figures of the
     profile are None where the compiler has none (helpers.compiler_profile).
     Raises UserError with the net's own error and the path of its log.
     """
@@ -146,12 +147,12 @@ def compile_net(task: dict) -> dict:
     if made:
         _build(task, artefact, inputs)
     record = artefacts.read_manifest(artefact)
-    bmodel = f"{net}.bmodel"
+    file = f"{net}.bmodel"
     return {
         "net": net,
-        "bmodel": str(artefact / bmodel),
-        "sha256": record["outputs"][bmodel]["sha256"],
-        "bytes": record["outputs"][bmodel]["bytes"],
+        "bmodel": str(artefact / file),
+        "sha256": record["outputs"][file]["sha256"],
+        "bytes": record["weight_bytes"] + record["instruction_bytes"],
         "seconds": record["seconds"],
         "made": made,
         **{key: (record["profile"] or {}).get(key) for key in ("cycles", "ms", "ddr_bw", "flops")},
@@ -179,6 +180,10 @@ def _build(task: dict, artefact: Path, inputs: dict) -> None:
         extra.update(json.loads(result.read_text(encoding="utf-8")))
         result.unlink()
         extra["profile"] = read_profile(partial / PROFILE)
+        made = bmodel.read_bmodel(partial / f"{net}.bmodel")
+        extra["weight_bytes"] = made.weight_bytes
+        extra["instruction_bytes"] = sum(part.instruction_bytes for part in made.nets.values())
+        bmodel.strip_time(made.path)
 
 
 _NOISE = re.compile(r"#\d|PLEASE submit|Stack dump|\d+\.\s+Program arguments|\[Running\]|\[ *\]|\S+ was ended by")

@@ -15,7 +15,7 @@ from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from helpers import artefacts, compiler_jobs, toolchain
+from helpers import artefacts, bmodel, compiler_jobs, toolchain
 from helpers.compiler_profile import estimates
 from helpers.errors import UserError
 from helpers.onnx_signature import Signature, read_signature
@@ -63,8 +63,10 @@ def plan_nets(onnx: str | Path, num_device: int = 1) -> Plan:
     blocks = [f"{kind}_{i}" for i in range(layers) for kind in ("block", "block_cache")]
     head = TOPK_HEAD if num_device > 1 and TOPK_HEAD in found else "lm_head"
     names = ["embedding", "embedding_cache", head]
+    manifest = artefacts.read_manifest(folder) if artefacts.manifest_path(folder).exists() else {}
     if num_device == 1 and found & set(HEADS):
-        names += HEADS
+        # Nets that decode several rows at once are exported without a head to sample with.
+        names += HEADS if manifest.get("settings", {}).get("rows", 1) == 1 else HEADS[:1]
     missing = [net for net in [*names, *(blocks or ["block_0", "block_cache_0"])] if net not in found]
     if missing:
         raise UserError(
@@ -72,7 +74,6 @@ def plan_nets(onnx: str | Path, num_device: int = 1) -> Plan:
             f"{' and more' if len(missing) > 4 else ''}: export the model again with `python -m helpers export`."
         )
     nets = {net: read_signature(folder / f"{net}.onnx") for net in [*names, *blocks]}
-    manifest = artefacts.read_manifest(folder) if artefacts.manifest_path(folder).exists() else {}
     cache = list(nets["block_cache_0"].inputs.values())
     try:
         (_, (_, _, hidden)), (_, (_, s, heads, _)) = cache[0], cache[3]
@@ -203,6 +204,7 @@ def compile_model(
                 target, kind="bmodel", inputs=inputs, settings=settings, extra=extra
             ) as partial:
                 combine([records[net]["bmodel"] for net in plan.nets], partial)
+                bmodel.strip_time(partial)
     return target
 
 
