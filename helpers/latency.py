@@ -29,18 +29,6 @@ def phase_nets(layers: int, nets: Sequence[str]) -> dict[str, list[str]]:
     }
 
 
-def estimates(manifest: dict) -> dict[str, float]:
-    """First-token and decode latency in ms, estimated by the compiler's cycle model (greedy decoding).
-
-    manifest: of a bmodel, whose `nets` hold each net's `ms`. Launching a net takes time too, which the cycle model
-    does not know.
-    """
-    nets = manifest["nets"]
-    phases = phase_nets(manifest["config"]["num_hidden_layers"], list(nets))
-    first, decode = (sum(nets[net]["ms"] for net in phases[phase]) for phase in ("prefill", "decode"))
-    return {"first_token_ms": round(first, 4), "decode_ms": round(decode, 4)}
-
-
 def summary(seconds: Sequence[float]) -> dict[str, float]:
     """Median and 95th percentile in ms of repeated measurements in s, and how many there were."""
     if not len(seconds):

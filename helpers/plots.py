@@ -38,14 +38,14 @@ def _kind_of_net(net: str) -> str:
 def net_share(ms: dict[str, dict[str, float]], layers: int, kind: str):
     """Each net's share of the first token's and of a further token's time: one bar a mode, stacked by net.
 
-    ms: {mode: {net: ms}}. kind: a key of helpers.latency.KINDS.
+    ms: {mode: {net: ms}}, None where there is no figure. kind: a key of helpers.latency.KINDS.
     """
     figure, axes = _figure(11, 1.6 + 0.55 * len(ms), columns=2)
     for axis, phase in zip(axes, ("prefill", "decode"), strict=True):
         seen = set()
         for row, (mode, nets) in enumerate(ms.items()):
             left = 0.0
-            for net in phase_nets(layers, list(nets))[phase]:
+            for net in phase_nets(layers, [net for net, value in nets.items() if value is not None])[phase]:
                 group = _kind_of_net(net)
                 axis.barh(
                     row,
@@ -121,7 +121,7 @@ def net_costs(nets: dict[str, dict], title: str):
     ):
         axis.barh(
             range(len(names)),
-            [nets[name][key] / scale for name in names],
+            [(nets[name][key] or 0) / scale for name in names],
             color=[_COLOURS.get(_kind_of_net(name), "#b35c9e") for name in names],
         )
         axis.set_xlabel(label, fontsize=9)
