@@ -313,10 +313,15 @@ def attach_weights(graph, module, weights: WeightFile | None):
     return model
 
 
-def net_groups(layers: int) -> dict[str, list[str]]:
-    """The files that share weights: name of the group to its nets, in the order they are exported."""
+def net_groups(layers: int, rows: int = 1) -> dict[str, list[str]]:
+    """The files that share weights: name of the group to its nets, in the order they are exported.
+
+    Nets that decode several rows at once (helpers.lookahead) are greedy: they have no head to sample with.
+    """
     groups = {"embedding": ["embedding", "embedding_cache"]}
     groups |= {f"block_{i}": [f"block_{i}", f"block_cache_{i}"] for i in range(layers)}
+    if rows > 1:
+        return groups | {"lm_head": ["lm_head"], "greedy_head": ["greedy_head"]}
     return groups | {
         "lm_head": ["lm_head", "lm_head_with_topk"],
         "greedy_head": ["greedy_head"],
@@ -380,9 +385,11 @@ def export(
     out: str | Path,
     seq_length: int,
     log: Callable[[str], None] = artefacts.log,
+    rows: int = 1,
 ) -> Path:
     """Export all nets of a patched checkpoint for sequence length S to `out`/<net>.onnx.
 
+    rows: R, new tokens that the decode nets and the head take at once; more than one is for helpers.lookahead.
     A group of nets whose inputs (code, config, weights) and settings are unchanged and whose files are whole is
     skipped; a killed export goes on where it was.
     Raises UserError where the checkpoint is not a patched Qwen-1, S is not positive, or memory or disk are too small.
@@ -395,6 +402,8 @@ def export(
     checkpoint = Checkpoint.open(model_path)
     if not isinstance(seq_length, int) or seq_length < 1:
         raise UserError(f"seq_length is {seq_length}, it must be a whole number from 1 on (the documented one is 512).")
+    if rows < 1:
+        raise UserError(f"rows is {rows}, it must be 1, or 10 for lookahead decoding with its documented sizes.")
     patching.require_patched(checkpoint.path)
     trained = patching.trained_seq_length(checkpoint.path)
     if seq_length > trained:
@@ -408,10 +417,10 @@ def export(
         for name in ("config.json", "modeling_qwen.py", "configuration_qwen.py")
         if (checkpoint.path / name).exists()
     }
-    settings = {"seq_length": seq_length, "opset": OPSET}
+    settings = {"seq_length": seq_length, "opset": OPSET, "rows": rows}
     builder = NetBuilder(checkpoint, seq_length)
     traced: dict[str, tuple] = {}
-    groups = net_groups(checkpoint.layers)
+    groups = net_groups(checkpoint.layers, rows)
     out.mkdir(parents=True, exist_ok=True)
     for group, nets in tqdm(groups.items(), desc="export", unit="net group"):
         prefixes = checkpoint_prefixes(group)
@@ -427,7 +436,7 @@ def export(
                 kind = net_kind(net)
                 if kind not in traced:
                     module = net_module(builder, kind)
-                    traced[kind] = (trace(module, kind, builder.example(kind)), module)
+                    traced[kind] = (trace(module, kind, builder.example(kind, rows)), module)
                 _save(attach_weights(*traced[kind], weights), partial.with_name(f"{net}.onnx"))
     _write_folder_manifest(out, checkpoint, code, settings, trained)
     return out
@@ -472,7 +481,7 @@ def _save(model, path: Path) -> None:
 
 
 def _write_folder_manifest(out: Path, checkpoint: Checkpoint, code: dict, settings: dict, trained: int) -> None:
-    groups = net_groups(checkpoint.layers)
+    groups = net_groups(checkpoint.layers, settings["rows"])
     manifests = {group: artefacts.read_manifest(out / f"{group}.onnx") for group in groups}
     artefacts.write_json(
         out / artefacts.MANIFEST,
@@ -512,9 +521,10 @@ def add_arguments(parser) -> None:
     parser.add_argument("--model_path", "-m", required=True, help="folder of a patched checkpoint")
     parser.add_argument("--seq_length", "-s", type=int, default=512, help="compiled sequence length S (default 512)")
     parser.add_argument("--out", required=True, help="folder for the ONNX nets")
+    parser.add_argument("--rows", type=int, default=1, help="rows of a decode step (default 1; 10 for lookahead)")
 
 
 def run(args) -> int:
-    folder = export(args.model_path, args.out, args.seq_length)
+    folder = export(args.model_path, args.out, args.seq_length, rows=args.rows)
     print(folder)
     return 0
