@@ -29,24 +29,27 @@ find_uv() {
     "$candidate" -m pip --version >/dev/null 2>&1 || continue
     say "fetching uv into .tools with $candidate"
     rm -rf .tools/uv
-    "$candidate" -m pip install --quiet --disable-pip-version-check --target .tools/uv uv >&2 || continue
+    PIP_ROOT_USER_ACTION=ignore "$candidate" -m pip install --quiet --disable-pip-version-check --target .tools/uv uv >&2 || continue
     .tools/uv/bin/uv --version >/dev/null 2>&1 && { echo .tools/uv/bin/uv; return; }
   done
   die "no uv, and no Python whose pip could fetch it: install uv (docs.astral.sh/uv) or use conda (environment.yml)."
 }
 
+# The Python beneath, where the one that was found is of an environment: that may be the one to be replaced.
+base_of() { "$1" -c "import sys; print(getattr(sys, '_base_executable', sys.executable))"; }
+
 find_python() {
   local candidate
   for candidate in \
-    "$("$uv" python find 3.10 --no-python-downloads 2>/dev/null || true)" \
+    "$("$uv" python find 3.10 --system --no-python-downloads 2>/dev/null || true)" \
     "$(command -v python3.10 || true)" \
     "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.10.*/bin/python \
     "${CONDA_PREFIX:-/nonexistent}"/bin/python3.10 \
     "$HOME"/{miniconda3,anaconda3,miniforge3,mambaforge}/{,envs/*/}bin/python3.10; do
-    runs "$candidate" && { echo "$candidate"; return; }
+    runs "$candidate" && { base_of "$candidate"; return; }
   done
   say "no Python 3.10 on this machine: uv fetches one"
-  "$uv" python install 3.10 >&2 && candidate=$("$uv" python find 3.10) && runs "$candidate" && { echo "$candidate"; return; }
+  "$uv" python install 3.10 >&2 && candidate=$("$uv" python find 3.10 --system) && runs "$candidate" && { echo "$candidate"; return; }
   die "no Python 3.10 was found (uv, PATH, pyenv, conda) and uv could not fetch one: install it with your system's" \
     "packages or pyenv, or use conda: conda env create -f environment.yml"
 }
@@ -63,7 +66,8 @@ with urllib.request.urlopen("https://download.pytorch.org/whl/cpu/torch/", timeo
 }
 
 install() {
-  local requirements=requirements.txt options=()
+  # The closure is complete, so what a package says it needs is not looked up again.
+  local requirements=requirements.txt options=(--no-deps --only-binary :all: --compile-bytecode)
   if [ -e "$begun" ] || ! runs "$python"; then
     base=$(find_python)
     say "a new $venv from $base"
@@ -75,20 +79,28 @@ install() {
     say "torch: the CPU build"
     requirements=$venv/requirements-cpu.txt
     grep -vE '^(nvidia-|cuda-|triton==)' requirements.txt >"$requirements"
-    options=(--torch-backend cpu)
+    options+=(--torch-backend cpu)
   else
     say "torch: PyPI's build (PyTorch's CPU index does not answer, or there is a GPU)"
   fi
-  "$uv" pip install --python "$python" --compile-bytecode "${options[@]}" -r "$requirements"
+  # On a terminal uv shows its progress; in a log its 219 lines of names would hide the rest.
+  if [ -t 2 ]; then
+    "$uv" pip install --python "$python" "${options[@]}" -r "$requirements"
+  else
+    "$uv" pip install --python "$python" "${options[@]}" -r "$requirements" 2>&1 |
+      { grep -v '^ [+~-] ' >&2 || true; }
+  fi
+  rm -f "$begun"
   "$python" -m helpers doctor --fix
   echo "$1" >"$stamp"
-  rm -f "$begun"
 }
 
 case "${1:-}" in
   --lock)
     uv=$(find_uv)
+    # pycocotools has no wheel, so it would ask every machine for a C compiler; only the wheel's COCO scoring uses it.
     UV_CUSTOM_COMPILE_COMMAND="make lock" "$uv" pip compile --quiet requirements.in --output-file requirements.txt \
+      --override <(echo "pycocotools ; sys_platform == 'never'") \
       --python-version 3.10 --python-platform x86_64-manylinux_2_31
     ;;
   "")
