@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 from helpers.compiler_profile import PROFILE
@@ -26,11 +27,21 @@ RESULT = "result.json"
 
 
 def preload() -> None:
-    """Import what every net needs. The server forks after this, so no thread may be left running."""
+    """Import what every net needs. The server forks after this, so no thread may be left running.
+
+    The front end imports torch for nets with operators of its own making, and all of transformers by way of a
+    converter of tokenizers: nine tenths of its start for what no net of ours uses. They get empty modules instead.
+    """
+    tokenizers = types.ModuleType("onnxruntime_extensions.cvt")
+    tokenizers.gen_processing_models = None
+    sys.modules[tokenizers.__name__] = tokenizers
+    sys.modules["torch"] = types.ModuleType("torch")
+
     import tpu_mlir  # noqa: F401  puts the wheel's folders on sys.path and the tools on the PATH
 
     # isort: split
     import onnx  # noqa: F401
+    from tpu_mlir.python.utils import mlir_shell  # noqa: F401
     from transform import OnnxConverter  # noqa: F401
 
 
