@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from helpers.artefacts import log, read_manifest
-from helpers.engines import open_engine
+from helpers.engines import ENGINES, open_engine
 from helpers.errors import UserError
 from helpers.generation import CANDIDATES, QwenRunner, Sampling
 from helpers.tokenizer import QwenTokenizer
@@ -418,9 +418,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """What `chat` and `serve` both need to open a bmodel."""
     parser.add_argument("--model", required=True, metavar="FILE", help="the bmodel")
     parser.add_argument("--tokenizer", metavar="PATH", help="default: the one in the bmodel's manifest")
-    parser.add_argument(
-        "--engine", choices=("auto", "simulator", "chip"), default="auto", help="auto: the chip if there is one"
-    )
+    parser.add_argument("--engine", choices=ENGINES, default="auto", help="auto: the chip if there is one")
     parser.add_argument("--devid", type=device_ids, default=(0,), metavar="N[,N]", help="e.g. 0 or 2,3")
     parser.add_argument("--system", default=SYSTEM_PROMPT, help="the system prompt; empty for none")
 
@@ -450,7 +448,7 @@ def run(args: argparse.Namespace) -> None:
         if args.json:
             quiet.enter_context(_stdout_to_stderr())
         with open_engine(args.model, engine=args.engine, devid=args.devid) as engine:
-            log(f"engine: {engine.name} ({engine.reason})")
+            log(engine.reason)
             session = ChatSession(
                 QwenRunner(engine),
                 tokenizer,

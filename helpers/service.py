@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         host, port = bound.getsockname()[:2]
         engine = runner.engine
-        log(f"{settings.model} on {engine.name} ({engine.reason}); times: {TIME_IN_WORDS[engine.kind_of_time]}")
+        log(f"{settings.model} on the {engine.reason}; times are {TIME_IN_WORDS[engine.kind_of_time]}")
         if api_key is None and not is_loopback(bound):
             log(f"warning: every machine that reaches {host} may use this service; {KEY_VARIABLE} sets a key.")
         log(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")

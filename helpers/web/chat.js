@@ -86,7 +86,12 @@ async function ask(question) {
   } catch (error) {
     if (error.name === "AbortError") show("notice", "stopped");
     else show("error", error.message);
+    if (error.code === "invalid_api_key") {
+      $("settings").open = true;
+      $("key").focus();
+    }
   }
+  if (!answer.content) element.remove();
   // A turn without an answer would leave two questions in a row.
   if (messages.at(-1) === asked) {
     if (answer.content) messages.push(answer);

@@ -21,6 +21,7 @@ from helpers.service import add_arguments, is_loopback, listen
 from helpers.service_api import Settings, create_app
 from helpers.service_queue import ChipQueue
 from helpers.tokenizer import QwenTokenizer
+from tests.unit.chromium import Page, find_chromium
 from tests.unit.fake_runner import FakeRunner
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -351,12 +352,14 @@ def test_only_this_machine_unless_told_otherwise():
 
 
 def test_the_event_loop_never_waits_for_the_chip(serve):
-    service = serve(step_s=0.5)
-    with service.http.stream("POST", "/v1/chat/completions", json=ask(stream=True)):
-        started = time.monotonic()
-        for _ in range(20):
-            assert service.http.get("/health").json()["busy"]
-        assert time.monotonic() - started < 0.45
+    service = serve("", step_s=2)
+    first = threading.Thread(target=service.http.post, args=("/v1/chat/completions",), kwargs={"json": ask()})
+    first.start()
+    service.wait_until(lambda: service.runners[0].answers)
+    for _ in range(5):
+        assert service.http.get("/health").json()["busy"]
+    assert service.runners[0].answers[0]["computed"] == 0, "the chip was done before the loop answered"
+    first.join()
 
 
 def test_one_request_at_a_time_in_order(serve):
@@ -530,3 +533,86 @@ def test_a_model_that_cannot_be_opened_ends_the_start(tokenizer):
 
     with pytest.raises(UserError, match="no such bmodel"):
         ChipQueue(open_runner, tokenizer, 1).start()
+
+
+# The page
+
+
+@pytest.fixture
+def browse():
+    if find_chromium() is None:
+        pytest.skip("no Chromium here to show the page: apt-get install chromium, or name one in $CHROMIUM")
+    with contextlib.ExitStack() as stack:
+        yield lambda url: stack.enter_context(Page(url))
+
+
+def texts(page, kind):
+    return page.value(f"[...document.querySelectorAll('#log .{kind}')].map((e) => e.textContent)")
+
+
+def test_the_page_holds_a_chat_of_two_turns(serve, tokenizer, browse):
+    service = serve("<b>fine</b> 深圳 🙂\nand well", step_s=0.03)
+    page = browse(service.url)
+    page.wait_for("document.querySelector('#about').textContent.includes('tiny on the simulator')")
+    page.type("#question", "how are you?")
+    page.press_enter()
+    page.wait_for("document.querySelector('#log .assistant')?.textContent.length > 3")
+    assert texts(page, "assistant") != ["<b>fine</b> 深圳 🙂\nand well"], "it does not stream"
+    page.wait_for("document.querySelector('#log .figures')")
+    assert texts(page, "assistant") == ["<b>fine</b> 深圳 🙂\nand well"]
+    assert "simulator wall time" in texts(page, "figures")[0]
+    page.type("#question", "and now?")
+    page.click("#send")
+    page.wait_for("document.querySelectorAll('#log .figures').length === 2")
+    assert texts(page, "user") == ["how are you?", "and now?"]
+    assert service.runners[0].answers[1]["ids"] == tokenizer.chatml(
+        [
+            {"role": "user", "content": "how are you?"},
+            {"role": "assistant", "content": "<b>fine</b> 深圳 🙂\nand well"},
+            {"role": "user", "content": "and now?"},
+        ]
+    )
+    assert page.errors == []
+
+
+def test_stop_and_clear_on_the_page(serve, tokenizer, browse):
+    service = serve("word " * 200, step_s=0.03)
+    page = browse(service.url)
+    page.type("#question", "talk")
+    page.click("#send")
+    page.wait_for("document.querySelector('#log .assistant')?.textContent.length > 10")
+    page.click("#stop")
+    page.wait_for("!document.querySelector('#send').disabled")
+    service.wait_until(lambda: not service.queue.busy, 2)
+    assert service.runners[0].answers[0]["computed"] < 200
+    page.click("#clear")
+    assert page.value("document.querySelector('#log').children.length") == 0
+    page.type("#question", "again")
+    page.click("#send")
+    service.wait_until(lambda: len(service.runners[0].answers) == 2)
+    assert service.runners[0].answers[1]["ids"] == tokenizer.chatml([{"role": "user", "content": "again"}])
+
+
+def test_the_page_says_what_went_wrong(serve, browse):
+    service = serve(settings={"api_key": "secret"})
+    page = browse(service.url)
+    page.type("#question", "hello")
+    page.click("#send")
+    page.wait_for("document.querySelector('#log .error')")
+    assert "API key" in texts(page, "error")[0] and texts(page, "assistant") == []
+    assert page.value("document.activeElement.id") == "key"
+    page.type("#key", "secret")
+    page.type("#question", "hello")
+    page.click("#send")
+    page.wait_for("document.querySelector('#log .figures')")
+    assert texts(page, "assistant")[-1] == TEXT
+
+
+def test_the_page_forgets_the_oldest_turn_when_the_conversation_outgrows_the_model(serve, browse):
+    service = serve("an answer of some length", seq_length=64)
+    page = browse(service.url)
+    for turn in range(4):
+        page.type("#question", f"question number {turn}")
+        page.click("#send")
+        page.wait_for(f"document.querySelectorAll('#log .figures').length === {turn + 1}")
+    assert texts(page, "error") == [] and "oldest turn" in texts(page, "notice")[0]
