@@ -27,6 +27,7 @@ from helpers.engines.base import (
     check_view,
     net_tensor,
 )
+from helpers.engines.loading import checked_bmodel
 from helpers.errors import UserError
 from helpers.toolchain import sophon_sail
 
@@ -87,6 +88,7 @@ class SailEngine(Engine):
             raise UserError(f"There is no device {missing[0]}: this machine has {there}. Choose with --devid.")
         if len(set(devid)) != len(devid) or not devid:
             raise UserError(f"--devid {','.join(map(str, devid))}: name each device once.")
+        checked_bmodel(bmodel, len(devid))
         self._lock = threading.Lock()
         self._closed = False
         self._basic: dict[tuple[str, str, int], DeviceTensor] = {}
@@ -123,8 +125,6 @@ class SailEngine(Engine):
         llm, nets, own = self._llm, {}, {}
         for net in llm.get_graph_names():
             addr_mode = llm.get_addr_mode(net)
-            if addr_mode >= len(ADDR_MODES):
-                raise UserError(f"{net} was compiled with address mode {addr_mode}; compile it with basic or io_alone.")
             described = []
             for kind in ("input", "output"):
                 call = {
@@ -134,8 +134,6 @@ class SailEngine(Engine):
                 infos = []
                 for index in range(call["num"](net)):
                     name, dtype = call["name"](net, index), call["dtype"](net, index).name
-                    if dtype not in SAIL_DTYPES:
-                        raise UserError(f"{kind} {name} of {net} is {dtype}; take one of {', '.join(HOST_DTYPE)}.")
                     device = devid.index(call["tensor_devid"](net, index))
                     infos.append(TensorInfo(name, tuple(call["shape"](net, index)), SAIL_DTYPES[dtype], device))
                 if ADDR_MODES[addr_mode] == "io_alone":
@@ -170,7 +168,6 @@ class SailEngine(Engine):
         with self._told(lambda: f"No device memory for {dtype} {list(shape)}{self._free([self.devices[device]])}"):
             code = getattr(self._sail.Dtype, f"BM_{dtype.upper()}")
             memory = self._sail.Tensor(self._handles[device], list(shape), code, False, True)
-            memory.memory_set(np.int32(0) if dtype == "int32" else np.float32(0))
         return DeviceTensor(shape, dtype, device, memory)
 
     def view(self, tensor: DeviceTensor, offset_elements: int, shape: Sequence[int]) -> DeviceTensor:

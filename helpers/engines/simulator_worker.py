@@ -22,11 +22,6 @@ from multiprocessing.connection import Connection
 QUIET_SECONDS = 0.05
 PARENT_POLL_SECONDS = 0.5
 LOG_LIMIT_BYTES = 1 << 20
-# bmlib hands out memory from 0x105100000 on; what lies between it and 0x100000000 belongs to the firmware.
-FIRMWARE_BYTES = 0x5100000
-CHIP_BYTES = 16 << 30
-# Room for what is not in the file: `Engine.allocate`, alignment to pages.
-SLACK_BYTES = 256 << 20
 # bm_data_type_t, bmdef.h
 DTYPES = {0: "float32", 1: "float16", 6: "int32", 8: "bfloat16"}
 DTYPE_CODES = {name: code for code, name in DTYPES.items()}
@@ -92,31 +87,6 @@ class Net(Structure):
     ]
 
 
-class MemoryNeed(Structure):
-    """memory_t, bmdef.h"""
-
-    _fields_ = [
-        ("address", c_ulong),
-        ("size", c_ulong),
-        ("type", c_int),
-        ("number", c_int),
-        ("reserved", ctypes.c_char * 124),
-    ]
-
-
-class MemoryNeeds(Structure):
-    """mem_info_t, bmdef.h"""
-
-    _fields_ = [
-        ("instructions", MemoryNeed),
-        ("variable_instructions", MemoryNeed),
-        ("neurons", MemoryNeed),
-        ("weights", MemoryNeed),
-        ("io", MemoryNeed),
-        ("reserved", MemoryNeed * 4),
-    ]
-
-
 class Refused(Exception):
     """Told to the caller; the worker goes on."""
 
@@ -137,7 +107,6 @@ class Simulator:
                 [c_void_p, DeviceMemory, c_size_t, DeviceMemory, c_size_t, c_size_t],
             ),
             (self.bmlib, "bm_thread_sync", c_int, [c_void_p]),
-            (self.bmrt, "bmrt_get_bmodel_info", c_bool, [c_char_p, POINTER(MemoryNeeds)]),
             (self.bmrt, "bmrt_create", c_void_p, [c_void_p]),
             (self.bmrt, "bmrt_load_bmodel", c_bool, [c_void_p, c_char_p]),
             (self.bmrt, "bmrt_get_network_number", c_int, [c_void_p]),
@@ -160,24 +129,6 @@ class Simulator:
 
         An address is None where the net has no memory of its own for it (addr_mode basic).
         """
-        needs = MemoryNeeds()
-        if not self.bmrt.bmrt_get_bmodel_info(os.fsencode(path), ctypes.byref(needs)):
-            raise Refused("Sophgo's runtime cannot read it as a bmodel")
-        fixed = needs.instructions.size + needs.variable_instructions.size + needs.weights.size + needs.io.size
-        expected = fixed + needs.neurons.size + FIRMWARE_BYTES
-        total, available = host_memory()
-        # The file is read whole before it is copied to the device.
-        if expected + os.path.getsize(path) > available:
-            raise Refused(
-                f"the simulator needs about {(expected + os.path.getsize(path)) / 1e9:.1f} GB of memory for it and "
-                f"{available / 1e9:.1f} GB are free: close other programs, or take a smaller model"
-            )
-        # The simulator takes its memory from the host page by page as it is touched, so too much costs nothing.
-        # Net by net, neurons are at most what the file states as a whole; 2: inputs and outputs beside them.
-        nets = 1 + os.path.getsize(path) // (1 << 20)
-        size = FIRMWARE_BYTES + 2 * fixed + (1 + nets) * needs.neurons.size + SLACK_BYTES
-        size = max(min(size, CHIP_BYTES, total), expected + SLACK_BYTES)
-        os.environ["CMODEL_GLOBAL_MEM_SIZE"] = hex(size)
         if status := self.bmlib.bm_dev_request(ctypes.byref(self.handle), 0):
             raise Refused(f"the simulated device could not be opened (bmlib status {status})")
         self.runtime = self.bmrt.bmrt_create(self.handle)
@@ -263,13 +214,6 @@ def tensor_array(tensors):
         slot.dtype = DTYPE_CODES[dtype]
         slot.memory = memory_at(address, size)
     return array
-
-
-def host_memory():
-    """(total, available) bytes of this machine."""
-    with open("/proc/meminfo") as file:
-        fields = {line.split(":")[0]: int(line.split()[1]) << 10 for line in file}
-    return fields["MemTotal"], fields["MemAvailable"]
 
 
 def demote_idle_engines():

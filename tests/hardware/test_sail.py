@@ -1,0 +1,31 @@
+"""The engine contract on sophon-sail, the real one. Opt-in: QWEN_SAIL=1 where `sophon.sail` and a device are there."""
+
+import os
+
+import pytest
+
+from helpers.engines import open_engine
+from helpers.toolchain import sophon_sail
+from tests.engine_bmodel import build
+from tests.engine_contract import EngineContract
+
+pytestmark = [
+    pytest.mark.hardware,
+    pytest.mark.skipif(os.environ.get("QWEN_SAIL") != "1", reason="needs sophon-sail and a device: set QWEN_SAIL=1"),
+]
+
+
+@pytest.fixture(scope="session")
+def bmodels():
+    return build()
+
+
+def test_this_is_the_real_sail():
+    state, where = sophon_sail()
+    assert state == "real" and where.endswith(".so")
+
+
+class TestSail(EngineContract):
+    @pytest.fixture
+    def open_it(self, bmodels):
+        return lambda mode: open_engine(bmodels[mode], engine="chip")
