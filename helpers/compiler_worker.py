@@ -200,7 +200,7 @@ def _converter_class(front_end):
                 )
             super().model_simplify(list(input_shapes))
             if not self._fold_transposes():
-                # Something else is computed from weights alone: let the simplifier see them all.
+                print("something is computed from weights alone: the simplifier gets them all", flush=True)
                 self.model = untouched
                 self._attach(self.large)
                 super().model_simplify(list(input_shapes))
@@ -258,8 +258,11 @@ def _folding_class(folding):
                 del field[:]
             graph.node.extend([*constants, *const_nodes])
             graph.output.extend(ValueInfoProto(name=name) for name in wanted)
+            options = onnxruntime.SessionOptions()
+            # Else it lists the constants that this piece of the net does not use.
+            options.log_severity_level = 3
             session = onnxruntime.InferenceSession(
-                model.SerializeToString(), providers=["CPUExecutionProvider"]
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
             return dict(zip(wanted, session.run(wanted, {}), strict=True))
 

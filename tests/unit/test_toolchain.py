@@ -1,0 +1,105 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from helpers import toolchain
+from helpers.errors import UserError
+
+
+@pytest.fixture
+def sick_wheel(tmp_path):
+    folder = tmp_path / "lib" / "third_party"
+    folder.mkdir(parents=True)
+    (folder / "libc.so.6").write_bytes(
+        b"\x7fELF...GNU C Library (Ubuntu GLIBC 2.35-0ubuntu3.1) stable release version 2.35.\n"
+    )
+    for name in ("libm.so.6", "libpthread.so.0", "libopenblas.so.0"):
+        (folder / name).write_bytes(b"\x7fELF")
+    return tmp_path
+
+
+def glibc_there(wheel):
+    return sorted(p.name for p in (wheel / "lib" / "third_party").iterdir() if p.name in toolchain.GLIBC_FILES)
+
+
+def test_cure_moves_the_bundled_glibc_aside_only_under_a_newer_one(sick_wheel, monkeypatch):
+    monkeypatch.setattr(toolchain, "host_glibc", lambda: (2, 35))
+    assert toolchain.cure(sick_wheel) == []
+    assert len(glibc_there(sick_wheel)) == 3
+    monkeypatch.setattr(toolchain, "host_glibc", lambda: (2, 36))
+    assert len(toolchain.cure(sick_wheel)) == 3
+    assert glibc_there(sick_wheel) == []
+    assert (sick_wheel / "lib/third_party/libopenblas.so.0").exists()
+    assert toolchain.glibc_state(sick_wheel) == ("aside", (2, 35))
+    assert toolchain.cure(sick_wheel) == []
+
+
+def test_cure_brings_the_bundle_back_on_an_older_machine(sick_wheel, monkeypatch):
+    monkeypatch.setattr(toolchain, "host_glibc", lambda: (2, 41))
+    toolchain.cure(sick_wheel)
+    monkeypatch.setattr(toolchain, "host_glibc", lambda: (2, 31))
+    toolchain.cure(sick_wheel)
+    assert len(glibc_there(sick_wheel)) == 3
+
+
+def test_environment_is_what_importing_the_wheel_sets():
+    show = "import tpu_mlir, os, json; print(json.dumps(dict(os.environ)))"
+    env = {"PATH": os.environ["PATH"], "PYTHONWARNINGS": "ignore"}
+    imported = json.loads(
+        subprocess.run([sys.executable, "-c", show], env=env, capture_output=True, text=True, check=True).stdout
+    )
+    ours = toolchain.environment(threads=2)
+    for name in ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH"):
+        wheel_folders = [p for p in imported[name].split(os.pathsep) if "tpu_mlir" in p and os.path.isdir(p)]
+        ours_of_it = [p for p in ours[name].split(os.pathsep) if os.path.isdir(p)]
+        missing = {os.path.realpath(p) for p in wheel_folders} - {os.path.realpath(p) for p in ours_of_it}
+        assert not missing, name
+    for name in imported.keys() - {"PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", *env, "LC_CTYPE"}:
+        assert os.path.realpath(ours[name]) == os.path.realpath(imported[name]), name
+    assert ours["OMP_NUM_THREADS"] == "2"
+
+
+def test_health_is_good_here_and_does_not_import_the_wheel():
+    code = (
+        "import sys; from helpers import toolchain; toolchain.require()\n"
+        "bad = [f for f in toolchain.health() if not f.ok and 'bytecode' not in f.name]\n"
+        "assert not bad, bad\n"
+        "assert not {'tpu_mlir', 'torch', 'onnx'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_missing_wheel_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="make setup"):
+        toolchain.require()
+    assert any(not finding.ok and finding.name == "tpu-mlir" for finding in toolchain.health())
+
+
+@pytest.mark.parametrize("kind", ["absent", "placeholder", "real"])
+def test_sophon_placeholder_is_told_from_the_real_one(tmp_path, monkeypatch, kind):
+    folder = tmp_path / "sophon"
+    if kind != "absent":
+        folder.mkdir()
+        (folder / "__init__.py").touch()
+        (folder / ("sail.py" if kind == "placeholder" else "sail.cpython-310-x86_64-linux-gnu.so")).touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *[p for p in sys.path if "site-packages" not in p]])
+    monkeypatch.delitem(sys.modules, "sophon", raising=False)
+    toolchain.importlib.invalidate_caches()
+    assert toolchain.sophon_sail()[0] == kind
+
+
+def test_another_program_named_parallel_is_not_gnu_parallel(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="not installed.*apt-get install parallel"):
+        toolchain.require_parallel()
+    fake = tmp_path / "parallel"
+    fake.write_text("#!/bin/sh\necho moreutils\n")
+    fake.chmod(0o755)
+    with pytest.raises(UserError, match="another program"):
+        toolchain.require_parallel()
+    fake.write_text("#!/bin/sh\necho GNU parallel 20221122\n")
+    assert toolchain.require_parallel() == str(fake)
