@@ -400,7 +400,7 @@ def open_tokenizer(model: str | Path, tokenizer: str | None) -> QwenTokenizer:
             f"{model} has no manifest that names its tokenizer: give --tokenizer, a checkpoint folder or a "
             "qwen.tiktoken."
         )
-    return QwenTokenizer.open(named)
+    return QwenTokenizer.open(Path(model).parent / named)
 
 
 def device_ids(text: str) -> tuple[int, ...]:
