@@ -46,6 +46,12 @@ class Source:
             raise MisfitError(f"there is no {'.'.join(path)} in it")
         return node
 
+    def lines_of(self, first: ast.stmt, last: ast.stmt) -> list[str]:
+        """The lines of the statements from `first` to `last`, without the indentation of `first`."""
+        lines = [line.rstrip("\r\n") for line in self.lines[first.lineno - 1 : last.end_lineno]]
+        # A comment may stand further left than the code around it.
+        return [line.lstrip() if line[: first.col_offset].strip() else line[first.col_offset :] for line in lines]
+
     def replace(self, first: ast.stmt, last: ast.stmt, lines: list[str]) -> "Source":
         """Put lines, indented as `first` is, in the place of the statements from `first` to `last`."""
         self._own_lines(first, last)
@@ -62,9 +68,7 @@ class Source:
 
     def comment_out(self, first: ast.stmt, last: ast.stmt, then: tuple[str, ...] = ()) -> "Source":
         """Turn the statements from `first` to `last` into comments, as the documentation shows it; add lines after."""
-        width = first.col_offset
-        old = [line.rstrip("\r\n") for line in self.lines[first.lineno - 1 : last.end_lineno]]
-        return self.replace(first, last, [*(f"# {line[width:]}".rstrip() for line in old), *then])
+        return self.replace(first, last, [*(f"# {line}".rstrip() for line in self.lines_of(first, last)), *then])
 
     def replace_expression(self, node: ast.expr, text: str) -> "Source":
         """Put other text in the place of an expression."""

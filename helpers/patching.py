@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
@@ -151,8 +151,8 @@ def status(model_path: str | Path) -> list[Step]:
     if current == _results(originals, steps):
         return steps
     # A patching was killed between its record and its files.
-    return [Step(s.patch, NOT_APPLIED, "patching was interrupted: patch again", s.before, s.before)
-            if s.state == APPLIED else s for s in steps]  # fmt: skip
+    note = "patching was interrupted: run it again"
+    return [replace(s, state=NOT_APPLIED, note=note) if s.state == APPLIED else s for s in steps]
 
 
 def plan(originals: dict[str, str], seq_length: int, chosen: set[str] | None = None) -> list[Step]:
@@ -316,6 +316,8 @@ def _write(folder: Path, originals: dict[str, str], steps: list[Step], seq_lengt
         shas = {_sha256(text) for text in (current[name], results[name]) if text is not None}
         record["files"][name] = {"patched_sha256": sorted(shas), "original": originals[name]}
     try:
+        for abandoned in folder.glob(".*.partial"):
+            abandoned.unlink()
         if changed or not (folder / RECORD).exists():
             artefacts.write_json(folder / RECORD, record)
         for name in changed:

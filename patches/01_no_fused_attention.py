@@ -5,9 +5,12 @@ which the compiler finds no attention, depending on torch's version; and in fron
 its own, from an argument that an exported block does not have. Qwen's older path, `_attn`, is plain matrix products
 and a softmax: with SUPPORT_TORCH2 off it is the one taken.
 
-Recognises: the assignment to SUPPORT_TORCH2 at the top of the file.
+Recognises: the assignment to SUPPORT_TORCH2 at the top of the file, where each fused call stands under
+`if … SUPPORT_TORCH2:`.
 Not needed: in the revisions before October 2023, which do not call the fused attention.
 """
+
+import ast
 
 from helpers.passages import MisfitError, NotNeededError, Source, calls, is_code
 
@@ -16,11 +19,18 @@ FILE = "modeling_qwen.py"
 
 def change(source: Source) -> Source:
     fused = calls(source.tree, "scaled_dot_product_attention")
+    under_switch = [
+        call
+        for branch in ast.walk(source.tree)
+        if isinstance(branch, ast.If) and is_code(branch.test, "(.* and )?SUPPORT_TORCH2")
+        for statement in branch.body
+        for call in calls(statement, "scaled_dot_product_attention")
+    ]
     switch = [s for s in source.tree.body if is_code(s, "SUPPORT_TORCH2 = .*")]
     if not fused:
         raise NotNeededError("this revision does not call torch's fused attention")
-    if len(switch) != 1:
-        raise MisfitError(f"fused attention without the one switch SUPPORT_TORCH2 at the top, {source.excerpt(fused[0])}")
+    if len(switch) != 1 or len(under_switch) != len(fused):
+        raise MisfitError(f"fused attention that SUPPORT_TORCH2 does not switch off, {source.excerpt(fused[0])}")
     if is_code(switch[0], "SUPPORT_TORCH2 = False"):
         raise NotNeededError("SUPPORT_TORCH2 is False already")
     if not is_code(switch[0].value, r".*torch\.__version__\.split\('\.'\).*>= 2"):

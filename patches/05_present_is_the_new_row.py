@@ -31,5 +31,4 @@ def change(source: Source) -> Source:
             f"{source.excerpt(forward.body[join + 1], forward.body[take])}"
         )
     moved = forward.body[take]
-    lines = [line.rstrip("\r\n")[moved.col_offset :] for line in source.lines[moved.lineno - 1 : moved.end_lineno]]
-    return source.replace(moved, moved, []).insert_before(forward.body[join], lines)
+    return source.replace(moved, moved, []).insert_before(forward.body[join], source.lines_of(moved, moved))

@@ -26,13 +26,13 @@ def change(text: str, seq_length: int) -> str:
     if config.get("model_type") != "qwen" or not isinstance(config.get("seq_length"), int):
         found = {key: config.get(key) for key in ("model_type", "seq_length")}
         raise MisfitError(f"not the configuration of a first-generation Qwen: {found}")
-    # August 2023 calls it n_positions.
-    positions = "n_positions" if "n_positions" in config else "max_position_embeddings"
+    # August 2023 says n_positions.
+    positions = {"n_positions", "max_position_embeddings"} & config.keys() or {"max_position_embeddings"}
     wanted = {
         "bf16": True,
         "fp16": False,
         "fp32": False,
-        positions: seq_length,
+        **dict.fromkeys(sorted(positions), seq_length),
         "seq_length": seq_length,
         "use_logn_attn": False,
         "use_dynamic_ntk": False,
@@ -43,7 +43,8 @@ def change(text: str, seq_length: int) -> str:
     changed = text
     for key, value in changes.items():
         changed = _with_value(changed, key, value)
-    if json.loads(changed) != config | changes:
+    more_than_once = [key for key in changes if len(re.findall(rf'"{key}"\s*:', text)) > 1]
+    if more_than_once or json.loads(changed) != config | changes:
         raise MisfitError(f"one of {', '.join(changes)} stands in it more than once, or not as a plain value")
     return changed
 

@@ -32,7 +32,7 @@ def change(source: Source) -> Source:
 
 def _with_argument(source: Source, owner: str) -> Source:
     last = source.required(owner, "forward").args.defaults[-1]
-    return source.replace_expression(last, f"{ast.unparse(last)},\n        {ARGUMENT}=None".replace("\n", source.newline))
+    return source.replace_expression(last, f"{ast.unparse(last)},{source.newline}        {ARGUMENT}=None")
 
 
 def _pass_on(source: Source) -> Source:
@@ -46,7 +46,9 @@ def _pass_on(source: Source) -> Source:
 def _rotate_by_argument(source: Source) -> Source:
     forward = source.required("QWenAttention", "forward")
     pair = [
-        s for s in ast.walk(forward) if is_code(s, r"(query|key) = apply_rotary_pos_emb\(\1, [qk]_pos_emb\)")
+        s
+        for s in ast.walk(forward)
+        if isinstance(s, ast.Assign) and is_code(s, r"(query|key) = apply_rotary_pos_emb\(\1, [qk]_pos_emb\)")
     ]
     pair.sort(key=lambda s: s.lineno)
     if len(pair) != 2 or source.function("_rotate_half") is None:
@@ -54,8 +56,7 @@ def _rotate_by_argument(source: Source) -> Source:
     block = body_with(forward, pair[0])
     if block.index(pair[0]) + 1 != block.index(pair[1]):
         raise MisfitError(f"the rotations of query and key are apart, {source.excerpt(*pair)}")
-    old = [f"    {line.rstrip()[pair[0].col_offset:]}" for line in source.lines[pair[0].lineno - 1 : pair[1].end_lineno]]
     new = [f"if {ARGUMENT} is not None:", f"    cos, sin = {ARGUMENT}[0]"]
     for x in ("query", "key"):
         new.append(f"    {x} = ({x}.float() * cos + _rotate_half({x}.float()) * sin).type_as({x})")
-    return source.replace(*pair, [*new, "else:", *old])
+    return source.replace(*pair, [*new, "else:", *(f"    {line}" for line in source.lines_of(*pair))])
