@@ -269,8 +269,9 @@ def run_notebook(
     """Run one notebook in a kernel of this interpreter, in the notebook's folder as JupyterLab does.
 
     executed: where the executed notebook goes, also when it failed, with the failing cell's error in it.
-    parameters: values by name. `out` is the folder that the notebook's promises are below; where the notebook has
-    a parameter `out`, it is given that folder.
+    parameters: values by name.
+    out: the folder that the notebook's promises are below; a notebook that has a parameter `out` (relative to the
+    repository, as written) is given it.
     cell_seconds: bound of each cell instead of the declared one.
     Raises NotebookFailed, with all that is wrong, and UserError for a file that is no notebook.
     """
