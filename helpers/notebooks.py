@@ -463,9 +463,9 @@ def _load_onnx(path: Path) -> None:
 
 
 def _load_bmodel(path: Path) -> None:
-    from helpers.bmodel import Bmodel
+    from helpers.bmodel import read_bmodel
 
-    Bmodel.open(path)
+    read_bmodel(path)
 
 
 def _load_png(path: Path) -> None:
