@@ -275,7 +275,7 @@ class _Terminal:
 
     def say(self, text: str, style: str = "dim") -> None:
         if self.console:
-            self.console.print(text, style=style, markup=False)
+            self.console.print(text, style=style, markup=False, soft_wrap=True)
         else:
             print(text, flush=True)
 

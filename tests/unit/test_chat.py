@@ -14,16 +14,10 @@ from hypothesis import strategies as st
 from helpers import chat
 from helpers.chat import Answer, ChatSession, StopStrings, fit_history
 from helpers.errors import UserError
-from helpers.tokenizer import QwenTokenizer
 from tests.unit.fake_runner import FakeRunner
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "models" / "tiny"
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return QwenTokenizer.open(TINY)
 
 
 def runner_saying(tokenizer, text, **settings):

@@ -20,7 +20,6 @@ from helpers.errors import UserError
 from helpers.service import add_arguments, is_loopback, listen
 from helpers.service_api import Settings, create_app
 from helpers.service_queue import ChipQueue
-from helpers.tokenizer import QwenTokenizer
 from tests.unit.chromium import Page, find_chromium
 from tests.unit.fake_runner import FakeRunner
 
@@ -31,11 +30,6 @@ DOCUMENTED = {
     "stream": False,
 }
 TEXT = "深圳 is a city 🙂, and BM1684X\na chip."
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return QwenTokenizer.open(ROOT / "models" / "tiny")
 
 
 class Service:

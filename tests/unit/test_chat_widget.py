@@ -1,0 +1,53 @@
+import pytest
+
+from helpers import chat_widget
+from helpers.chat import ChatSession
+from helpers.chat_widget import ChatBox, chat_box
+from tests.unit.fake_runner import FakeRunner
+
+
+def box_saying(tokenizer, text, **runner):
+    return ChatBox(ChatSession(FakeRunner(lambda ids: tokenizer.encode(text), **runner), tokenizer))
+
+
+def test_a_conversation_in_the_box(tokenizer):
+    box = box_saying(tokenizer, "a < b & 深圳")
+    seen = []
+    box._transcript.observe(lambda change: seen.append(change["new"]), "value")
+    box._question.value = "how are you?"
+    box._question._handle_custom_msg({"event": "submit"}, [])
+    box.wait()
+    assert "how are you?" in box._transcript.value and "a &lt; b &amp; 深圳" in box._transcript.value
+    assert "simulator wall time" in box._transcript.value
+    assert len(seen) > 5, "it does not stream"
+    assert box._question.value == "" and not box._send.disabled and box._stop.disabled
+    box._question.value = "and now?"
+    box._send.click()
+    box.wait()
+    assert [question for question, _ in box.session.history] == ["how are you?", "and now?"]
+    box._clear.click()
+    assert box._transcript.value == "" and box.session.history == []
+
+
+def test_stop_is_heard_while_it_answers(tokenizer):
+    box = box_saying(tokenizer, "word " * 500, step_s=0.01)
+    box.send("talk")
+    assert box._send.disabled and not box._stop.disabled
+    box.send("a second question meanwhile is not asked")
+    box._stop.click()
+    box.wait()
+    assert box.session.last.finish_reason == "cancelled" and len(box.session.runner.answers) == 1
+
+
+def test_errors_are_shown_in_the_box(tokenizer):
+    box = box_saying(tokenizer, "a")
+    box.send(" ")
+    assert "question is empty" in box._transcript.value
+
+
+@pytest.mark.slow
+def test_where_nobody_types_it_answers_one_question_as_text(bmodel_tiny, tokenizer, capsys, monkeypatch):
+    assert not chat_widget.somebody_types()
+    chat_box(bmodel_tiny, tokenizer, engine="simulator", question="what is a bmodel?", max_new_tokens=4)
+    out = capsys.readouterr().out
+    assert out.startswith("> what is a bmodel?\n") and "4 tokens" in out and "simulator wall time" in out
