@@ -214,7 +214,9 @@ class EngineContract:
                 engine.run("cache", inputs, outputs)
         with pytest.raises(UserError, match=r"at most \[1, 64\]"):
             engine.run(
-                "greedy_head", [engine.allocate((1, VOCABULARY + 1), "float32")], [engine.output_tensor("greedy_head", 0)]
+                "greedy_head",
+                [engine.allocate((1, VOCABULARY + 1), "float32")],
+                [engine.output_tensor("greedy_head", 0)],
             )
 
     def test_mistakes_are_told(self, engine):

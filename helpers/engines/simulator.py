@@ -6,7 +6,6 @@ Whatever a bmodel does to the simulator (it asserts, aborts, or takes all memory
 import contextlib
 import os
 import queue
-import re
 import shutil
 import signal
 import subprocess
@@ -46,7 +45,10 @@ WORKER = Path(__file__).with_name("simulator_worker.py")
 TELLING = ("Memory exhausted", "FATAL", "ASSERT /", "BMRT_ASSERT", "ssertion", "what():", "rror")
 # bmlib hands out memory from 0x105100000 on; what lies between it and 0x100000000 belongs to the firmware.
 FIRMWARE_BYTES = 0x5100000
-# For `allocate`, and for alignment to pages.
+PAGE_BYTES = 4096
+# What the runtime takes for itself, and alignment to pages.
+RUNTIME_BYTES = 64 << 20
+# For `allocate`.
 SLACK_BYTES = 256 << 20
 SCHEDULING = ("yield", "priority", "plain")
 
@@ -82,6 +84,7 @@ class SimulatorEngine(Engine):
             self._worker.close()
             raise
         super().__init__((0,), nets)
+        self._room = SLACK_BYTES
         self._basic: dict[tuple[str, str, int], DeviceTensor] = {}
 
     def input_tensor(self, net: str, index: int) -> DeviceTensor:
@@ -96,13 +99,24 @@ class SimulatorEngine(Engine):
         if key in self._own:
             return self._own[key]
         if key not in self._basic:
-            self._basic[key] = self.allocate(info.shape, info.dtype)
+            self._basic[key] = self._allocate(info.shape, info.dtype)
         return self._basic[key]
 
     def allocate(self, shape: Sequence[int], dtype: str, device: int = 0) -> DeviceTensor:
         shape = check_allocation(shape, dtype)
         if device != 0:
             raise UserError(f"The simulator has one device, number 0; {device} was asked for.")
+        size = DeviceTensor(shape, dtype, 0, None).bytes
+        # Where its memory is exhausted the simulator does not say so, it aborts.
+        if size + PAGE_BYTES > self._room:
+            raise UserError(
+                f"No device memory for {dtype} {list(shape)}: beside the bmodel the simulator was opened with room for "
+                f"{SLACK_BYTES >> 20} MB, {self._room >> 20} MB are left."
+            )
+        self._room -= size + PAGE_BYTES
+        return self._allocate(shape, dtype)
+
+    def _allocate(self, shape: tuple[int, ...], dtype: str) -> DeviceTensor:
         size = DeviceTensor(shape, dtype, 0, None).bytes
         return DeviceTensor(shape, dtype, 0, self._worker.call("allocate", size))
 
@@ -170,7 +184,7 @@ class _Worker:
         os.symlink(libraries / "libbmlib_bm1684x.so.0", os.path.join(self._scratch, "libbmlib.so.0"))
         environment = os.environ | {"LD_LIBRARY_PATH": f"{self._scratch}:{libraries}", "OMP_NUM_THREADS": "1"}
         # Hexadecimal. The simulator takes it from the host page by page, as it is touched.
-        environment["CMODEL_GLOBAL_MEM_SIZE"] = hex(FIRMWARE_BYTES + need + need // 4 + SLACK_BYTES)
+        environment["CMODEL_GLOBAL_MEM_SIZE"] = hex(FIRMWARE_BYTES + need + need // 4 + RUNTIME_BYTES + SLACK_BYTES)
         if preload:
             environment["LD_PRELOAD"] = str(preload)
         ours, theirs = socketpair()
@@ -204,28 +218,34 @@ class _Worker:
         try:
             status, value = answer.result()
         except (EOFError, OSError):
-            raise UserError(f"{subject}: {self._last_words()}") from None
+            raise UserError(f"{subject}: {self._cause_of_death()}") from None
         if status == "error":
-            raise UserError(f"{subject}: {value}.")
+            raise UserError(f"{subject}: {value}.{self._last_words()}")
         return value
 
     def _last_words(self) -> str:
+        """The most telling line of the log, as the end of a message; empty where there is none."""
+        with contextlib.suppress(OSError):
+            lines = [line.strip() for line in Path(self._log).read_text(errors="replace").splitlines()]
+            for mark in TELLING:
+                for line in lines:
+                    if mark in line:
+                        return f" The runtime's last words: {' '.join(line.split())}"
+        return ""
+
+    def _cause_of_death(self) -> str:
         if self._closed:
             return "the engine was closed."
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=5)
         code = self._process.returncode
-        text = Path(self._log).read_text(errors="replace") if os.path.exists(self._log) else ""
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        telling = [line for mark in TELLING for line in lines if mark in line][:1] or lines[-1:]
         if code == -signal.SIGKILL:
             cause = "its process was killed, most likely because the machine ran out of memory"
         elif code is not None and code < 0:
             cause = f"its process died of {signal.Signals(-code).name}"
         else:
             cause = f"its process ended with code {code}"
-        last = f" Its last telling line: {re.sub(r' +', ' ', telling[0])}" if telling else ""
-        return f"{cause}; open the engine again, and if it happens again compile the bmodel again.{last}"
+        return f"{cause}; open the engine again, and if it happens again compile the bmodel again.{self._last_words()}"
 
     def close(self) -> None:
         with self._lock:

@@ -264,8 +264,11 @@ def serve(simulator, connection, set_idle, scheduling):
 def main():
     libraries, pipe, parent, scratch, scheduling = sys.argv[1:]
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # Line by line: what a process that aborts has in its buffers is lost.
+    libc = ctypes.CDLL(None)
+    libc.setvbuf(c_void_p.in_dll(libc, "stdout"), None, 1, 0)
     threading.Thread(target=exit_with_parent, args=(int(parent), scratch), daemon=True).start()
-    set_idle = getattr(ctypes.CDLL(None), "simulator_idle", None)
+    set_idle = getattr(libc, "simulator_idle", None)
     try:
         serve(Simulator(libraries), Connection(int(pipe)), set_idle, scheduling)
     except (EOFError, ConnectionError):

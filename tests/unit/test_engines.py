@@ -1,7 +1,22 @@
-from helpers.engines import open_engine
+"""The simulator engine and the choice of engine, on a real bmodel and the real simulator."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
 import pytest
-from tests.engine_bmodel import build
-from tests.engine_contract import EngineContract
+
+from helpers import bmodel
+from helpers.engines import loading, open_engine, simulator, yield_library
+from helpers.errors import UserError
+from tests.engine_bmodel import ROOT, WIDTH, build
+from tests.engine_contract import PAST, STATES, EngineContract, bf16, run_cache
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +28,328 @@ class TestSimulator(EngineContract):
     @pytest.fixture
     def open_it(self, bmodels):
         return lambda mode: open_engine(bmodels[mode], engine="simulator")
+
+
+def process_of(engine) -> int:
+    return engine._worker._process.pid
+
+
+def gone(pid: int, seconds: float = 10) -> bool:
+    """Whether a process that is not our child ends in time (one that nobody has waited for counts as ended)."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
+                return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def in_background(engine):
+    """Runs `cache` over and over in a thread; the thread, and where its exception will be."""
+    inputs = [engine.input_tensor("cache", k) for k in range(2)]
+    outputs = [engine.output_tensor("cache", k) for k in range(2)]
+    failure = []
+
+    def work():
+        try:
+            while True:
+                engine.run("cache", inputs, outputs)
+        except UserError as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    time.sleep(0.3)
+    return thread, failure
+
+
+def test_what_the_runtime_says_is_what_the_file_says(bmodels):
+    for mode, file in bmodels.items():
+        described = bmodel.read_bmodel(file)
+        with open_engine(file, engine="simulator") as engine:
+            assert {name: net.info for name, net in described.nets.items()} == engine.nets, mode
+
+
+# --- the process dies
+
+
+def test_killed_in_the_middle_of_a_run(bmodels):
+    with open_engine(bmodels["io_alone"], engine="simulator") as engine:
+        thread, failure = in_background(engine)
+        os.kill(process_of(engine), signal.SIGKILL)
+        thread.join(10)
+        assert not thread.is_alive()
+        assert "killed, most likely because the machine ran out of memory" in str(failure[0])
+        with pytest.raises(UserError, match="killed"):
+            engine.allocate((1,), "int32")
+    with open_engine(bmodels["io_alone"], engine="simulator") as engine:
+        run_cache(engine, bf16(STATES)[0], bf16(PAST)[0])
+
+
+def test_out_of_device_memory_leaves_the_engine_of_use(bmodels):
+    with open_engine(bmodels["io_alone"], engine="simulator") as engine:
+        with pytest.raises(UserError, match=r"No device memory for int32 \[16777216\].* room for 256 MB"):
+            for _ in range(5):
+                engine.allocate((16 << 20,), "int32")
+        run_cache(engine, bf16(STATES)[0], bf16(PAST)[0])
+
+
+def test_the_runtimes_last_words_are_told(bmodels, monkeypatch):
+    for name in ("FIRMWARE_BYTES", "RUNTIME_BYTES", "SLACK_BYTES"):
+        monkeypatch.setattr(simulator, name, 0)
+    with pytest.raises(UserError) as caught:
+        open_engine(bmodels["io_alone"], engine="simulator")
+    assert "The runtime's last words: Memory exhausted: cannot find a slot." in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_bytes_that_make_the_runtime_abort(bmodels, tmp_path):
+    """The description of the file is whole, so that it is loaded; the firmware and instructions in it are not."""
+    whole = bytearray(bmodels["io_alone"].read_bytes())
+    half = len(whole) // 50
+    whole[half:] = bytes(len(whole) - half)
+    broken = tmp_path / "broken.bmodel"
+    broken.write_bytes(whole)
+    try:
+        with open_engine(broken, engine="simulator") as engine:
+            pid = process_of(engine)
+            run_cache(engine, bf16(STATES)[0], bf16(PAST)[0])
+    except UserError as error:
+        assert "\n" not in str(error)
+    else:
+        # It may also compute nonsense; then it must still let itself be closed.
+        assert gone(pid)
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [(b"", "is empty"), (b"not a bmodel" * 100, "is not a bmodel"), (None, "No such file"), ("half", "is cut off")],
+)
+def test_files_that_are_no_bmodel(bmodels, tmp_path, content, said):
+    file = tmp_path / "a.bmodel"
+    if content == "half":
+        content = bmodels["basic"].read_bytes()[:100_000]
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(UserError, match=said):
+        open_engine(file, engine="simulator")
+
+
+def test_a_file_that_only_the_runtime_finds_bad(bmodels, tmp_path, monkeypatch):
+    """Should the file pass our own reading, the runtime's abort still ends in one sentence."""
+    described = bmodel.read_bmodel(bmodels["basic"])
+    file = tmp_path / "a.bmodel"
+    file.write_bytes(bmodels["basic"].read_bytes()[:3_000])
+    monkeypatch.setattr(simulator, "checked_bmodel", lambda path, devices: described)
+    with pytest.raises(UserError, match=r"a\.bmodel could not be opened: .* The runtime's last words: .*FATAL.*broken"):
+        open_engine(file, engine="simulator")
+
+
+def test_refusals_before_anything_starts(bmodels, monkeypatch):
+    described = bmodel.read_bmodel(bmodels["basic"])
+    for change, said in (
+        ({"device_num": 2}, r"compiled for 2 device\(s\) and was given 1.*--devid 0,1"),
+        ({"chip": "BM1688"}, "for the chip BM1688, BM1684X is needed"),
+    ):
+        monkeypatch.setattr(loading, "read_bmodel", lambda path, c=change: dataclasses.replace(described, **c))
+        with pytest.raises(UserError, match=said):
+            open_engine(bmodels["basic"], engine="simulator")
+    monkeypatch.setattr(loading, "read_bmodel", lambda path: described)
+    monkeypatch.setattr(simulator, "free_host_bytes", lambda: 1_000_000)
+    with pytest.raises(UserError, match=r"needs about 0\.0 GB of memory .* 0\.0 GB are free"):
+        open_engine(bmodels["basic"], engine="simulator")
+
+
+# --- nothing is left behind
+
+CALLER = """
+import sys, time
+from helpers.engines import open_engine
+from tests.engine_contract import *
+engine = open_engine(sys.argv[1], engine="simulator")
+inputs = [engine.input_tensor("cache", k) for k in range(2)]
+outputs = [engine.output_tensor("cache", k) for k in range(2)]
+print(engine._worker._process.pid, engine._worker._scratch, flush=True)
+"""
+
+
+def caller(bmodels, code):
+    """A process that opens an engine and goes on with `code`; it, its worker's pid and scratch folder."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", CALLER + code, str(bmodels["io_alone"])],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    pid, scratch = process.stdout.readline().split()
+    return process, int(pid), Path(scratch)
+
+
+@pytest.mark.parametrize("code", ["time.sleep(60)", "while True: engine.run('cache', inputs, outputs)"])
+def test_the_worker_ends_when_its_caller_is_killed(bmodels, code):
+    process, worker, scratch = caller(bmodels, code)
+    time.sleep(0.5)
+    assert scratch.is_dir() and not gone(worker, 0.1)
+    process.kill()
+    process.communicate()
+    assert gone(worker)
+    assert not scratch.exists()
+
+
+@pytest.mark.parametrize("code", ["", "raise SystemExit(3)", "engine.close()"])
+def test_the_worker_ends_when_its_caller_ends(bmodels, code):
+    process, worker, scratch = caller(bmodels, code)
+    process.communicate(timeout=30)
+    assert process.returncode == (3 if "3" in code else 0)
+    assert gone(worker)
+    assert not scratch.exists()
+
+
+def test_ctrl_c_leaves_the_engine_of_use(bmodels):
+    code = """
+engine.write(inputs[0], bf16(STATES, 1)[0])
+engine.write(inputs[1], bf16(PAST, 2)[0])
+interrupted = 0
+print("running", flush=True)
+while interrupted < 5:
+    try:
+        while True:
+            engine.run("cache", inputs, outputs)
+            engine.read(inputs[1])
+    except KeyboardInterrupt:
+        interrupted += 1
+        print("interrupted", flush=True)
+assert (engine.read(inputs[1]) == bf16(PAST, 2)[0]).all()
+engine.run("cache", inputs, outputs)
+print("went on", flush=True)
+"""
+    process, worker, _ = caller(bmodels, code)
+    assert process.stdout.readline() == "running\n"
+    for k in range(5):
+        time.sleep(0.05 + 0.013 * k)
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "interrupted\n"
+    out, errors = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, "went on\n"), errors
+    assert gone(worker)
+
+
+def test_close_is_prompt_in_the_middle_of_a_run(bmodels):
+    engine = open_engine(bmodels["basic"], engine="simulator")
+    thread, failure = in_background(engine)
+    pid = process_of(engine)
+    started = time.monotonic()
+    engine.close()
+    assert time.monotonic() - started < 2
+    thread.join(10)
+    assert "closed" in str(failure[0])
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_an_engine_that_is_forgotten_is_closed(bmodels):
+    engine = open_engine(bmodels["basic"], engine="simulator")
+    pid = process_of(engine)
+    del engine
+    assert gone(pid)
+
+
+# --- the simulator's threads
+
+
+def answers(file, scheduling):
+    """Outputs of all nets, as bytes; decode-like use with rows written into the cache."""
+    found = []
+    with simulator.SimulatorEngine(file, scheduling) as engine:
+        assert engine.scheduling == scheduling
+        cache = engine.input_tensor("cache", 1)
+        states, target = engine.input_tensor("cache", 0), engine.output_tensor("cache", 0)
+        engine.write(cache, bf16(PAST, 1)[0])
+        for row in range(3):
+            engine.write(states, bf16(STATES, 100 + row)[0])
+            engine.run("cache", [states, cache], [target, engine.view(cache, row * WIDTH, STATES)])
+            found += [engine.read(target).tobytes(), engine.read(cache).tobytes()]
+        logits, token = engine.output_tensor("logits", 0), engine.output_tensor("greedy_head", 0)
+        engine.copy(target, engine.view(engine.input_tensor("logits", 0), 0, STATES))
+        engine.run("logits", [engine.input_tensor("logits", 0)], [logits])
+        engine.run("greedy_head", [logits], [token])
+        found += [engine.read(logits).tobytes(), engine.read(token).tobytes()]
+    return found
+
+
+@pytest.mark.parametrize("mode", ["basic", "io_alone"])
+def test_outputs_are_the_same_bits_however_the_threads_are_scheduled(bmodels, mode):
+    plain = answers(bmodels[mode], "plain")
+    assert len(set(plain)) == len(plain)
+    assert answers(bmodels[mode], "yield") == plain
+    assert answers(bmodels[mode], "priority") == plain
+
+
+def test_without_a_compiler_priorities_are_used(bmodels, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert yield_library.path() is None
+    with pytest.raises(UserError, match="No C compiler"):
+        simulator.SimulatorEngine(bmodels["basic"], "yield")
+    with open_engine(bmodels["basic"], engine="simulator") as engine:
+        assert engine.scheduling == "priority"
+        tasks = Path(f"/proc/{process_of(engine)}/task").iterdir()
+        policies = {(task / "comm").read_text().strip(): os.sched_getscheduler(int(task.name)) for task in tasks}
+    idle = {name for name, policy in policies.items() if policy == os.SCHED_IDLE}
+    assert idle == {"TPU_GDE", "TPU_SORT", "TPU_NMS"}
+
+
+def test_the_library_is_built_once_and_a_broken_build_is_not_taken(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    built = yield_library.path()
+    made = built.stat().st_mtime_ns
+    assert yield_library.path() == built and built.stat().st_mtime_ns == made
+    assert [path.name for path in built.parent.iterdir()] == [built.name]
+    built.unlink()
+    broken = tmp_path / "broken.c"
+    broken.write_text("this is not C")
+    monkeypatch.setattr(yield_library, "SOURCE", broken)
+    assert yield_library.path() is None
+    assert not list(built.parent.iterdir())
+
+
+def test_nobody_computes_while_nobody_asks(bmodels):
+    with simulator.SimulatorEngine(bmodels["basic"], "yield") as engine:
+        expected = run_cache(engine, bf16(STATES)[0], bf16(PAST)[0])
+
+        def ticks():
+            fields = Path(f"/proc/{process_of(engine)}/stat").read_text().rsplit(")", 1)[1].split()
+            return int(fields[11]) + int(fields[12])
+
+        time.sleep(0.5)
+        before = ticks()
+        time.sleep(1)
+        assert ticks() - before <= 5  # of 100 a second and core
+        for found, wanted in zip(run_cache(engine, bf16(STATES)[0], bf16(PAST)[0]), expected, strict=True):
+            np.testing.assert_array_equal(found, wanted)
+
+
+# --- the choice
+
+
+def test_auto_names_what_it_took_and_why(bmodels):
+    with open_engine(bmodels["basic"]) as engine:
+        assert (engine.name, engine.kind_of_time) == ("simulator", "simulator wall")
+        assert engine.reason.startswith("simulator: sophon.sail is not installed")
+
+
+@pytest.mark.parametrize(
+    "wanted, said",
+    [
+        ({"engine": "chip"}, "sophon.sail is not installed"),
+        ({"engine": "gpu"}, "no engine 'gpu'"),
+        ({"engine": "simulator", "devid": (1,)}, "The simulator has one device, number 0"),
+        ({"devid": (2, 3)}, "--devid 2,3 needs chips"),
+    ],
+)
+def test_engines_that_are_not_there(bmodels, wanted, said):
+    with pytest.raises(UserError, match=said):
+        open_engine(bmodels["basic"], **wanted)
