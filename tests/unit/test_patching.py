@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from helpers import cli, patching
 from helpers.errors import UserError
 from helpers.passages import Source
-from tests.unit.revisions import blocks, forms
+from tests.unit.revisions import blocks, forms, public
 
 TINY = Path(__file__).resolve().parents[2] / "models" / "tiny"
 PATCHES = [patch.name for patch in patching.all_patches()]
@@ -146,6 +146,16 @@ def test_the_documented_config_change_alone_would_scale_every_decoded_query(made
     (target / "config.json").write_text(json.dumps(config))
     found = blocks.agreement(blocks.load_block(made / "2023-12"), blocks.load_block(target), 5, ROWS)
     assert found.prefill < TOLERANCE < 1e-3 < found.decode
+
+
+PUBLIC = os.environ.get("QWEN_REVISIONS")
+
+
+@pytest.mark.skipif(not PUBLIC, reason="QWEN_REVISIONS names no folder with real revisions of modeling_qwen.py")
+@pytest.mark.parametrize("revision", public.revisions(Path(PUBLIC)) if PUBLIC else [None], ids=str)
+def test_public_revisions_agree_or_are_refused(revision):
+    result = public.measure(revision)
+    assert "does not fit" in result.refused or max(result.prefill, result.decode) < TOLERANCE
 
 
 # --- each is needed ----------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ class Form:
 
 FORMS = {
     "2023-08": Form(mask="buffer", rotation="own", reads_attention_mask=False),
+    "2023-08-with-mask": Form(mask="buffer", rotation="own"),
     "2023-09-24-first": Form(mask="argument", rotation="pair", reads_attention_mask=False),
     "2023-09-24": Form(mask="argument"),
     "2023-09-25": Form(mask="argument", cache_quantization=True),
