@@ -76,7 +76,7 @@ class SimulatorEngine(Engine):
                 f"The simulator needs about {on_host / 1e9:.1f} GB of memory for {bmodel} and {free / 1e9:.1f} GB are "
                 "free: close other programs, or take a smaller model."
             )
-        self._worker = _Worker(scheduling, need)
+        self._worker = SimulatorProcess(scheduling, need)
         self.scheduling = self._worker.scheduling
         try:
             nets, self._own = _nets(self._worker.call("open", str(bmodel), subject=f"{bmodel} could not be opened"))
@@ -155,14 +155,14 @@ def _nets(answer: dict) -> tuple[dict[str, NetInfo], dict]:
         infos = []
         for kind, tensors in (("input", inputs), ("output", outputs)):
             for index, (_, shape, dtype, address) in enumerate(tensors):
-                if address is not None:
+                if ADDR_MODES[addr_mode] == "io_alone":
                     own[net, kind, index] = DeviceTensor(shape, dtype, 0, address)
             infos.append(tuple(TensorInfo(name, shape, dtype) for name, shape, dtype, _ in tensors))
         nets[net] = NetInfo(net, *infos, ADDR_MODES[addr_mode], dynamic)
     return nets, own
 
 
-class _Worker:
+class SimulatorProcess:
     """The simulator's process and the conversation with it.
 
     The conversation is held by a thread: Ctrl-C interrupts the one who waits for an answer, never an answer half read,

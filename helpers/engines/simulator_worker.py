@@ -127,7 +127,7 @@ class Simulator:
     def open(self, path):
         """Load a bmodel; return {net: (inputs, outputs, addr_mode, dynamic)}, tensors as (name, shape, dtype, address).
 
-        An address is None where the net has no memory of its own for it (addr_mode basic).
+        With addr_mode basic an address is shared with the net's intermediate results.
         """
         if status := self.bmlib.bm_dev_request(ctypes.byref(self.handle), 0):
             raise Refused(f"the simulated device could not be opened (bmlib status {status})")
@@ -143,7 +143,6 @@ class Simulator:
     def _describe(self, name):
         net = self.bmrt.bmrt_get_network_info(self.runtime, name).contents
         stage = net.stage[0]
-        own = net.addr_mode != 0
 
         def tensors(count, names, dtypes, shapes, memory):
             return [
@@ -151,7 +150,7 @@ class Simulator:
                     names[k].decode(),
                     shapes[k].as_tuple(),
                     DTYPES.get(dtypes[k], f"bm_data_type_t {dtypes[k]}"),
-                    memory[k].address if own else None,
+                    memory[k].address,
                 )
                 for k in range(count)
             ]

@@ -8,6 +8,7 @@ from helpers.engines import open_engine
 from helpers.toolchain import sophon_sail
 from tests.engine_bmodel import build
 from tests.engine_contract import EngineContract
+from tests.sail_contract import SailContract
 
 if os.environ.get("QWEN_SAIL") != "1":
     pytest.skip("needs sophon-sail and a device: set QWEN_SAIL=1", allow_module_level=True)
@@ -28,3 +29,11 @@ class TestSail(EngineContract):
     @pytest.fixture
     def open_it(self, bmodels):
         return lambda mode: open_engine(bmodels[mode], engine="chip")
+
+
+class TestSailCalls(SailContract):
+    @pytest.fixture
+    def sail(self):
+        import sophon.sail
+
+        return sophon.sail

@@ -17,6 +17,7 @@ from helpers.engines import loading, open_engine, simulator, yield_library
 from helpers.errors import UserError
 from tests.engine_bmodel import ROOT, WIDTH, build
 from tests.engine_contract import PAST, STATES, EngineContract, bf16, run_cache
+from tests.sail_contract import SailContract
 
 
 @pytest.fixture(scope="session")
@@ -330,6 +331,158 @@ def test_nobody_computes_while_nobody_asks(bmodels):
         assert ticks() - before <= 5  # of 100 a second and core
         for found, wanted in zip(run_cache(engine, bf16(STATES)[0], bf16(PAST)[0]), expected, strict=True):
             np.testing.assert_array_equal(found, wanted)
+
+
+# --- sophon-sail, by its double
+
+DOUBLE = ROOT / "tests" / "sail_double"
+
+
+@pytest.fixture
+def sail(monkeypatch):
+    """`import sophon.sail` finds the double, in this process and its children."""
+
+    def forget():
+        for name in [name for name in sys.modules if name == "sophon" or name.startswith("sophon.")]:
+            del sys.modules[name]
+
+    forget()
+    monkeypatch.syspath_prepend(str(DOUBLE))
+    yield monkeypatch
+    forget()
+
+
+class TestSailDouble(EngineContract):
+    @pytest.fixture
+    def open_it(self, bmodels, sail):
+        return lambda mode: open_engine(bmodels[mode], engine="chip")
+
+
+class TestSailDoubleCalls(SailContract):
+    @pytest.fixture
+    def sail(self, sail):
+        import sophon.sail
+
+        return sophon.sail
+
+
+def test_auto_takes_the_chip_where_there_is_one(bmodels, sail):
+    sail.setenv("SAIL_DOUBLE_DEVICES", "4")
+    with open_engine(bmodels["io_alone"], devid=(2,)) as engine:
+        assert (engine.name, engine.kind_of_time, engine.devices) == ("chip", "measured", (2,))
+        assert engine.reason == "chip, device 2: sophon.sail finds a device"
+        assert {info.device for net in engine.nets.values() for info in net.inputs} == {0}
+        run_cache(engine, bf16(STATES)[0], bf16(PAST)[0])
+
+
+@pytest.mark.parametrize(
+    "devid, said",
+    [
+        ((4,), r"There is no device 4: this machine has 0 to 3"),
+        ((-1,), r"There is no device -1"),
+        ((1, 1), r"name each device once"),
+        ((), r"name each device once"),
+        ((0, 1), r"compiled for 1 device\(s\) and was given 2: name as many chips \(--devid 0\)"),
+    ],
+)
+def test_devices_that_cannot_be_taken(bmodels, sail, devid, said):
+    sail.setenv("SAIL_DOUBLE_DEVICES", "4")
+    with pytest.raises(UserError, match=said):
+        open_engine(bmodels["basic"], engine="chip", devid=devid)
+
+
+def test_no_driver(bmodels, sail):
+    sail.setenv("SAIL_DOUBLE_DEVICES", "0")
+    with pytest.raises(UserError, match="counts 0 chips"):
+        open_engine(bmodels["basic"], engine="chip")
+    import sophon.sail
+
+    def no_driver():
+        raise sophon.sail.SailDeviceError("bm_dev_getcount failed")
+
+    sail.setattr(sophon.sail, "get_available_tpu_num", no_driver)
+    with pytest.raises(UserError, match="No Sophon device: the driver does not answer"):
+        open_engine(bmodels["basic"], engine="chip")
+    with open_engine(bmodels["basic"]) as engine:
+        assert engine.reason.startswith("simulator: No Sophon device")
+
+
+@pytest.mark.parametrize(
+    "content, said",
+    [
+        ("", "PyPI's empty placeholder"),
+        ("import no_such_library", "cannot be loaded.*LD_LIBRARY_PATH"),
+        ("raise OSError('libbmrt.so.1.0: cannot open shared object file')", "cannot be loaded.*libbmrt"),
+        ("version = 1", "has no EngineLLM"),
+    ],
+)
+def test_a_sail_that_is_none(bmodels, sail, tmp_path, content, said):
+    (tmp_path / "sophon").mkdir()
+    (tmp_path / "sophon" / "__init__.py").touch()
+    (tmp_path / "sophon" / "sail.py").write_text(content)
+    sail.syspath_prepend(str(tmp_path))
+    with pytest.raises(UserError, match=said):
+        open_engine(bmodels["basic"], engine="chip")
+
+
+def test_what_sail_cannot_load_is_told(bmodels, sail):
+    import sophon.sail
+
+    def refuses(*arguments):
+        raise sophon.sail.SailEngineError("EngineLLM related error!")
+
+    sail.setattr(sophon.sail, "EngineLLM", refuses)
+    sail.setattr(sophon.sail, "get_dev_stat", lambda device: [16000, 15000, 0], raising=False)
+    said = r"could not load .* on device 0 \(0: 1000 of 16000 MB free\): EngineLLM related error!"
+    with pytest.raises(UserError, match=said):
+        open_engine(bmodels["basic"], engine="chip")
+
+
+# What a box with a chip cannot install. An import that is found but fails, as where it is installed for another Python.
+BLOCKED = """
+import importlib.abc, importlib.machinery, sys
+blocked = ("torch", "torchvision", "transformers", "onnx", "onnxruntime", "tpu_mlir", "matplotlib", "psutil")
+class Refuse(importlib.abc.Loader):
+    def create_module(self, spec):
+        raise ImportError(f"{spec.name} is not to be imported here")
+    def exec_module(self, module):
+        pass
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name in blocked and (spec := importlib.machinery.PathFinder.find_spec(name, path)):
+            spec.loader = Refuse()
+            return spec
+sys.meta_path.insert(0, Finder())
+for name in blocked:
+    try:
+        __import__(name)
+    except ImportError:
+        continue
+    raise AssertionError(f"{name} could be imported")
+"""
+
+
+@pytest.mark.parametrize("engine", ["chip", "simulator"])
+def test_an_engine_runs_without_torch_and_the_tool_chain(bmodels, engine):
+    code = """
+from helpers.engines import open_engine
+import helpers.generation, helpers.tokenizer, helpers.chat
+from tests.engine_contract import bf16, run_cache, STATES, PAST
+with open_engine(sys.argv[1], engine=sys.argv[2]) as engine:
+    run_cache(engine, bf16(STATES)[0], bf16(PAST)[0])
+    print(engine.name)
+assert not set(blocked) & set(sys.modules), set(blocked) & set(sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED + code, str(bmodels["io_alone"]), engine],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(DOUBLE)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, f"{engine}\n"), done.stderr
 
 
 # --- the choice
