@@ -1,9 +1,10 @@
 """Take the attention that is written out, not torch 2's fused one.
 
-Torch 2's `F.scaled_dot_product_attention` is one opaque operator. Exported to ONNX it fails or comes out as a graph in
-which the compiler finds no attention, depending on torch's version; and in front of it Qwen builds a causal mask of
-its own, from an argument that an exported block does not have. Qwen's older path, `_attn`, is plain matrix products
-and a softmax: with SUPPORT_TORCH2 off it is the one taken.
+Torch 2's `F.scaled_dot_product_attention` could not be exported to ONNX when this was documented. Torch 2.11 can, but
+in front of it Qwen builds a causal mask of its own: until November 2023 from an argument that an exported block does
+not have (`'NoneType' object is not subscriptable`), since then with torch.tril, at which TPU-MLIR 1.30.2 stops
+(convert_trilu_op: operand not found). Qwen's older path, `_attn`, is plain matrix products and a softmax: with
+SUPPORT_TORCH2 off it is the one taken.
 
 Recognises: the assignment to SUPPORT_TORCH2 at the top of the file, where each fused call stands under
 `if … SUPPORT_TORCH2:`.

@@ -1,8 +1,9 @@
 """Divide the attention scores by a number, not by a tensor made while running.
 
-`torch.full([], …)` makes the divisor a tensor, so the exported graph asks for a shape, casts, takes a root and fills
-a tensor before it divides; shape inference over that failed when the documentation was written. The head size is
-fixed: a plain number says the same.
+`torch.full([], …)` makes the divisor a tensor, so that the exported graph fills a tensor (ConstantOfShape, Add) before
+it divides; shape inference over that failed when the documentation was written. With torch 2.11 and TPU-MLIR 1.30.2 it
+passes, and the front end folds it away: the compiled block is the same, cycle for cycle. The patch stays for the
+graph's sake, which then says a number where a number is meant.
 
 Recognises: `attn_weights / torch.full([], X ** 0.5, …)` in `QWenAttention._attn`, whatever X is.
 Not needed: from the end of November 2023 on, when Qwen changed it so itself.

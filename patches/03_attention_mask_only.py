@@ -2,8 +2,9 @@
 
 `_attn` cuts a causal mask out of a big triangular one, by the lengths of query and key, and puts the smallest number
 there before it adds the caller's mask. In an exported net the caller's mask says everything, the causal part and the
-padding too, and the key has a fixed length that says nothing about how many rows are filled. Without this the triangle
-is a constant of S × S in each net, or, from September to November 2023, an argument that an exported block lacks.
+padding too, and the key has a fixed length that says nothing about how many rows are filled. Without this an exported
+block lacks the triangle (September and October 2023: `'NoneType' object is not subscriptable`), has one that is too
+small for S + 1 keys (August), or makes it with torch.tril, at which TPU-MLIR 1.30.2 stops (from November on).
 
 Recognises, in `QWenAttention._attn`: `attn_weights = torch.where(causal_mask, attn_weights, mask_value)`, under
 `if causal_mask is not None` or not, with the statements before it that only prepare its arguments: the lengths, the cut

@@ -1,8 +1,8 @@
 """Return only the new rows of key and value, not the whole cache again.
 
 `present` is taken after the past has been joined in front of the new key and value, so a decode step would hand back
-all S + 1 rows of every layer's cache to have one row stored. Taken before, it is the new row alone, and the caller
-writes it in its place.
+all S + 1 rows of every layer's cache to have one row stored: 269 MB a token for 7B at S = 512. Taken before, it is the
+new row alone, and the caller writes it in its place.
 
 Recognises, in `QWenAttention.forward`: `if use_cache: present = (key, value) else: present = None` right after
 `if layer_past is not None: …`. It is moved in front of it.
