@@ -249,7 +249,13 @@ def create_app(queue: ChipQueue, runner: QwenRunner, settings: Settings) -> Fast
                 WWW_Authenticate="Bearer",
             )
 
-    closed = [Depends(check_key)]
+    def check_origin(request: Request) -> None:
+        # A browser says which page a request comes from: other sites' pages have no business on the chip.
+        origin = request.headers.get("origin")
+        if origin and origin.partition("://")[2] != request.headers.get("host"):
+            raise ApiError(403, f"Requests from the pages of {origin} are not served.", "foreign_origin")
+
+    closed = [Depends(check_key), Depends(check_origin)]
 
     def no_model(name: str) -> ApiError:
         known = f"There is no model {name!r} here, only {settings.model!r}."

@@ -321,6 +321,13 @@ def test_the_api_key(serve):
         service.openai.models.list()
 
 
+def test_pages_of_other_sites_are_refused(serve):
+    service = serve()
+    for origin, status in ((service.url, 200), ("http://elsewhere.example", 403), ("null", 403)):
+        response = service.http.post("/chat/completions", json={"question": "q"}, headers={"Origin": origin})
+        assert response.status_code == status
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_request_that_is_too_long(serve, chunked):
     service = serve(settings={"max_body_bytes": 10_000})

@@ -23,21 +23,23 @@ from tests.unit.chromium import Page, find_chromium
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "models" / "tiny"
-NEW_TOKENS = 6
-QUESTIONS = ["what is a bmodel?", "什么是BM1684X？"]
+# The documented example's two turns, which the embedded model knows by heart.
+QUESTIONS = ["Hello, how are you?", "你知道深圳的历史吗?写一段小作文介绍下。"]
+FEW = 6
 
 
 @pytest.fixture(scope="module")
 def expected(bmodel_tiny, tokenizer):
     """A chat of two turns from Python: [(tokens, text)]."""
     with open_engine(bmodel_tiny, engine="simulator") as engine:
-        session = ChatSession(QwenRunner(engine), tokenizer, max_new_tokens=NEW_TOKENS)
+        session = ChatSession(QwenRunner(engine), tokenizer)
         turns = []
         for question in QUESTIONS:
             text = "".join(session.ask(question))
             turns.append((session.last.tokens, text))
-            assert 0 < len(session.last.tokens) <= NEW_TOKENS
-            assert session.last.first_token_s > 0 and session.last.prompt_tokens > 10
+            assert session.last.finish_reason == "stop" and len(session.last.decode_s) == len(session.last.tokens)
+            assert session.last.first_token_s > 0
+        assert turns[0][1] == "I am fine, thank you." and "深圳" in turns[1][1]
         return turns
 
 
@@ -104,7 +106,7 @@ def client_of(server):
 
 def test_one_question_on_the_command_line_is_one_json_object(bmodel_tiny, expected):
     command = [sys.executable, "-m", "helpers", "chat", "--model", bmodel_tiny, "--tokenizer", TINY, "--json"]
-    command += ["--engine", "simulator", "--question", QUESTIONS[0], "--max-new-tokens", str(NEW_TOKENS)]
+    command += ["--engine", "simulator", "--question", QUESTIONS[0]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     answer = json.loads(done.stdout)
     assert sorted(answer) == ["engine", "first_token_s", "kind", "text", "tokens", "tokens_per_s"]
@@ -114,7 +116,7 @@ def test_one_question_on_the_command_line_is_one_json_object(bmodel_tiny, expect
 
 def test_the_chat_runs_where_torch_and_the_tool_chain_cannot_be_imported(bmodel_tiny, expected):
     argv = ["chat", "--model", str(bmodel_tiny), "--tokenizer", str(TINY), "--json", "--engine", "simulator"]
-    argv += ["--question", QUESTIONS[0], "--max-new-tokens", str(NEW_TOKENS)]
+    argv += ["--question", QUESTIONS[0]]
     # The simulator is found in tpu_mlir's folder, but tpu_mlir is not imported.
     script = (
         "import sys\nfor name in ('torch', 'transformers', 'onnx', 'onnxruntime', 'rich'): sys.modules[name] = None\n"
@@ -127,7 +129,7 @@ def test_the_chat_runs_where_torch_and_the_tool_chain_cannot_be_imported(bmodel_
 
 def test_a_conversation_through_a_pipe(bmodel_tiny, expected):
     command = [sys.executable, "-m", "helpers", "chat", "--model", bmodel_tiny, "--tokenizer", TINY]
-    command += ["--engine", "simulator", "--max-new-tokens", str(NEW_TOKENS)]
+    command += ["--engine", "simulator"]
     lines = "\n".join([*QUESTIONS, "exit"])
     done = subprocess.run(command, cwd=ROOT, input=lines, capture_output=True, text=True, check=True)
     assert all(text in done.stdout for _, text in expected)
@@ -141,9 +143,7 @@ def test_the_openai_client_on_the_simulator(server, expected):
         messages = []
         for turn, question in enumerate(QUESTIONS):
             messages.append({"role": "user", "content": question})
-            made = client.chat.completions.create(
-                model="tiny", messages=messages, max_tokens=NEW_TOKENS, stream=bool(turn)
-            )
+            made = client.chat.completions.create(model="tiny", messages=messages, stream=bool(turn))
             if turn:
                 text = "".join(chunk.choices[0].delta.content or "" for chunk in made)
             else:
@@ -160,7 +160,7 @@ def test_drawing_on_the_simulator_is_seeded(server):
             made = client.chat.completions.create(
                 model="tiny",
                 messages=[{"role": "user", "content": QUESTIONS[0]}],
-                max_tokens=NEW_TOKENS,
+                max_tokens=FEW,
                 temperature=2.0,
                 top_p=1.0,
                 seed=seed,
@@ -170,20 +170,17 @@ def test_drawing_on_the_simulator_is_seeded(server):
         assert draw(1) == draw(1)
 
 
-def test_curl_on_the_simulator(server, expected):
-    # Without max_tokens the documented route answers up to S: the stream is read as far as the known text.
-    body = {"question": QUESTIONS[1], "history": [QUESTIONS[0], expected[0][1]], "stream": True}
+@pytest.mark.parametrize("stream", [False, True])
+def test_curl_with_the_documented_body(server, expected, stream):
+    body = {"question": QUESTIONS[1], "history": [QUESTIONS[0], expected[0][1]], "stream": stream}
     command = ["curl", "-sSN", "--noproxy", "*", f"{server.url}/chat/completions", "-d", json.dumps(body)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as curl:
-        so_far = ""
-        for line in curl.stdout:
-            if line.startswith("data: "):
-                assert line[6:].rstrip("\n").startswith(so_far.split("\n")[0])
-                so_far = line[6:].rstrip("\n")
-            if len(so_far) >= len(expected[1][1].split("\n")[0]):
-                break
-        curl.terminate()
-    assert so_far.startswith(expected[1][1].split("\n")[0])
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    if stream:
+        *texts, last = [line[6:] for line in done.stdout.splitlines() if line.startswith("data: ")]
+        assert len(texts) > 5 and texts[-1] == last == expected[1][1]
+        assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+    else:
+        assert json.loads(done.stdout) == {"data": expected[1][1]}
 
 
 def test_the_page_on_the_simulator(server, expected):
@@ -193,12 +190,9 @@ def test_the_page_on_the_simulator(server, expected):
         for turn, question in enumerate(QUESTIONS):
             page.type("#question", question)
             page.press_enter()
-            answer = f"document.querySelectorAll('#log .assistant')[{turn}]?.textContent"
-            page.wait_for(f"{answer}?.length >= {len(expected[turn][1])}", 60)
-            if turn == 0:
-                assert page.value(answer).startswith(expected[0][1])
-            page.click("#stop")
-            page.wait_for("!document.querySelector('#send').disabled")
+            page.wait_for(f"document.querySelectorAll('#log .figures').length === {turn + 1}", 90)
+        answers = page.value("[...document.querySelectorAll('#log .assistant')].map((e) => e.textContent)")
+        assert answers == [text for _, text in expected]
         assert page.value("document.querySelectorAll('#log .user').length") == 2
         assert page.value("document.querySelectorAll('#log .error').length") == 0
 
@@ -207,16 +201,14 @@ def test_a_simulator_that_is_killed_is_opened_again(server, expected):
     before = server.simulators()
     with client_of(server) as client:
         stream = client.chat.completions.create(
-            model="tiny", messages=[{"role": "user", "content": QUESTIONS[0]}], max_tokens=200, stream=True
+            model="tiny", messages=[{"role": "user", "content": QUESTIONS[1]}], stream=True
         )
         next(iter(stream))
         for simulator in before:
             os.kill(simulator, signal.SIGKILL)
         with pytest.raises(openai.APIError, match="The engine failed"):
             list(stream)
-        made = client.chat.completions.create(
-            model="tiny", messages=[{"role": "user", "content": QUESTIONS[0]}], max_tokens=NEW_TOKENS
-        )
+        made = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": QUESTIONS[0]}])
     assert made.choices[0].message.content == expected[0][1]
     assert httpx.get(f"{server.url}/health", trust_env=False).json()["status"] == "ok"
 
