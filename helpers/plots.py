@@ -35,6 +35,13 @@ def _kind_of_net(net: str) -> str:
     return "block" if net.startswith("block") else net.replace("embedding_cache", "embedding")
 
 
+def _order_of_net(net: str) -> tuple:
+    kind, _, number = net.rpartition("_")
+    order = ("embedding", "block", "embedding_cache", "block_cache", "lm_head")
+    name = kind if number.isdigit() else net
+    return order.index(name) if name in order else len(order), int(number) if number.isdigit() else 0
+
+
 def net_share(ms: dict[str, dict[str, float]], layers: int, kind: str):
     """Each net's share of the first token's and of a further token's time: one bar a mode, stacked by net.
 
@@ -89,7 +96,7 @@ def token_times(seconds: dict[str, list[float]], kind: str):
 def parity_ladder(parity: dict[str, dict[str, dict[str, float]]]):
     """Largest absolute difference and distance from cosine 1 of every net, one mark a rung of the ladder."""
     figure, axes = _figure(12, 4.8, columns=2)
-    nets = list(dict.fromkeys(net for rung in parity.values() for net in rung))
+    nets = sorted({net for rung in parity.values() for net in rung}, key=_order_of_net)
     floor = 1e-9
     for axis, key, label in (
         (axes[0], "max_abs", "largest absolute difference"),
