@@ -10,6 +10,8 @@ compiler's own cycles and the simulator's bits justify (helpers.compiler_worker.
 
 import contextlib
 import fcntl
+import os
+import shutil
 import subprocess
 from concurrent.futures import as_completed
 from dataclasses import dataclass, field
@@ -189,7 +191,7 @@ def compile_model(
             for net in plan.nets
         }
         extra = {"nets": nets, "estimates": estimates(nets), "layers": plan.layers, "seq_length": plan.seq_length}
-        extra |= {key: plan.manifest.get(key) for key in ("config", "tokenizer", "checkpoint")}
+        extra |= {"config": plan.manifest.get("config"), "tokenizer": _bring_vocabulary(plan, out)}
         settings = {
             "name": name,
             "mode": mode,
@@ -206,6 +208,19 @@ def compile_model(
                 combine([records[net]["bmodel"] for net in plan.nets], partial)
                 bmodel.strip_time(partial)
     return target
+
+
+def _bring_vocabulary(plan: Plan, out: Path) -> str | None:
+    """Copy the vocabulary beside the bmodel, so that both go to the chip's machine together; its name there."""
+    name = plan.manifest.get("tokenizer")
+    if not name:
+        return None
+    source, target = plan.folder / name, out / Path(name).name
+    if not target.exists() or artefacts.sha256_file(source) != artefacts.sha256_file(target):
+        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        shutil.copyfile(source, partial)
+        os.replace(partial, target)
+    return target.name
 
 
 def check_memory(plan: Plan) -> None:
