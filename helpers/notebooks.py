@@ -32,6 +32,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 OUT = ROOT / "out"
 SUMMARY_KEYS = ("model", "engine", "versions", "questions", "parity", "bytes", "estimates", "wall_s")
+# A second as a rule; without compiled bytecode, on a busy machine, a hundred times that.
+KERNEL_START_SECONDS = 180
 # More text than this in one cell fills the memory of runner and reader before any time limit is reached.
 MAX_CELL_CHARACTERS = 5_000_000
 
@@ -239,7 +241,7 @@ def _engine(state: _Client):
 
     class Engine(NBClientEngine):
         @classmethod
-        def execute_managed_notebook(cls, nb_man, kernel_name, log_output=False, start_timeout=60, **options):
+        def execute_managed_notebook(cls, nb_man, kernel_name, log_output=False, start_timeout=None, **options):
             for unused in ("input_path", "stdout_file", "stderr_file"):
                 options.pop(unused, None)
             Client(nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, **options).execute()
@@ -318,6 +320,7 @@ def run_notebook(
                 language="python",
                 progress_bar={"desc": path.stem, "leave": False, "disable": None} if progress else False,
                 kernel_manager_class=_kernel_manager(ROOT, scratch),
+                start_timeout=KERNEL_START_SECONDS,
                 execution_timeout=cell_seconds,
                 timeout=cell_seconds,
                 shutdown_kernel="immediate",
@@ -330,6 +333,10 @@ def run_notebook(
             stopped = f"ran longer than {cell_seconds:g} s and was stopped"
         except DeadKernelError:
             stopped = "ended its kernel"
+        except RuntimeError as error:
+            if state.pid:
+                raise
+            report.problems.append(f"its kernel did not start: {error}")
         finally:
             if state.pid:
                 _kill_group(state.pid)
@@ -338,7 +345,8 @@ def run_notebook(
         if state.flooded:
             stopped = f"printed more than {MAX_CELL_CHARACTERS:,} characters and was stopped"
         result.cells = [cell for cell in result.cells if "papermill-error-cell-tag" not in _tags(cell)]
-        _finish(result, report, stopped, state, declaration)
+        if not report.problems:
+            _finish(result, report, stopped, state, declaration)
         _write_notebook(result, executed)
     if not report.problems:
         report.problems += check_artefacts(declaration.makes, out, {**declared, **parameters})

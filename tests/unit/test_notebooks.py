@@ -4,11 +4,11 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from multiprocessing import Process
-from pathlib import Path
 
 import nbformat
 import psutil
@@ -444,7 +444,14 @@ def test_not_a_notebook(tmp_path):
             notebooks.read_notebook(path)
 
 
-def test_killed_runner_leaves_no_kernel(write, tmp_path):
+def test_kernel_that_does_not_start(fails, monkeypatch, tmp_path):
+    (tmp_path / "ipykernel_launcher.py").write_text("raise SystemExit(1)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert "its kernel did not start" in fails(tutorial(WORK))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_stopped_runner_leaves_no_kernel(number, code, write, tmp_path):
     path = write(
         tutorial(
             f"import os, pathlib, time\npathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
@@ -453,14 +460,17 @@ def test_killed_runner_leaves_no_kernel(write, tmp_path):
     )
     runner = subprocess.Popen(
         [sys.executable, "-m", "helpers", "notebooks", str(path), "--out", str(tmp_path / "out")],
-        cwd=Path(notebooks.ROOT),
+        cwd=notebooks.ROOT,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 60
-    while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
+    pid = tmp_path / "pid"
+    while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
         time.sleep(0.1)
-    kernel = psutil.Process(int((tmp_path / "pid").read_text()))
-    runner.kill()
-    runner.wait()
+    kernel = psutil.Process(int(pid.read_text()))
+    runner.send_signal(number)
+    _, said = runner.communicate(timeout=30)
+    assert runner.returncode == code and "Traceback" not in said, said
     kernel.wait(10)
