@@ -1,0 +1,110 @@
+"""The notebooks as a newcomer's CI runs them: the whole chain, each one again from what is there, and broken ones."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from helpers import patching
+from helpers.notebooks import NOTEBOOKS, check_summary
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+NAMES = sorted(path.name[:2] for path in NOTEBOOKS.glob("[0-9]*.ipynb"))
+
+
+def run(out, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "helpers", "notebooks", "--out", str(out), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory):
+    """out folder of a whole run in a clean place, and how that went."""
+    out = tmp_path_factory.mktemp("chain") / "out"
+    return out, run(out)
+
+
+def test_the_whole_chain_is_green_from_nothing(chain):
+    out, done = chain
+    assert done.returncode == 0, done.stderr[-2000:]
+    summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+    assert check_summary(summary) == []
+    assert sorted(path.name[:2] for path in (out / "notebooks").glob("*.ipynb")) == NAMES
+
+
+def test_every_rung_gives_pytorchs_tokens_for_every_demo_question(chain, demo_questions):
+    summary = json.loads((chain[0] / "summary.json").read_text(encoding="utf-8"))
+    assert [entry["question"] for entry in summary["questions"]] == demo_questions
+    for entry in summary["questions"]:
+        tokens = entry["tokens"]
+        for rung in ("patched", "onnxruntime", "bf16", "int8"):
+            assert tokens[rung] == tokens["pytorch"], (entry["question"], rung)
+        assert tokens["int4"]
+
+
+def test_executed_notebooks_show_no_stray_warnings(chain):
+    for path in (chain[0] / "notebooks").glob("*.ipynb"):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            for output in cell.get("outputs", []):
+                assert output.get("name") != "stderr", (path.name, output["text"][:3])
+
+
+@pytest.mark.parametrize("number", NAMES)
+def test_each_notebook_runs_again_on_what_is_there_and_makes_nothing_anew(number, chain):
+    out, _ = chain
+    artefacts = [*out.glob("tiny/onnx/*.onnx"), *out.glob("tiny/bmodel/**/*.bmodel")]
+    before = {path: path.stat().st_mtime_ns for path in artefacts}
+    # A short answer by one bmodel is enough here; the whole chain has shown the others.
+    shorter = ["--set", "max_new_tokens=3", "--set", "modes=['int8']"] if number == "04" else []
+    done = run(out, "--only", number, *shorter)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert before and before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.fixture
+def copy(chain, tmp_path):
+    """The chain's artefacts, to be spoiled."""
+    shutil.copytree(chain[0] / "tiny", tmp_path / "out" / "tiny", symlinks=True)
+    shutil.copy(chain[0] / "summary.json", tmp_path / "out")
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("patch", ["01", "02", "03", "04", "05", "06"])
+def test_taking_back_any_patch_turns_the_export_red(patch, copy):
+    patching.revert(copy / "tiny" / "patched", only=[patch])
+    done = run(copy, "--only", "02")
+    assert done.returncode == 1 and "patch" in done.stderr, done.stderr
+
+
+def test_a_weight_corrupted_between_export_and_compile_turns_the_compilation_red(copy):
+    weights = copy / "tiny" / "onnx" / "block_2.weights"
+    values = np.fromfile(weights, dtype=np.float32)
+    values[len(values) // 2] += 1.0
+    values.tofile(weights)
+    done = run(copy, "--only", "03")
+    assert done.returncode == 1 and "block_2.weights" in done.stderr, done.stderr
+
+
+def test_a_truncated_bmodel_turns_inference_red(copy):
+    bmodel = copy / "tiny" / "bmodel" / "tiny_int8_1dev.bmodel"
+    os.truncate(bmodel, bmodel.stat().st_size // 2)
+    done = run(copy, "--only", "04")
+    assert done.returncode == 1 and "truncated" in done.stderr, done.stderr
+
+
+def test_a_broken_cell_turns_the_run_red(copy, tmp_path):
+    notebook = json.loads((NOTEBOOKS / "00-environment.ipynb").read_text(encoding="utf-8"))
+    checks = [cell for cell in notebook["cells"] if "assert not needed" in "".join(cell["source"])]
+    checks[0]["source"] = ["assert False, 'broken on purpose'"]
+    path = tmp_path / "00-environment.ipynb"
+    path.write_text(json.dumps(notebook), encoding="utf-8")
+    done = run(copy, str(path))
+    assert done.returncode == 1 and "broken on purpose" in done.stderr
