@@ -15,16 +15,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from helpers.artefacts import log, read_manifest
+from helpers.bmodel import read_bmodel
 from helpers.engines import ENGINES, open_engine
+from helpers.engines.loading import device_bytes
 from helpers.errors import UserError
 from helpers.generation import CANDIDATES, QwenRunner, Sampling
+from helpers.latency import KINDS
 from helpers.tokenizer import QwenTokenizer
 
 # Qwen's own demonstrations and the tutorial's embedded model are prompted with this.
 SYSTEM_PROMPT = "You are a helpful assistant."
 MAX_TURNS = 10
-# Engine.kind_of_time in words that cannot be misread: simulator time says nothing about the chip's.
-TIME_IN_WORDS = {"measured": "measured on the chip", "simulator wall": "simulator wall time"}
 
 
 class StopStrings:
@@ -252,13 +253,18 @@ def host_bytes() -> int:
     return 0
 
 
-def figures(answer: Answer, engine) -> str:
-    """First-token latency, speed and memory of an answer in one line that names the kind of time."""
+def figures(session: ChatSession, model: str | Path) -> str:
+    """First-token latency, speed and memory of the last answer in one line that names the kind of time.
+
+    model: the bmodel; what memory it takes on the device is reckoned from the file.
+    """
+    answer = session.last
     parts = [f"{len(answer.tokens)} tokens", f"first token {answer.first_token_s:.2f} s"]
     if answer.decode_s:
         parts.append(f"{answer.tokens_per_s:.2f} token/s")
-    parts[-1] += f" ({TIME_IN_WORDS[engine.kind_of_time]})"
-    parts.append(f"memory: {host_bytes() / 1e6:.0f} MB here")
+    parts[-1] += f" ({KINDS[session.runner.engine.kind_of_time]})"
+    on_device = device_bytes(read_bmodel(Path(model)))
+    parts.append(f"memory: {on_device / 1e6:.0f} MB on the device, {host_bytes() / 1e6:.0f} MB on the host")
     return " · ".join(parts)
 
 
@@ -322,8 +328,8 @@ def _interrupt_stops(session: ChatSession) -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-def talk(session: ChatSession, terminal: _Terminal) -> None:
-    """Questions from the terminal (or from a pipe, a line each) until `exit` or end of input."""
+def talk(session: ChatSession, model: str | Path, terminal: _Terminal) -> None:
+    """Questions from the terminal (or from a pipe, a line each) until `exit` or end of input; model: the bmodel."""
     terminal.say("`clear` forgets the conversation, Ctrl-C stops an answer, `exit` leaves.")
     while True:
         try:
@@ -353,7 +359,7 @@ def talk(session: ChatSession, terminal: _Terminal) -> None:
             terminal.say("(stopped)")
         elif session.last.finish_reason == "length":
             terminal.say("(cut: the limit of new tokens, or of S, is reached)")
-        terminal.say(figures(session.last, session.runner.engine))
+        terminal.say(figures(session, model))
 
 
 @contextlib.contextmanager
@@ -458,12 +464,12 @@ def run(args: argparse.Namespace) -> None:
                 max_new_tokens=args.max_new_tokens,
             )
             if args.question is None:
-                talk(session, _Terminal())
+                talk(session, args.model, _Terminal())
                 return
             pieces = session.ask(args.question)
             if not args.json:
                 _Terminal().answer(pieces)
-                log(figures(session.last, engine))
+                log(figures(session, args.model))
                 return
             for _ in pieces:
                 pass

@@ -30,10 +30,11 @@ def somebody_types() -> bool:
 class ChatBox:
     """The box over a session: `view` is the widget. Answers come in a thread, so that Stop is heard meanwhile."""
 
-    def __init__(self, session: ChatSession):
+    def __init__(self, session: ChatSession, model: str | Path):
         import ipywidgets
 
         self.session = session
+        self._model = model
         self._shown: list[tuple[str, str]] = []
         self._transcript = ipywidgets.HTML()
         self._question = ipywidgets.Text(placeholder="Ask something", continuous_update=False)
@@ -95,7 +96,7 @@ class ChatBox:
             for _ in pieces:
                 self._shown[-1] = ("answer", self.session.last.text)
                 self._draw()
-            self._show("note", figures(self.session.last, self.session.runner.engine))
+            self._show("note", figures(self.session, self._model))
         except UserError as error:
             self._show("error", str(error))
         finally:
@@ -141,11 +142,11 @@ def chat_box(
     if somebody_types():
         from IPython.display import display
 
-        _last = ChatBox(session)
+        _last = ChatBox(session, bmodel)
         display(_last.view)
         return
     with opened:
         print(f"> {question}")
         for piece in session.ask(question):
             print(piece, end="", flush=True)
-        print(f"\n{figures(session.last, opened)}")
+        print(f"\n{figures(session, bmodel)}")

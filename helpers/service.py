@@ -12,10 +12,11 @@ import socket
 from pathlib import Path
 
 from helpers.artefacts import log
-from helpers.chat import TIME_IN_WORDS, add_model_arguments, open_tokenizer
+from helpers.chat import add_model_arguments, open_tokenizer
 from helpers.engines import open_engine
 from helpers.errors import UserError
 from helpers.generation import QwenRunner
+from helpers.latency import KINDS
 
 PORT = 8000  # as documented
 WAITING = 16
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         host, port = bound.getsockname()[:2]
         engine = runner.engine
-        log(f"{settings.model} on the {engine.reason}; times are {TIME_IN_WORDS[engine.kind_of_time]}")
+        log(f"{settings.model} on the {engine.reason}; times are {KINDS[engine.kind_of_time]}")
         if api_key is None and not is_loopback(bound):
             log(f"warning: every machine that reaches {host} may use this service; {KEY_VARIABLE} sets a key.")
         log(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")

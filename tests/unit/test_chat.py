@@ -181,24 +181,24 @@ def test_clear_forgets(tokenizer):
 # Terminal
 
 
-def talk(session, lines, monkeypatch):
+def talk(session, bmodel, lines, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
     out = io.StringIO()
     with redirect_stdout(out):
-        chat.talk(session, chat._Terminal())
+        chat.talk(session, bmodel, chat._Terminal())
     return out.getvalue()
 
 
-def test_a_conversation_in_the_terminal(tokenizer, monkeypatch):
+def test_a_conversation_in_the_terminal(tokenizer, bmodel_tiny, monkeypatch):
     session = ChatSession(runner_saying(tokenizer, "fine [thanks]"), tokenizer)
-    out = talk(session, ["how are you?", "", "clear", "and now?", "exit", "never asked"], monkeypatch)
+    out = talk(session, bmodel_tiny, ["how are you?", "", "clear", "and now?", "exit", "never asked"], monkeypatch)
     assert out.count("fine [thanks]") == 2
     assert "question is empty" in out and "forgotten" in out
-    assert "first token" in out and "simulator wall time" in out and "memory" in out
+    assert "first token" in out and "simulator wall time" in out and "MB on the device" in out
     assert [question for question, _ in session.history] == ["and now?"]
 
 
-def test_ctrl_c_stops_the_answer_not_the_program(tokenizer, monkeypatch):
+def test_ctrl_c_stops_the_answer_not_the_program(tokenizer, bmodel_tiny, monkeypatch):
     presses = iter([False, False, True])
 
     def reply(ids):
@@ -217,7 +217,7 @@ def test_ctrl_c_stops_the_answer_not_the_program(tokenizer, monkeypatch):
             self.finish_reason = "stop"
 
     session = ChatSession(Slow(reply), tokenizer)
-    out = talk(session, ["count", "again"], monkeypatch)
+    out = talk(session, bmodel_tiny, ["count", "again"], monkeypatch)
     assert "(stopped)" in out and "one two three four five six" in out
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

@@ -6,12 +6,17 @@ from helpers.chat_widget import ChatBox, chat_box
 from tests.unit.fake_runner import FakeRunner
 
 
-def box_saying(tokenizer, text, **runner):
-    return ChatBox(ChatSession(FakeRunner(lambda ids: tokenizer.encode(text), **runner), tokenizer))
+@pytest.fixture
+def box_saying(tokenizer, bmodel_tiny):
+    def box(text, **runner):
+        session = ChatSession(FakeRunner(lambda ids: tokenizer.encode(text), **runner), tokenizer)
+        return ChatBox(session, bmodel_tiny)
+
+    return box
 
 
-def test_a_conversation_in_the_box(tokenizer):
-    box = box_saying(tokenizer, "a < b & 深圳")
+def test_a_conversation_in_the_box(box_saying):
+    box = box_saying("a < b & 深圳")
     seen = []
     box._transcript.observe(lambda change: seen.append(change["new"]), "value")
     box._question.value = "how are you?"
@@ -29,8 +34,8 @@ def test_a_conversation_in_the_box(tokenizer):
     assert box._transcript.value == "" and box.session.history == []
 
 
-def test_stop_is_heard_while_it_answers(tokenizer):
-    box = box_saying(tokenizer, "word " * 500, step_s=0.01)
+def test_stop_is_heard_while_it_answers(box_saying):
+    box = box_saying("word " * 500, step_s=0.01)
     box.send("talk")
     assert box._send.disabled and not box._stop.disabled
     box.send("a second question meanwhile is not asked")
@@ -39,8 +44,8 @@ def test_stop_is_heard_while_it_answers(tokenizer):
     assert box.session.last.finish_reason == "cancelled" and len(box.session.runner.answers) == 1
 
 
-def test_errors_are_shown_in_the_box(tokenizer):
-    box = box_saying(tokenizer, "a")
+def test_errors_are_shown_in_the_box(box_saying):
+    box = box_saying("a")
     box.send(" ")
     assert "question is empty" in box._transcript.value
 
