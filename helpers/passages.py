@@ -6,6 +6,7 @@ text, so everything outside it stays byte for byte, line endings included.
 
 import ast
 import re
+from functools import lru_cache
 
 
 class NotNeededError(Exception):
@@ -14,6 +15,10 @@ class NotNeededError(Exception):
 
 class MisfitError(Exception):
     """A passage should be there and is not one that a patch knows; the message shows what was found instead."""
+
+
+# Nobody changes a tree, and the patches read the same text one after the other.
+_parse = lru_cache(maxsize=16)(ast.parse)
 
 
 class Source:
@@ -25,7 +30,7 @@ class Source:
         self.lines = text.splitlines(keepends=True)
         self.newline = "\r\n" if text.count("\r\n") * 2 > len(self.lines) else "\n"
         try:
-            self.tree = ast.parse(text)
+            self.tree = _parse(text)
         except (SyntaxError, ValueError) as error:
             raise MisfitError(f"it is not valid Python ({error})") from None
 

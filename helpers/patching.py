@@ -6,6 +6,7 @@ whole: a patching that is killed leaves each file as it was or as it will be, an
 """
 
 import difflib
+import filecmp
 import hashlib
 import importlib.util
 import json
@@ -114,8 +115,7 @@ def apply(
     originals, record = _read(source)
     if target.absolute() != source.absolute():
         _check_plan(source, plan(originals, seq_length or SEQ_LENGTH))
-        _link(source, target, originals)
-        _, record = _read(target)
+        record = _link(source, target, originals)
     chosen = _chosen(only) | set(record.get("patches", ()))
     length = seq_length or record.get("seq_length") or min(SEQ_LENGTH, _trained(source, originals))
     steps = plan(originals, length, chosen)
@@ -352,38 +352,43 @@ def _unlink(path: Path) -> None:
         raise UserError(f"{path} cannot be removed ({error.strerror}); every file is as it was before.") from None
 
 
-def _link(source: Path, target: Path, originals: dict[str, str]) -> None:
-    """Make `target` a checkpoint folder: the original code, and links to every other file of `source`.
+def _link(source: Path, target: Path, originals: dict[str, str]) -> dict:
+    """Make `target` a copy of a checkpoint: links to every file of `source` but FILES; return the copy's record.
 
-    Raises UserError where something else is there.
+    A copy that was made before follows its checkpoint: what changed there is linked anew. Raises UserError where the
+    copy's own code was edited, or where `target` holds something else.
     """
-    foreign = f"{target} has another {{}} than {source}: give --out a folder that does not exist, or delete this one."
+    record = {}
+    if (target / RECORD).exists():
+        _, record = _read(target)
     try:
         target.mkdir(parents=True, exist_ok=True)
         for file in sorted(source.iterdir()):
             place = target / file.name
             if file.name in (*FILES, RECORD) or file.name.startswith(".") or not file.is_file():
                 continue
-            if not place.exists():
-                place.unlink(missing_ok=True)
-                try:
-                    os.link(file.resolve(), place)
-                except OSError:  # another disk, or one without hard links
-                    os.symlink(file.resolve(), place)
-            elif not place.samefile(file) and place.stat().st_size != file.stat().st_size:
-                raise UserError(foreign.format(file.name))
-        if (target / RECORD).exists():
-            there, _ = _read(target)
-        else:
-            for name in FILES:
-                if not (target / name).exists():
-                    _replace(target / name, originals[name])
-            there = {name: _text(target / name) for name in FILES}
+            if place.exists() and (place.samefile(file) or (not record and filecmp.cmp(place, file, shallow=False))):
+                continue
+            if place.exists() and not record:
+                raise _foreign(target, file.name, source)
+            partial = target / f".{file.name}.{os.getpid()}.partial"
+            try:
+                os.link(file.resolve(), partial)
+            except OSError:  # another disk, or one without hard links
+                os.symlink(file.resolve(), partial)
+            os.replace(partial, place)
+        for name in FILES:
+            if not record and (target / name).exists() and _text(target / name) != originals[name]:
+                raise _foreign(target, name, source)
     except OSError as error:
         raise UserError(f"{target} cannot be written ({error.strerror}): choose another --out.") from None
-    for name in FILES:
-        if there[name] != originals[name]:
-            raise UserError(foreign.format(name))
+    return record
+
+
+def _foreign(target: Path, name: str, source: Path) -> UserError:
+    return UserError(
+        f"{target} has another {name} than {source}: give --out a folder that does not exist, or delete this one."
+    )
 
 
 def add_arguments(parser) -> None:

@@ -596,6 +596,9 @@ def run_and_die(action, at: int) -> bool:
 @pytest.mark.parametrize("action", ["apply", "apply again", "revert"])
 def test_killed_anywhere_every_file_is_whole_and_the_same_command_goes_on(tmp_path, action):
     deaths = 0
+    reference = forms.write(forms.FORMS["2023-10-14"], tmp_path / "whole")
+    patching.apply(reference, seq_length=16)
+    whole = bytes_of(reference)
     for at in range(1, 10):
         folder = forms.write(forms.FORMS["2023-10-14"], tmp_path / f"{at}")
         original = bytes_of(folder)
@@ -604,9 +607,6 @@ def test_killed_anywhere_every_file_is_whole_and_the_same_command_goes_on(tmp_pa
         partly = bytes_of(folder)
         act = partial(patching.revert, folder) if action == "revert" else partial(patching.apply, folder, seq_length=16)
         deaths += run_and_die(act, at)
-        reference = forms.write(forms.FORMS["2023-10-14"], tmp_path / f"{at}-whole")
-        patching.apply(reference, seq_length=16)
-        whole = bytes_of(reference)
         for name in patching.FILES:
             assert (folder / name).read_bytes() in (original[name], partly[name], whole[name])
         patching.status(folder)
@@ -728,6 +728,43 @@ def test_a_copy_links_the_weights_and_leaves_the_checkpoint_alone(folder, tmp_pa
     assert bytes_of(out) == before
     with pytest.raises(UserError, match="is not patched"):
         patching.require_patched(out)
+
+
+def test_a_copy_follows_its_checkpoint(folder, tmp_path):
+    """New weights of the same size, or new code, are not left out because a copy is there already."""
+    weights, out = folder / "model.safetensors", tmp_path / "copy"
+    weights.write_bytes(b"weights")
+    patching.apply(folder, out=out)
+    weights.unlink()
+    weights.write_bytes(b"WEIGHTS")
+    code = folder / "modeling_qwen.py"
+    code.write_text(code.read_text() + "# newer\n")
+    assert patching.apply(folder, out=out).changed == ["modeling_qwen.py"]
+    assert (out / "model.safetensors").read_bytes() == b"WEIGHTS"
+    assert (out / "modeling_qwen.py").read_text().endswith("# newer\n")
+    patching.revert(out)
+    assert bytes_of(out) == bytes_of(folder)
+
+
+def test_a_copy_that_was_edited_is_not_overwritten(folder, tmp_path):
+    out = tmp_path / "copy"
+    patching.apply(folder, out=out)
+    (out / "modeling_qwen.py").write_text("mine")
+    with pytest.raises(UserError, match="edited after it was patched"):
+        patching.apply(folder, out=out)
+    assert (out / "modeling_qwen.py").read_text() == "mine"
+
+
+def test_a_copy_whose_making_was_killed_is_finished(folder, tmp_path):
+    (folder / "model.safetensors").write_bytes(b"weights")
+    whole = tmp_path / "whole"
+    patching.apply(folder, out=whole)
+    for at in range(1, 14):
+        out = tmp_path / f"copy{at}"
+        died = run_and_die(partial(patching.apply, folder, out=out), at)
+        patching.apply(folder, out=out)
+        assert bytes_of(out) == bytes_of(whole)
+    assert died is False
 
 
 def test_a_copy_of_a_patched_checkpoint_can_be_taken_back(folder, tmp_path):
