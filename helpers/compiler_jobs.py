@@ -25,6 +25,7 @@ BASE_MEMORY = 600_000_000
 MEMORY_PER_WEIGHT_BYTE = 4.0
 # Left to everything else on the machine.
 MEMORY_SHARE = 0.9
+SCHEDULER_TIMEOUT = "10s"
 RESULT = "result.json"
 
 
@@ -186,7 +187,10 @@ def _build(task: dict, artefact: Path, inputs: dict) -> None:
         bmodel.strip_time(made.path)
 
 
-_NOISE = re.compile(r"#\d|PLEASE submit|Stack dump|\d+\.\s+Program arguments|\[Running\]|\[ *\]|\S+ was ended by")
+_NOISE = re.compile(
+    r".*onnxruntime|ConstantFolding|#\d|PLEASE submit|Stack dump|\d+\.\s+Program arguments|\[Running\]|\[ *\]"
+    r"|\S+ was ended by"
+)
 _ERROR = re.compile(
     r"error|assert|unreachable|abort|terminate|not support|unsupport|failed|exception|ended by SIG", re.IGNORECASE
 )
@@ -199,7 +203,7 @@ def own_error(log: str, status: int) -> str:
     lines = [line for line in lines if line and not _NOISE.match(line)]
     exceptions = [line for line in lines if _EXCEPTION.match(line)]
     ours = [line for line in lines if line.startswith("error: ")]
-    telling = [line for line in lines if _ERROR.search(line)]
+    telling = [line for line in lines if line.startswith("what():")] or [line for line in lines if _ERROR.search(line)]
     if ours:
         return ours[-1].removeprefix("error: ")[:500]
     if exceptions:
@@ -233,7 +237,7 @@ def executor(jobs: int, scheduler: str | None = None) -> Iterator[Executor]:
     from distributed import Client
 
     try:
-        client = Client(scheduler, timeout="10s", set_as_default=False)
+        client = Client(scheduler, timeout=SCHEDULER_TIMEOUT, set_as_default=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"No Dask scheduler answers at {scheduler} ({error}): start one with `dask scheduler` and workers with "
@@ -244,7 +248,8 @@ def executor(jobs: int, scheduler: str | None = None) -> Iterator[Executor]:
         try:
             yield pool
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            # Without waiting, which cancels what has not begun.
+            pool.shutdown(wait=False)
 
 
 def cores() -> int:

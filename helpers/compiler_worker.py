@@ -4,6 +4,7 @@ Only that process imports TPU-MLIR. Everything is written to the job's own folde
 current one.
 """
 
+import ctypes
 import json
 import os
 import re
@@ -16,6 +17,7 @@ import time
 import types
 from pathlib import Path
 
+from helpers import toolchain
 from helpers.compiler_profile import PROFILE
 from helpers.compiler_server import die_with_parent
 from helpers.errors import UserError
@@ -24,6 +26,8 @@ CHIP = "bm1684x"
 # Tensors from this size on bypass the ONNX simplifier: it copies them many times over and looks at none.
 BYPASS_BYTES = 1 << 16
 RESULT = "result.json"
+# <sys/personality.h>
+_ADDR_NO_RANDOMIZE = 0x0040000
 
 
 def preload() -> None:
@@ -110,10 +114,21 @@ def _in_child(function) -> int:
     return usage.ru_maxrss * 1024
 
 
+def _prepare_tool() -> None:
+    die_with_parent()
+    # The compiler writes some bytes of a dynamic net's code without having set them. They are the same each time if
+    # its memory is laid out the same each time, the environment at its top included; where that may not be asked for,
+    # only these bytes differ.
+    ctypes.CDLL(None).personality(_ADDR_NO_RANDOMIZE)
+
+
 def _run_tool(command: list[str]) -> int:
     """Run a program of the wheel; its peak memory in bytes. Raises RuntimeError naming how it ended."""
     print("[Running]:", shlex.join(command), flush=True)
-    process = subprocess.run(command, preexec_fn=die_with_parent, check=False)
+    env = {name: os.environ[name] for name in toolchain.VARIABLES if name in os.environ}
+    # Without these two it aborts; a path would make the environment another length in another folder.
+    env |= {"PWD": ".", "HOME": "."}
+    process = subprocess.run(command, env=env, preexec_fn=_prepare_tool, check=False)
     if process.returncode < 0:
         # The program's own last words are above in the log.
         print(f"{command[0]} was ended by {signal.Signals(-process.returncode).name}", flush=True)
@@ -249,6 +264,8 @@ def _folding_class(folding):
         def forward_for_node_outputs(self, const_nodes):
             if any(node.op_type == "Shape" for node in const_nodes):
                 return super().forward_for_node_outputs(const_nodes)
+            if not const_nodes:
+                return {}
             model = ModelProto()
             model.CopyFrom(self.model)
             graph = model.graph

@@ -19,6 +19,11 @@ from helpers.errors import UserError
 # The wheel bundles these three files of glibc and puts their folder first on the library path. Programs of a host
 # with a newer glibc then load a mixture of both, and die; a host with an older glibc cannot do without them.
 GLIBC_FILES = ("libc.so.6", "libm.so.6", "libpthread.so.0")
+# What environment() sets for the wheel's programs.
+VARIABLES = (
+    *("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "TPUC_ROOT", "PPL_PROJECT_ROOT", "PPL_BUILD_PATH"),
+    *("PPL_RUNTIME_PATH", "TPUKERNEL_CUSTOM_FIRMWARE_PATH", "CUSTOM_LAYER_UNITTEST_DIR"),
+)
 # Imported by the wheel, not declared by it.
 UNDECLARED = ("psutil", "pkg_resources", "torch", "onnx", "onnxsim", "onnxruntime", "transformers")
 

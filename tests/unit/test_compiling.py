@@ -1,0 +1,497 @@
+"""The real tool chain on a Qwen of one layer (tests.unit.small_nets)."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from helpers import artefacts, compiler_jobs, compiling, toolchain
+from helpers.bmodel import read_bmodel, strip_time
+from helpers.compiler_jobs import MemoryGate, own_error
+from helpers.compiler_profile import estimates, read_profile
+from helpers.compiler_worker import merge_cache_concats
+from helpers.engines import open_engine
+from helpers.errors import UserError
+from helpers.onnx_signature import read_signature
+from tests.unit import small_nets
+
+NETS = ["embedding", "embedding_cache", "lm_head", "greedy_head", "penalty_sample_head", "block_0", "block_cache_0"]
+
+
+@pytest.fixture(scope="module")
+def nets(tmp_path_factory):
+    return small_nets.write_nets(tmp_path_factory.mktemp("nets") / "onnx")
+
+
+@pytest.fixture(scope="module")
+def compiled(nets):
+    return compiling.compile_model(nets, nets.parent / "out", "small", "int8")
+
+
+def linked_copy(nets, target):
+    target.mkdir()
+    for path in nets.iterdir():
+        os.link(path, target / path.name)
+    return target
+
+
+def outputs_on_simulator(bmodel, net, arrays):
+    """Outputs of a net on the simulator, each input written to the net's own memory."""
+    with open_engine(bmodel, "simulator") as engine:
+        inputs = [engine.input_tensor(net, i) for i in range(len(arrays))]
+        outputs = [engine.output_tensor(net, i) for i in range(len(engine.nets[net].outputs))]
+        for tensor, array in zip(inputs, arrays, strict=True):
+            engine.write(tensor, array)
+        engine.run(net, inputs, outputs)
+        return [engine.read(tensor) for tensor in outputs]
+
+
+def random_inputs(bmodel, net):
+    generator = np.random.default_rng(1)
+    arrays = []
+    for tensor in read_bmodel(bmodel).nets[net].info.inputs:
+        if tensor.dtype == "int32":
+            arrays.append(generator.integers(0, small_nets.S, tensor.shape, dtype=np.int32))
+        else:
+            values = generator.standard_normal(tensor.shape).astype(np.float32)
+            arrays.append((values.view(np.uint32) >> 16).astype(np.uint16))
+    return arrays
+
+
+# What comes out
+
+
+def test_the_file_has_the_documented_name_and_a_manifest(compiled):
+    assert compiled.name == "small_int8_1dev.bmodel"
+    assert list(read_bmodel(compiled).nets) == NETS
+    manifest = artefacts.read_manifest(compiled)
+    assert set(manifest["nets"]) == set(NETS) == set(manifest["inputs"])
+    for net in ("block_0", "block_cache_0", "lm_head"):
+        record = manifest["nets"][net]
+        assert record["bytes"] > 0 and record["cycles"] > 1000 and 0 < record["ddr_bw"] < 100
+        assert record["ms"] == pytest.approx(record["cycles"] / 1e6)
+    kinds = {"first_token_ms": ["embedding", "block_0", "lm_head"]}
+    kinds["decode_ms"] = ["embedding_cache", "block_cache_0", "lm_head"]
+    for key, parts in kinds.items():
+        assert manifest["estimates"][key] == pytest.approx(sum(manifest["nets"][p]["ms"] for p in parts), abs=1e-5)
+
+
+def test_a_second_compile_makes_nothing(nets, compiled):
+    before = {path: path.stat().st_mtime_ns for path in compiled.parent.rglob("*.bmodel")}
+    started = time.monotonic()
+    compiling.compile_model(nets, compiled.parent, "small", "int8")
+    assert time.monotonic() - started < 2
+    assert before == {path: path.stat().st_mtime_ns for path in compiled.parent.rglob("*.bmodel")}
+
+
+def test_another_setting_makes_only_what_it_concerns(nets, compiled):
+    folder = compiled.parent / "int8_1dev"
+    before = {net: (folder / net / f"{net}.bmodel").stat().st_mtime_ns for net in NETS}
+    compiling.compile_model(nets, compiled.parent, "small", "int8", addr_mode="io_alone")
+    after = {net: (folder / net / f"{net}.bmodel").stat().st_mtime_ns for net in NETS}
+    assert [net for net in NETS if before[net] != after[net]] == ["block_cache_0"]
+    assert read_bmodel(compiled).nets["block_cache_0"].info.addr_mode == "io_alone"
+    compiling.compile_model(nets, compiled.parent, "small", "int8")
+
+
+@pytest.mark.parametrize("mode", ["bf16", "int4"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_other_modes_compile(nets, tmp_path, mode, dynamic):
+    path = compiling.compile_model(nets, tmp_path, "small", mode, dynamic=dynamic)
+    assert path.name == f"small_{mode}_1dev{'_dyn' if dynamic else ''}.bmodel"
+    read = read_bmodel(path)
+    assert read.nets["block_0"].info.dynamic == read.nets["embedding"].info.dynamic == dynamic
+    assert not read.nets["block_cache_0"].info.dynamic
+    assert (artefacts.read_manifest(path)["estimates"] is None) == dynamic
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("net, quantize", [("block_cache_0", "int4"), ("lm_head", "int8")])
+def test_bytes_are_those_of_the_documented_commands(nets, tmp_path, net, quantize):
+    """One call of the compiler on a net whose weights bypassed the simplifier, against the two documented scripts."""
+    settings = compiling.net_settings(net, quantize, 1, "basic", False) | {"merge_cache": False}
+    record = compiler_jobs.compile_net(task(nets, tmp_path / "ours", net, settings))
+    tools = toolchain.wheel_path() / "python" / "tools"
+    flags = {"int8": ["W8BF16"], "int4": ["W4BF16", "--q_group_size", "64"]}[quantize]
+    flags += ["--quant_input"] + ["--quant_output"] * net.startswith("block")
+    transform = ["--model_name", net, "--model_def", nets / f"{net}.onnx", "--mlir", f"{net}.mlir"]
+    deploy = ["--mlir", f"{net}.mlir", "--quantize", *flags, "--chip", "bm1684x", "--model", f"{net}.bmodel"]
+    for script, arguments in (("model_transform.py", transform), ("model_deploy.py", deploy)):
+        command = [sys.executable, tools / script, *arguments]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=toolchain.environment(1), capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+    strip_time(tmp_path / f"{net}.bmodel")
+    assert Path(record["bmodel"]).read_bytes() == (tmp_path / f"{net}.bmodel").read_bytes()
+    assert "simplifier gets them all" not in (tmp_path / "ours" / f"{net}.log").read_text()
+
+
+def task(nets, folder, net, settings):
+    folder.mkdir(exist_ok=True)
+    return {
+        "net": net,
+        "onnx": str(nets / f"{net}.onnx"),
+        "files": [str(nets / f"{net}.onnx")],
+        "recorded": {},
+        "folder": str(folder),
+        "settings": settings,
+        "memory": 1,
+        "threads": 1,
+    }
+
+
+@pytest.mark.parametrize("addr_mode", ["basic", "io_alone"])
+def test_the_merged_cache_costs_fewer_cycles_and_no_bit(nets, tmp_path, addr_mode):
+    settings = compiling.net_settings("block_cache_0", "int8", 1, addr_mode, False)
+    assert settings["merge_cache"]
+    merged = compiler_jobs.compile_net(task(nets, tmp_path / "merged", "block_cache_0", settings))
+    plain = compiler_jobs.compile_net(
+        task(nets, tmp_path / "plain", "block_cache_0", settings | {"merge_cache": False})
+    )
+    assert artefacts.read_manifest(tmp_path / "merged" / "block_cache_0")["merged_concats"] == 2
+    assert merged["cycles"] < plain["cycles"]
+    inputs = random_inputs(merged["bmodel"], "block_cache_0")
+    results = [outputs_on_simulator(record["bmodel"], "block_cache_0", inputs) for record in (merged, plain)]
+    assert len(results[0]) == 3 and np.any(results[0][0])
+    for ours, documented in zip(*results, strict=True):
+        np.testing.assert_array_equal(ours, documented)
+
+
+def test_only_a_past_that_is_used_once_is_merged():
+    def net(past="%1", uses="", returned="%9"):
+        return (
+            '    %1 = "top.Input"(%arg0) : (x) -> x loc(#1)\n    %2 = "top.Add"(%arg1) : (x) -> x\n'
+            f'    %3 = "top.Concat"({past}, %2) {{axis = 1 : si32, only_merge = false}} : (x) -> x loc(#2)\n'
+            f"{uses}    return {returned} : x\n"
+        )
+
+    assert merge_cache_concats(net())[1] == 1
+    assert "only_merge = true" in merge_cache_concats(net())[0]
+    assert merge_cache_concats(net(past="%2"))[1] == 0
+    assert merge_cache_concats(net(uses='    %4 = "top.Mul"(%1, %2) : (x) -> x\n'))[1] == 0
+    assert merge_cache_concats(net(returned="%3"))[1] == 0
+
+
+def test_weights_that_are_computed_with_go_through_the_simplifier(tmp_path):
+    """Scaled weights: the bypass cannot fold them, the plain way can; the answer is right either way."""
+    generator = np.random.default_rng(0)
+    weight = generator.standard_normal((192, 192)).astype(np.float32)
+    graph = helper.make_graph(
+        [
+            helper.make_node("Mul", ["w", "two"], ["w2"]),
+            helper.make_node("MatMul", ["input_states", "w2"], ["y"]),
+        ],
+        "scaled",
+        [helper.make_tensor_value_info("input_states", TensorProto.FLOAT, [1, 192])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 192])],
+        [onnx.numpy_helper.from_array(weight, "w"), onnx.numpy_helper.from_array(np.float32([2]), "two")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=8)
+    onnx.save(model, tmp_path / "scaled.onnx")
+    settings = compiling.net_settings("greedy_head", "int8", 1, "basic", False)
+    record = compiler_jobs.compile_net(task(tmp_path, tmp_path / "out", "scaled", settings))
+    assert "simplifier gets them all" in (tmp_path / "out" / "scaled.log").read_text()
+    states = generator.standard_normal((1, 192)).astype(np.float32)
+    (found,) = outputs_on_simulator(record["bmodel"], "scaled", [states])
+    np.testing.assert_allclose(found, states @ (2 * weight), rtol=1e-4, atol=1e-3)
+
+
+# What goes wrong
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"mode": "int7"}, "must be one of bf16, int8, int4"),
+        ({"addr_mode": "io_together"}, "must be one of basic, io_alone"),
+        ({"num_device": 3}, "does not divide the 2 attention heads.*1, 2"),
+        ({"num_device": 0}, "must be 1 or more"),
+    ],
+)
+def test_a_wrong_setting_is_refused_at_once(nets, tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        compiling.compile_model(nets, tmp_path, "small", **{"mode": "int8", **arguments})
+    assert not any(tmp_path.iterdir())
+
+
+def test_int4_needs_a_hidden_size_of_whole_groups(nets):
+    plan = compiling.plan_nets(nets)
+    plan.hidden_size = 96
+    with pytest.raises(UserError, match="groups of 64.*hidden size 96"):
+        compiling.check(plan, "int4", 1, "basic")
+
+
+@pytest.mark.parametrize("lost", ["block_cache_0", "lm_head", "penalty_sample_head"])
+def test_a_missing_net_is_named_at_once(nets, tmp_path, lost):
+    folder = linked_copy(nets, tmp_path / "onnx")
+    (folder / f"{lost}.onnx").unlink()
+    with pytest.raises(UserError, match=f"lacks {lost}.onnx"):
+        compiling.compile_model(folder, tmp_path / "out", "small", "int8")
+
+
+def test_a_folder_without_nets_is_one_sentence(tmp_path):
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UserError, match="helpers export"):
+            compiling.compile_model(folder, tmp_path / "out", "small", "int8")
+
+
+def test_a_truncated_net_is_refused_before_anything_runs(nets, tmp_path):
+    folder = linked_copy(nets, tmp_path / "onnx")
+    whole = (folder / "block_0.onnx").read_bytes()
+    (folder / "block_0.onnx").unlink()
+    (folder / "block_0.onnx").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="block_0.onnx is cut off or not an ONNX file"):
+        compiling.compile_model(folder, tmp_path / "out", "small", "int8")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_net_changed_after_its_export_is_refused(nets, tmp_path):
+    folder = linked_copy(nets, tmp_path / "onnx")
+    outputs = {"block_0.onnx": {"sha256": "0" * 64}}
+    (folder / "manifest.json").write_text(json.dumps({"outputs": outputs}))
+    with pytest.raises(UserError, match="block_0.onnx is not what the export wrote"):
+        compiling.compile_model(folder, tmp_path / "out", "small", "int8")
+
+
+def test_a_failing_net_gives_its_own_error_and_its_log_and_the_others_stay(nets, tmp_path):
+    folder = linked_copy(nets, tmp_path / "onnx")
+    model = onnx.load(folder / "block_cache_0.onnx")
+    model.graph.node[-1].op_type = "Erfinv"
+    (folder / "block_cache_0.onnx").unlink()
+    onnx.save(model, folder / "block_cache_0.onnx")
+    with pytest.raises(UserError, match="block_cache_0 did not compile: .*Erfinv.*its log is") as caught:
+        compiling.compile_model(folder, tmp_path / "out", "small", "int8", jobs=1)
+    assert (tmp_path / "out" / "int8_1dev" / "block_cache_0.log").stat().st_size
+    assert str(tmp_path) in str(caught.value)
+    done = tmp_path / "out" / "int8_1dev"
+    assert (done / "block_0" / "block_0.bmodel").exists()
+    assert not list(done.glob("*/block_cache_0.bmodel")) and not list(done.glob(".*partial"))
+
+
+def test_too_little_memory_is_said_before_anything_runs(nets, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiler_jobs, "memory_budget", lambda: 500_000_000)
+    with pytest.raises(UserError, match="needs 0.6 GB of memory, 0.5 GB are free"):
+        compiling.compile_model(nets, tmp_path / "out", "small", "int8")
+
+
+def test_memory_needed_grows_with_the_weights():
+    # Measured: 3.1 GB for the 810 MB of a Qwen-7B block.
+    assert 3.1e9 < compiler_jobs.needed_memory(810_000_000) < 4.5e9
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(1, 10), min_size=1, max_size=12))
+def test_the_gate_never_lets_more_in_than_fits(needs):
+    gate, lock, used, most = MemoryGate(10), threading.Lock(), 0, 0
+
+    def job(need):
+        nonlocal used, most
+        with gate.room_for(need):
+            with lock:
+                used += need
+                most = max(most, used)
+            time.sleep(0.001)
+            with lock:
+                used -= need
+
+    threads = [threading.Thread(target=job, args=(need,)) for need in needs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert used == 0 and most <= 10
+
+
+def test_two_compiles_in_one_folder_are_kept_apart(nets, compiled):
+    with compiling._locked(compiled.parent / "int8_1dev"):
+        with pytest.raises(UserError, match="Another compile is running"):
+            compiling.compile_model(nets, compiled.parent, "small", "int8")
+
+
+@pytest.mark.parametrize(
+    "log, told",
+    [
+        ("x\nloc(\"a\"): error: 'top.Add' op is wrong\n#0 0x1\nStack dump:\n", "'top.Add' op is wrong"),
+        ("[Running]: tpuc-opt error\ntpuc-opt: f.cpp:7: void f(): Assertion `0 && \"no\"' failed.\n", "Assertion `0"),
+        ("Traceback (most recent call last):\n  File\nRuntimeError: Erfinv Op not support now\n", "Erfinv Op"),
+        ("all well\n", "status 3 after: all well"),
+        ("", "status 3 and said nothing"),
+    ],
+)
+def test_the_telling_line_of_a_log_is_found(log, told):
+    assert told in own_error(log, 3)
+
+
+# Killed and interrupted
+
+
+def command(nets, out):
+    arguments = ["--name", "small", "--mode", "int8", "--onnx", str(nets), "--out", str(out)]
+    return [sys.executable, "-m", "helpers", "compile", *arguments]
+
+
+def left_running(folder):
+    found = []
+    for process in Path("/proc").iterdir():
+        if process.name.isdigit():
+            try:
+                where = os.readlink(process / "cwd") + (process / "cmdline").read_bytes().decode()
+            except OSError:
+                continue
+            if str(folder) in where and int(process.name) != os.getpid():
+                found.append(where)
+    return found
+
+
+def assert_nothing_left_running(folder):
+    deadline = time.monotonic() + 10
+    while left_running(folder) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert left_running(folder) == []
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_with_the_same_bytes(nets, compiled, tmp_path):
+    seed = random.randrange(1 << 30)
+    print(f"seed {seed}")
+    moments = random.Random(seed)
+    out = tmp_path / "out"
+    for _ in range(10):
+        process = subprocess.Popen(command(nets, out), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        time.sleep(moments.uniform(0.2, 2.5))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        assert_nothing_left_running(tmp_path)
+    subprocess.run(command(nets, out), check=True, capture_output=True)
+    assert (out / compiled.name).read_bytes() == compiled.read_bytes()
+    assert not list(out.rglob(".*partial"))
+
+
+def test_ctrl_c_ends_everything_and_says_one_line(nets, tmp_path):
+    process = subprocess.Popen(command(nets, tmp_path / "out"), stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "out" / "int8_1dev" / "embedding.log"
+    deadline = time.monotonic() + 60
+    while not log.exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=30)[1]
+    assert process.returncode == 130
+    assert "interrupted" in said and "Traceback" not in said
+    assert_nothing_left_running(tmp_path)
+
+
+def test_the_command_line_gives_one_line_for_bad_input(tmp_path):
+    done = subprocess.run(command(tmp_path / "none", tmp_path / "out"), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1
+
+
+# Many machines
+
+
+@pytest.mark.slow
+def test_a_dask_cluster_makes_the_same_bytes(nets, compiled, tmp_path):
+    from distributed import LocalCluster
+
+    with LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, local_directory=str(tmp_path)
+    ) as cluster:
+        path = compiling.compile_model(
+            nets, tmp_path / "out", "small", "int8", scheduler=cluster.scheduler_address
+        )
+    assert path.read_bytes() == compiled.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_net_that_fails_on_a_dask_worker_tells_why(nets, tmp_path):
+    from distributed import LocalCluster
+
+    folder = linked_copy(nets, tmp_path / "onnx")
+    model = onnx.load(folder / "lm_head.onnx")
+    model.graph.node[-1].op_type = "Erfinv"
+    (folder / "lm_head.onnx").unlink()
+    onnx.save(model, folder / "lm_head.onnx")
+    with LocalCluster(
+        n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None, local_directory=str(tmp_path)
+    ) as cluster:
+        with pytest.raises(UserError, match="lm_head did not compile: .*Erfinv"):
+            compiling.compile_model(folder, tmp_path / "out", "small", "int8", scheduler=cluster.scheduler_address)
+
+
+def test_no_scheduler_is_one_sentence(nets, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiler_jobs, "SCHEDULER_TIMEOUT", "1s")
+    with pytest.raises(UserError, match="No Dask scheduler answers at tcp://127.0.0.1:9"):
+        compiling.compile_model(nets, tmp_path, "small", "int8", scheduler="tcp://127.0.0.1:9")
+
+
+# The parts that read
+
+
+def test_signatures_are_what_onnx_says(nets):
+    for path in nets.glob("*.onnx"):
+        graph = onnx.load(path).graph
+        ours = read_signature(path)
+        for values, found in ((graph.input, ours.inputs), (graph.output, ours.outputs)):
+            expected = {
+                value.name: tuple(d.dim_value for d in value.type.tensor_type.shape.dim) for value in values
+            }
+            assert {name: shape for name, (_, shape) in found.items()} == expected
+        assert ours.nodes == len(graph.node)
+
+
+def test_a_signature_needs_the_weights_file(tmp_path, nets):
+    onnx.save(
+        onnx.load(nets / "lm_head.onnx"),
+        str(tmp_path / "lm_head.onnx"),
+        save_as_external_data=True,
+        location="head.weights",
+        size_threshold=0,
+    )
+    assert read_signature(tmp_path / "lm_head.onnx").external == {"head.weights"}
+    (tmp_path / "head.weights").unlink()
+    with pytest.raises(UserError, match="keeps its weights in head.weights"):
+        read_signature(tmp_path / "lm_head.onnx")
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_any_bytes_are_a_signature_or_refused(nets, tmp_path_factory, data):
+    contents = bytearray((nets / "greedy_head.onnx").read_bytes())
+    for _ in range(data.draw(st.integers(0, 5))):
+        contents[data.draw(st.integers(0, len(contents) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.mktemp("damaged") / "net.onnx"
+    path.write_bytes(contents[: data.draw(st.integers(0, len(contents)))])
+    try:
+        read_signature(path)
+    except UserError:
+        pass
+
+
+def test_profiles_of_several_subnets_are_added(tmp_path):
+    path = tmp_path / "profile.txt"
+    text = "TCYC : {}\nGDMA SUMMARY : |\nDDR BW USAGE : {}%\n####\nflops: 500, runtime: 1ms\n"
+    path.write_text(text.format(300, 10.0) + text.format(100, 50.0))
+    assert read_profile(path) == {"cycles": 400, "ms": 0.0004, "ddr_bw": 20.0, "flops": 500}
+    path.write_text("")
+    assert read_profile(path) is None
+    assert read_profile(tmp_path / "none") is None
+
+
+def test_no_estimate_where_a_block_has_no_cycles():
+    nets = {"embedding": {"ms": 1.0}, "embedding_cache": {"ms": 0.5}, "lm_head": {"ms": 2.0}}
+    nets |= {"block_0": {"ms": 3.0}, "block_1": {"ms": 3.0}, "block_cache_0": {"ms": 1.0}, "block_cache_1": {"ms": 1.0}}
+    assert estimates(nets) == {"first_token_ms": 9.0, "decode_ms": 4.5}
+    assert estimates(nets | {"block_1": {"ms": None}}) is None
