@@ -146,7 +146,9 @@ class NetBuilder:
 
     def layer(self):
         """A QWenBlock in float32 whose weights hold whatever the memory held."""
-        layer = _without_weights(lambda: self.module.QWenBlock(self.config))
+        from helpers import modeling
+
+        layer = _without_weights(lambda: modeling.make_block(self.module, self.config))
         # Within the trained length Qwen's log-n scaling is exactly 1; but a decode step's key is padded to S + 1
         # rows, which the code would take for a longer text.
         layer.attn.use_logn_attn = False

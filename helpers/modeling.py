@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import importlib.machinery
 import importlib.util
+import inspect
 import sys
 import types
 from collections.abc import Iterator
@@ -83,6 +84,13 @@ def make_config(module: types.ModuleType, checkpoint: Checkpoint) -> object:
     return module.QWenConfig(**settings)
 
 
+def make_block(module: types.ModuleType, config: object) -> torch.nn.Module:
+    """A QWenBlock of the module, its weights as torch makes them."""
+    # The constructor of August 2023 does not work without the number of the layer, for which it has no use.
+    wants_number = "layer_idx" in inspect.signature(module.QWenBlock).parameters
+    return module.QWenBlock(config, **({"layer_idx": 1} if wants_number else {}))
+
+
 def build_block(
     module: types.ModuleType, checkpoint: Checkpoint, layer: int, dtype: torch.dtype | str = "float32"
 ) -> torch.nn.Module:
@@ -92,7 +100,7 @@ def build_block(
     """
     config = make_config(module, checkpoint)
     with _uninitialised():
-        block = module.QWenBlock(config)
+        block = make_block(module, config)
     return _filled(block, checkpoint, f"transformer.h.{layer}.", dtype)
 
 

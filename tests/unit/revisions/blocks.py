@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
-from helpers.modeling import load_modeling, make_config
+from helpers.modeling import load_modeling, make_block, make_config
 
 HIDDEN, HEADS, INNER = 32, 4, 40
 HEAD_DIM = HIDDEN // HEADS
@@ -48,8 +48,7 @@ def load_block(folder: Path) -> torch.nn.Module:
     module = load_modeling(folder)
     settings = json.loads((folder / "config.json").read_text())
     config = make_config(module, SimpleNamespace(config=settings))
-    extra = {"layer_idx": 1} if "layer_idx" in inspect.signature(module.QWenBlock).parameters else {}
-    block = module.QWenBlock(config, **extra).eval().requires_grad_(False)
+    block = make_block(module, config).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(7)
     for _, parameter in sorted(block.named_parameters()):
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
