@@ -5,6 +5,7 @@ import os
 import pytest
 
 from helpers.engines import open_engine
+from helpers.generation import QwenRunner
 from helpers.toolchain import sophon_sail
 from tests.engine_bmodel import build
 from tests.engine_contract import EngineContract
@@ -37,3 +38,20 @@ class TestSailCalls(SailContract):
         import sophon.sail
 
         return sophon.sail
+
+
+@pytest.mark.parametrize("addr_mode", ["io_alone", "basic"])
+def test_the_chat_gives_the_simulators_tokens(compile_tiny, chat_prompt, stop_ids, demo_questions, addr_mode):
+    bmodel = compile_tiny(addr_mode=addr_mode)
+    answers = {}
+    for kind in ("simulator", "chip"):
+        with open_engine(bmodel, engine=kind) as engine:
+            runner = QwenRunner(engine)
+            # One in English, one in Chinese.
+            answers[kind] = [
+                list(runner.generate(chat_prompt(question), stop_ids=stop_ids, max_new_tokens=16))
+                for question in (demo_questions[0], demo_questions[4])
+            ]
+            assert engine.name == kind
+    assert answers["chip"] == answers["simulator"]
+    assert all(len(tokens) > 3 for tokens in answers["chip"])
