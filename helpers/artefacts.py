@@ -72,9 +72,13 @@ def read_manifest(artefact: str | Path) -> dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{artefact} has no manifest ({path.name}): make it again with `python -m helpers`.") from None
+        raise UserError(
+            f"{artefact} has no manifest ({path.name}): make it again with `python -m helpers`."
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a readable manifest ({error}): delete it and make the artefact again.") from None
+        raise UserError(
+            f"{path} is not a readable manifest ({error}): delete it and make the artefact again."
+        ) from None
 
 
 def write_json(path: str | Path, value: object) -> None:

@@ -264,7 +264,9 @@ class QwenRunner:
         Raises UserError where the bmodel has no penalty_sample_head.
         """
         if not self.can_sample:
-            raise UserError("This bmodel has no penalty_sample_head: ask with temperature 0, or compile with both heads.")
+            raise UserError(
+                "This bmodel has no penalty_sample_head: ask with temperature 0, or compile with both heads."
+            )
         engine = self.engine
         window = self.visited[-min(sampling.repetition_last_n, self.seq_length) :]
         # The net penalises every id it is given, so the rest is filled with one that is in the window anyway.
@@ -306,18 +308,20 @@ class QwenRunner:
         room = self.seq_length - len(ids) + 1
         limit = room if max_new_tokens is None else min(max_new_tokens, room)
         self.timings, self.finish_reason = Timings(), "length"
-        for produced in range(limit):
+        token = None
+        for _ in range(limit):
             if should_stop():
                 self.finish_reason = "cancelled"
                 return
             started = time.perf_counter()
-            if produced == 0:
+            first = token is None
+            if first:
                 self.prefill(ids)
             else:
                 self.decode(token)
             token = self.greedy_token() if sampling.greedy else self.sample_token(sampling, random)
             seconds = time.perf_counter() - started
-            if produced == 0:
+            if first:
                 self.timings.first_token_s = seconds
             else:
                 self.timings.decode_s.append(seconds)

@@ -50,7 +50,7 @@ def net_share(ms: dict[str, dict[str, float]], layers: int, kind: str):
     figure, axes = _figure(11, 1.6 + 0.55 * len(ms), columns=2)
     for axis, phase in zip(axes, ("prefill", "decode"), strict=True):
         seen = set()
-        for row, (mode, nets) in enumerate(ms.items()):
+        for row, nets in enumerate(ms.values()):
             left = 0.0
             for net in phase_nets(layers, [net for net, value in nets.items() if value is not None])[phase]:
                 group = _kind_of_net(net)
