@@ -18,11 +18,12 @@ from helpers.errors import UserError
 from helpers.hubs import RemoteFile, silent
 
 AT_A_TIME = 4
-# Seconds without a byte before a connection is given up, and how often in a row a file may fail before all is.
+# Seconds without a byte before a connection is given up; how often a file may fail before all is given up, unless
+# this many bytes came in between.
 STALL = 10.0
 ATTEMPTS = 3
+PROGRESS = 1_000_000
 PAUSE = 1.0
-_BLOCK = 1 << 20
 
 
 class _Interrupted(Exception):
@@ -91,14 +92,16 @@ def _fetch(
         return
     partial = _partial(file, folder)
     partial.touch()
-    failures = 0
-    while (before := partial.stat().st_size) != file.size:
+    failures, counted_from = 0, partial.stat().st_size
+    while (size := partial.stat().st_size) != file.size:
+        if size - counted_from > PROGRESS:
+            failures, counted_from = 0, size
         try:
             _receive(client, file, partial, host, stop, advance)
         except _Interrupted as reason:
             if stop.is_set():
                 raise
-            failures = 1 if partial.stat().st_size > before else failures + 1
+            failures += 1
             if failures == ATTEMPTS:
                 raise silent(f"{host}, asked for {file.path},", reason) from None
             stop.wait(PAUSE)
@@ -138,7 +141,7 @@ def _receive(client, file: RemoteFile, partial: Path, host: str, stop: threading
                 if response.status_code == 206:
                     raise _Interrupted("it answers for another range")
             with open(partial, "ab") as out:
-                for block in response.iter_bytes(_BLOCK):
+                for block in response.iter_bytes():
                     if out.tell() + len(block) > file.size:
                         raise UserError(
                             f"{host} sends more of {file.path} than the {file.size} bytes that it announced: take "

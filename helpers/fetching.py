@@ -110,6 +110,8 @@ def _from_hub(name: str, source: str, out: Path, revision: str | None, progress)
     if previous.get("settings") == settings and artefacts.is_whole(out, previous):
         artefacts.log(f"{out} is there already, whole: {model.repo} at {previous['revision']}")
         return out
+    if previous:
+        artefacts.log(f"{out} is of another source or was changed since it was fetched: it is replaced.")
     folder = out.parent / f".{out.name}.download"
     present = sum(path.stat().st_size for path in folder.glob("*")) if folder.is_dir() else 0
     reusable = sum(described["bytes"] for described in previous.get("outputs", {}).values())

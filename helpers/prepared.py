@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -252,17 +253,17 @@ def unpack(archive: Path, folder: Path) -> None:
                 )
             # Reading a member to its end checks its CRC-32.
             content.extractall(folder)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
         raise UserError(f"{archive.name} is damaged ({error}): fetch it again.") from None
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise UserError(f"{archive.name} cannot be unpacked ({error}): fetch it again.") from None
+        raise UserError(f"{archive.name} is damaged or cannot be unpacked here ({error}): fetch it again.") from None
 
 
 def _check_member(member: zipfile.ZipInfo) -> None:
     path = PurePosixPath(member.filename.replace("\\", "/"))
-    if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
+    if path.is_absolute() or ".." in path.parts:
         raise UserError(f"The archive holds {member.filename!r}, which would be written outside its folder: refused.")
     if stat.S_ISLNK(member.external_attr >> 16):
         raise UserError(f"The archive holds a link, {member.filename!r}: refused.")
