@@ -278,7 +278,10 @@ def combine(bmodels: list[str | Path], target: str | Path) -> None:
 def add_arguments(parser) -> None:
     parser.add_argument("--name", required=True, help="name of the model, such as qwen-7b: begins the file's name")
     parser.add_argument("--mode", required=True, help="bf16, int8 or int4")
+    parser.add_argument("--via", choices=("onnx", "llm_convert"), default="onnx", help="onnx (default), or the yardstick")
     parser.add_argument("--onnx", help="folder of ONNX nets, from `export`")
+    parser.add_argument("--model_path", help="folder of the checkpoint, for --via llm_convert")
+    parser.add_argument("--seq_length", type=int, default=512, help="S, for --via llm_convert (default 512)")
     parser.add_argument("--out", required=True, help="folder for the bmodel and the nets' own folders")
     parser.add_argument("--num_device", type=int, default=1, help="devices to split the model over (default 1)")
     parser.add_argument("--addr_mode", default="basic", help="basic (default) or io_alone")
@@ -288,19 +291,18 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
-    if not args.onnx:
-        raise UserError("--onnx DIR is needed: the folder that `python -m helpers export` made.")
-    target = compile_model(
-        args.onnx,
-        args.out,
-        args.name,
-        args.mode,
-        num_device=args.num_device,
-        addr_mode=args.addr_mode,
-        dynamic=args.dynamic,
-        jobs=args.jobs,
-        scheduler=args.scheduler,
-    )
+    common = {"num_device": args.num_device, "dynamic": args.dynamic}
+    if args.via == "llm_convert":
+        from helpers import llm_convert
+
+        if not args.model_path:
+            raise UserError("--via llm_convert needs --model_path DIR, the folder of the checkpoint.")
+        target = llm_convert.convert(args.model_path, args.out, args.name, args.mode, args.seq_length, **common)
+    else:
+        if not args.onnx:
+            raise UserError("--onnx DIR is needed: the folder that `python -m helpers export` made.")
+        common |= {"addr_mode": args.addr_mode, "jobs": args.jobs, "scheduler": args.scheduler}
+        target = compile_model(args.onnx, args.out, args.name, args.mode, **common)
     manifest = artefacts.read_manifest(target)
     if manifest["estimates"]:
         first, decode = manifest["estimates"]["first_token_ms"], manifest["estimates"]["decode_ms"]

@@ -1,0 +1,192 @@
+"""Compile with TPU-MLIR's one-click converter, as a yardstick: same weights, same mode, same S.
+
+`llm_convert.py` refuses first-generation Qwen. But its arithmetic is that of Qwen 2 with other names: c_attn is q, k
+and v in one, mlp.w2 is the gate and mlp.w1 the up projection, each head has a key-value head of its own. So the
+checkpoint is written once more under those names and converted as a Qwen 2.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from helpers import artefacts, bmodel, toolchain
+from helpers.checkpoint import Checkpoint
+from helpers.compiler_jobs import own_error
+from helpers.compiler_profile import PROFILE, estimates, read_profile
+from helpers.errors import UserError
+from helpers.tokenizer import VOCABULARY, QwenTokenizer
+
+QUANTIZE = {"bf16": "bf16", "int8": "w8bf16", "int4": "w4bf16"}
+Q_GROUP_SIZE = 64
+_RENAMED = {
+    "ln_1": "input_layernorm",
+    "ln_2": "post_attention_layernorm",
+    "attn.c_proj": "self_attn.o_proj",
+    "mlp.w1": "mlp.up_proj",
+    "mlp.w2": "mlp.gate_proj",
+    "mlp.c_proj": "mlp.down_proj",
+}
+
+
+def qwen2_config(checkpoint: Checkpoint, seq_length: int) -> dict:
+    """config.json of the same model in Qwen 2's terms."""
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_act": "silu",
+        "hidden_size": checkpoint.hidden_size,
+        "intermediate_size": checkpoint.intermediate_size,
+        "max_position_embeddings": seq_length,
+        "num_attention_heads": checkpoint.heads,
+        "num_key_value_heads": checkpoint.heads,
+        "num_hidden_layers": checkpoint.layers,
+        "rms_norm_eps": checkpoint.eps,
+        "rope_theta": float(checkpoint.rotary_base),
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "vocab_size": checkpoint.vocab_size,
+    }
+
+
+def qwen2_tensors(name: str, tensor) -> dict:
+    """A tensor of a Qwen-1 checkpoint under Qwen 2's names: c_attn becomes three."""
+    if (match := re.fullmatch(r"transformer\.h\.(\d+)\.(.+)\.(weight|bias)", name)) is None:
+        other = {
+            "transformer.wte.weight": "model.embed_tokens.weight",
+            "transformer.ln_f.weight": "model.norm.weight",
+            "lm_head.weight": "lm_head.weight",
+        }
+        return {other[name]: tensor} if name in other else {}
+    layer, part, kind = match.groups()
+    prefix = f"model.layers.{layer}"
+    if part == "attn.c_attn":
+        pieces = tensor.chunk(3, dim=0)
+        return {
+            f"{prefix}.self_attn.{letter}_proj.{kind}": piece.contiguous()
+            for letter, piece in zip("qkv", pieces, strict=True)
+        }
+    return {f"{prefix}.{_RENAMED[part]}.{kind}": tensor} if part in _RENAMED else {}
+
+
+def write_qwen2_checkpoint(checkpoint: Checkpoint, folder: Path, seq_length: int) -> None:
+    """Write the checkpoint in Qwen 2's layout, one shard a layer, so that one layer is in memory at a time."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    prefixes = [f"transformer.h.{i}." for i in range(checkpoint.layers)]
+    weight_map = {}
+    for number, prefix in enumerate([*prefixes, "transformer.wte.", "transformer.ln_f.", "lm_head."]):
+        shard = f"model-{number:05d}.safetensors"
+        tensors = {}
+        for name, tensor in checkpoint.load(prefix).items():
+            tensors |= qwen2_tensors(name, tensor)
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / shard, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, shard)
+    artefacts.write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    artefacts.write_json(folder / "config.json", qwen2_config(checkpoint, seq_length))
+
+
+def convert(
+    model_path: str | Path,
+    out: str | Path,
+    name: str,
+    mode: str,
+    seq_length: int,
+    num_device: int = 1,
+    dynamic: bool = False,
+) -> Path:
+    """Compile a Qwen-1 checkpoint (patched or not) with llm_convert.py.
+
+    Returns out/<name>_<mode>_<n>dev_llm_convert.bmodel; its manifest has the same extra keys as compile_model's.
+    lm_head gives the token. The cache nets are io_alone; high precision is on, as the converter has it.
+    Raises UserError where GNU parallel or the tool chain is missing, or the converter fails, with the path of its log.
+    """
+    if mode not in QUANTIZE:
+        raise UserError(f"mode is {mode!r}, it must be one of {', '.join(QUANTIZE)}.")
+    toolchain.require()
+    toolchain.require_parallel()
+    checkpoint = Checkpoint.open(model_path)
+    if num_device < 1 or checkpoint.heads % num_device:
+        raise UserError(f"num_device {num_device} does not divide the {checkpoint.heads} attention heads.")
+    out = Path(out).absolute()
+    target = out / f"{name}_{mode}_{num_device}dev{'_dyn' if dynamic else ''}_llm_convert.bmodel"
+    settings = {
+        "name": name,
+        "mode": mode,
+        "num_device": num_device,
+        "seq_length": seq_length,
+        "dynamic": dynamic,
+        "via": "llm_convert",
+    }
+    inputs = {"checkpoint": checkpoint.digest("")}
+    if artefacts.up_to_date(target, inputs, settings):
+        return target
+    extra: dict = {"config": checkpoint.config, "layers": checkpoint.layers, "seq_length": seq_length}
+    out.mkdir(parents=True, exist_ok=True)
+    extra["tokenizer"] = _bring_vocabulary(checkpoint, out)
+    with (
+        artefacts.building(target, kind="bmodel", inputs=inputs, settings=settings, extra=extra) as partial,
+        # Not in the staging folder: all that is left there would become part of the artefact.
+        tempfile.TemporaryDirectory(prefix="llm_convert.", dir=out) as scratch,
+    ):
+        work = Path(scratch)
+        write_qwen2_checkpoint(checkpoint, work / "qwen2", seq_length)
+        options = ["-s", str(seq_length), "-q", QUANTIZE[mode], "-g", str(Q_GROUP_SIZE), "-c", "bm1684x"]
+        options += ["--num_device", str(num_device), *(["--dynamic"] if dynamic else [])]
+        _run(work, options, out / f"{target.stem}.log")
+        (made,) = (work / "converted").glob("*.bmodel")
+        bmodel.strip_time(made)
+        shutil.move(made, partial)
+        extra["nets"] = _records(work / "converted", bmodel.read_bmodel(partial))
+        extra["estimates"] = estimates(extra["nets"])
+    return target
+
+
+def _bring_vocabulary(checkpoint: Checkpoint, out: Path) -> str | None:
+    try:
+        vocabulary = QwenTokenizer.open(checkpoint.path).path
+    except UserError:
+        # The bmodel is of use without: the chat asks for --tokenizer.
+        return None
+    shutil.copyfile(vocabulary, out / VOCABULARY)
+    return VOCABULARY
+
+
+def _records(folder: Path, model: bmodel.Bmodel) -> dict[str, dict]:
+    profiles = {path.parent.name: read_profile(path) for path in folder.glob(f"*/*/{PROFILE}")}
+    empty = dict.fromkeys(("cycles", "ms", "ddr_bw", "flops"))
+    return {
+        name: {"bytes": net.weight_bytes + net.instruction_bytes, **(profiles.get(name) or empty)}
+        for name, net in model.nets.items()
+    }
+
+
+def _run(work: Path, options: list[str], log: Path) -> None:
+    tool = toolchain.wheel_path() / "python" / "tools" / "llm_convert.py"
+    command = [sys.executable, str(tool), "-m", str(work / "qwen2"), "-o", str(work / "converted"), *options]
+    with open(log, "wb") as file:
+        process = subprocess.Popen(
+            command, cwd=work, env=toolchain.environment(), stdout=file, stderr=file, start_new_session=True
+        )
+        try:
+            status = process.wait()
+        finally:
+            # Its jobs are in the same group; after a failure or Ctrl-C some may still run.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if status:
+        text = log.read_text(encoding="utf-8", errors="replace")
+        for failed in sorted((work / "converted").glob("*/*.log")):
+            said = failed.read_text(encoding="utf-8", errors="replace")
+            if "Error" in said or "error" in said or "Assert" in said:
+                text = said
+                shutil.copy(failed, log)
+                break
+        raise UserError(f"llm_convert.py failed: {own_error(text, status)} (its log is {log})")
