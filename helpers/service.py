@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-key", help=f"ask every client for it; better given as {KEY_VARIABLE}")
     parser.add_argument("--waiting", type=int, default=WAITING, help="requests that may wait; more get 429")
     parser.add_argument("--time-limit", type=float, default=600, metavar="S", help="seconds a request, waiting too")
-    parser.add_argument("--max-body", type=int, default=1 << 20, metavar="BYTES", help="longest request")
+    parser.add_argument("--max-body", type=int, default=1 << 19, metavar="BYTES", help="longest request")
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -88,12 +88,15 @@ def run(args: argparse.Namespace) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         host, port = bound.getsockname()[:2]
         engine = runner.engine
-        log(f"{settings.model} on the {engine.reason}; times are {KINDS[engine.kind_of_time]}")
+        log(f"{settings.model} on the {engine.reason}\ntimes: {KINDS[engine.kind_of_time]}")
         if api_key is None and not is_loopback(bound):
             log(f"warning: every machine that reaches {host} may use this service; {KEY_VARIABLE} sets a key.")
         log(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
         try:
-            uvicorn.Server(config).run(sockets=[bound])
+            # After its own orderly end uvicorn raises the signal that it was ended by once more.
+            with contextlib.suppress(KeyboardInterrupt):
+                uvicorn.Server(config).run(sockets=[bound])
         finally:
             queue.close()
+        log("stopped")

@@ -48,7 +48,7 @@ class Settings:
     system: str
     api_key: str | None = None
     time_limit_s: float = 600
-    max_body_bytes: int = 1 << 20
+    max_body_bytes: int = 1 << 19
 
 
 class ApiError(Exception):
@@ -336,7 +336,7 @@ def create_app(queue: ChipQueue, runner: QwenRunner, settings: Settings) -> Fast
         if len(asked.history) % 2:
             raise ApiError(
                 400,
-                f"history has {len(asked.history)} entries: it alternates user and assistant, so their number is even.",
+                f"history has {len(asked.history)} entries, an even number is needed: user and assistant alternate.",
             )
         check_room()
         turns = list(zip(asked.history[::2], asked.history[1::2], strict=True))

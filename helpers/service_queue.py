@@ -21,6 +21,8 @@ from helpers.tokenizer import QwenTokenizer
 
 # After a failed attempt to open the engine again, requests are refused for this long before the next attempt.
 REOPEN_AFTER_S = 5.0
+# A prefill on the simulator takes minutes with a large model: nobody should wait for it to stop the service.
+CLOSE_WITHIN_S = 5.0
 CLOSING = "The service is shutting down."
 
 
@@ -154,11 +156,14 @@ class ChipQueue:
         return self._runner
 
     def close(self) -> None:
-        """Stop after the token that is being computed, refuse what waits, close the engine."""
+        """Stop after the token being computed, or after a while amid it; refuse what waits; close the engine."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(CLOSE_WITHIN_S)
+        if self._thread.is_alive() and self._runner:
+            self._runner.engine.close()
+            self._thread.join(CLOSE_WITHIN_S)
 
     @property
     def waiting(self) -> int:
@@ -239,6 +244,9 @@ class ChipQueue:
             for piece in job.answer:
                 job.push(piece)
         except Exception as error:
+            if self._closing:
+                job.end(EngineFailed(CLOSING))
+                return
             # Prompts and settings are checked before they are queued: what fails here is the engine.
             log(f"the engine failed: {error!r}")
             reason = str(error) if isinstance(error, UserError) else repr(error)

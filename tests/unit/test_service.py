@@ -528,6 +528,31 @@ def test_an_engine_that_cannot_be_opened_again(serve, tokenizer, monkeypatch):
     assert service.http.get("/health").status_code == 200
 
 
+def test_stopping_does_not_wait_for_a_long_prefill(tokenizer, monkeypatch):
+    monkeypatch.setattr("helpers.service_queue.CLOSE_WITHIN_S", 0.3)
+    killed = threading.Event()
+
+    class Prefilling(FakeRunner):
+        def generate(self, ids, **settings):
+            self.answers.append(ids)
+            assert killed.wait(20), "nobody closed the engine"
+            raise UserError("This engine is closed.")
+            yield
+
+    runner = Prefilling(lambda ids: [])
+    runner.engine.close = killed.set
+    service = Service(tokenizer, runner)
+    responses = []
+    client = threading.Thread(target=lambda: responses.append(service.http.post("/v1/chat/completions", json=ask())))
+    client.start()
+    service.wait_until(lambda: runner.answers)
+    service.queue.close()
+    client.join()
+    assert responses[0].status_code == 503 and "shutting down" in responses[0].text
+    assert len(service.runners) == 1, "the engine was opened again"
+    service.close()
+
+
 def test_a_model_that_cannot_be_opened_ends_the_start(tokenizer):
     def open_runner():
         raise UserError("no such bmodel")
