@@ -60,7 +60,7 @@ class OnnxNets:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.manifest = artefacts.read_manifest(self.folder)
-        self.layers = self.manifest["config"]["num_hidden_layers"]
+        self.layers = sum(net.startswith("block_cache_") for net in self.manifest["nets"])
         self.seq_length = self.manifest["seq_length"]
         total = sum(path.stat().st_size for path in self.folder.glob("*.weights"))
         self._resident = _Resident(2 * total)
