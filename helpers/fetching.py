@@ -6,6 +6,7 @@
 Artefacts that Sophgo offers ready-made come through helpers.prepared.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import artefacts, downloading, hubs, prepared
+from helpers import artefacts, downloading, hubs, patching, prepared
 from helpers.checkpoint import Checkpoint
 from helpers.errors import UserError
 
@@ -107,7 +108,7 @@ def _from_hub(name: str, source: str, out: Path, revision: str | None, progress)
     revision = revision or (model.commit if source == "huggingface" else "master")
     settings = {"name": name, "source": source, "repo": model.repo, "revision": revision}
     previous = _previous(out)
-    if previous.get("settings") == settings and artefacts.is_whole(out, previous):
+    if previous.get("settings") == settings and _is_there(out, previous):
         artefacts.log(f"{out} is there already, whole: {model.repo} at {previous['revision']}")
         return out
     if previous:
@@ -163,6 +164,21 @@ def _previous(out: Path) -> dict:
     )
 
 
+def _is_there(out: Path, manifest: dict) -> bool:
+    """Whether all that was fetched is still there; files that were patched since count by their kept originals."""
+    try:
+        record = json.loads((out / patching.RECORD).read_text(encoding="utf-8"))
+        kept = {name: entry["original"].encode() for name, entry in record["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        kept = {}
+    rest = {
+        name: described
+        for name, described in manifest["outputs"].items()
+        if name not in kept or hashlib.sha256(kept[name]).hexdigest() != described["sha256"]
+    }
+    return artefacts.is_whole(out, manifest | {"outputs": rest})
+
+
 def _reuse(out: Path, previous: dict, files: list[hubs.RemoteFile], folder: Path) -> None:
     """Take over from an earlier fetch at `out` what is still whole and wanted."""
     recorded = previous.get("outputs", {})
@@ -208,7 +224,7 @@ def _from_folder(source: Path, name: str | None, out: Path | None) -> Path:
     inputs = {str(path.relative_to(source)): artefacts.sha256_file(path) for path in files}
     settings = {"name": name, "source": "folder"}
     previous = _previous(out)
-    if previous.get("inputs") == inputs and artefacts.is_whole(out, previous):
+    if previous.get("inputs") == inputs and _is_there(out, previous):
         return out
     _require_space(out, sum(path.stat().st_size for path in files), name or source.name)
     with artefacts.building(out, kind=KIND, inputs=inputs, settings=settings) as partial:

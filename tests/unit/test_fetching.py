@@ -21,7 +21,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-from helpers import artefacts, cli, downloading, fetching, hubs, prepared
+from helpers import artefacts, cli, downloading, fetching, hubs, patching, prepared
 from helpers.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -256,6 +256,19 @@ def test_a_changed_file_is_fetched_again_and_the_weights_are_not(hub, tmp_path):
     fetching.fetch("two", "modelscope", out)
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 2
     assert [path for path, _ in hub.asked] == ["config.json"]
+
+
+def test_a_checkpoint_that_was_patched_in_place_stays_so(hub, tmp_path):
+    out = fetching.fetch("two", "modelscope", tmp_path / "two")
+    assert patching.apply(out, seq_length=64).changed
+    patched = (out / "modeling_qwen.py").read_bytes()
+    hub.asked.clear()
+    fetching.fetch("two", "modelscope", out)
+    assert hub.asked == [] and (out / "modeling_qwen.py").read_bytes() == patched
+    os.truncate(out / SHARDS[0], 1000)
+    fetching.fetch("two", "modelscope", out)
+    assert (out / SHARDS[0]).read_bytes() == (hub.folder / SHARDS[0]).read_bytes()
+    assert {path for path, _ in hub.asked} == {SHARDS[0], "config.json", "modeling_qwen.py"}
 
 
 @pytest.mark.parametrize("source", ["huggingface", "modelscope"])
