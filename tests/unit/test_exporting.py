@@ -33,7 +33,7 @@ def test_every_net_is_there_with_its_contract(onnx_tiny, patched_tiny):
         "penalty_sample_head": ([[1, vocab], [1, s], [1], [1], [1]], [[1, 50], [1, 50]]),
     }
     for net, shapes in contract.items():
-        graph = onnx.load(onnx_tiny / f"{net}.onnx").graph
+        graph = onnx.load(onnx_tiny / f"{net}.onnx", load_external_data=False).graph
         onnx.checker.check_model(str(onnx_tiny / f"{net}.onnx"))
         found = tuple(
             [[dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values]
@@ -87,7 +87,7 @@ def test_a_second_export_writes_nothing_and_a_damaged_file_is_written_again(onnx
 def test_another_sequence_length_is_another_export(patched_tiny, tmp_path):
     folder = exporting.export(patched_tiny, tmp_path / "onnx", 64)
     assert json.loads((folder / "manifest.json").read_text())["seq_length"] == 64
-    shape = onnx.load(folder / "block_0.onnx").graph.input[2].type.tensor_type.shape.dim
+    shape = onnx.load(folder / "block_0.onnx", load_external_data=False).graph.input[2].type.tensor_type.shape.dim
     assert [dim.dim_value for dim in shape] == [1, 1, 64, 64]
 
 
