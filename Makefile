@@ -19,7 +19,7 @@ test: setup ## everything that tells whether it is right
 	@$(PYTHON) -m pytest -q $(ARGS)
 
 lab: setup ## the same notebooks in JupyterLab
-	@$(PYTHON) -m jupyter lab notebooks $(ARGS)
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(PYTHON) -m jupyter lab --LabApp.default_url=/lab/tree/notebooks/00-environment.ipynb $(ARGS)
 
 doctor: setup ## what this machine has, what it lacks, and the remedy
 	@$(PYTHON) -m helpers doctor $(ARGS)

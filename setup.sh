@@ -65,9 +65,25 @@ with urllib.request.urlopen("https://download.pytorch.org/whl/cpu/torch/", timeo
 ' "$(sed -n 's/^torch==//p' requirements.txt)" >/dev/null 2>&1
 }
 
+# The closure is complete, so what a package says it needs is not looked up again. On a terminal uv shows its
+# progress; in a log its two hundred lines of names would hide the rest.
+packages() {
+  local command=("$uv" pip install --python "$python" --no-deps --only-binary :all: --compile-bytecode "$@")
+  if [ -t 2 ]; then
+    "${command[@]}"
+  else
+    "${command[@]}" 2>&1 | { grep -v '^ [+~-] ' >&2 || true; }
+  fi
+}
+
+packages_with_cpu_torch() {
+  torch_cpu_answers "$python" || return 1
+  say "torch: the CPU build"
+  grep -vE '^(nvidia-|cuda-|triton==)' requirements.txt >"$venv/requirements-cpu.txt"
+  packages --torch-backend cpu -r "$venv/requirements-cpu.txt"
+}
+
 install() {
-  # The closure is complete, so what a package says it needs is not looked up again.
-  local requirements=requirements.txt options=(--no-deps --only-binary :all: --compile-bytecode)
   if [ -e "$begun" ] || ! runs "$python"; then
     base=$(find_python)
     say "a new $venv from $base"
@@ -75,21 +91,10 @@ install() {
   fi
   rm -f "$stamp"
   touch "$begun"
-  if torch_cpu_answers "$python"; then
-    say "torch: the CPU build"
-    requirements=$venv/requirements-cpu.txt
-    grep -vE '^(nvidia-|cuda-|triton==)' requirements.txt >"$requirements"
-    options+=(--torch-backend cpu)
-  else
-    say "torch: PyPI's build (PyTorch's CPU index does not answer, or there is a GPU)"
-  fi
-  # On a terminal uv shows its progress; in a log its 219 lines of names would hide the rest.
-  if [ -t 2 ]; then
-    "$uv" pip install --python "$python" "${options[@]}" -r "$requirements"
-  else
-    "$uv" pip install --python "$python" "${options[@]}" -r "$requirements" 2>&1 |
-      { grep -v '^ [+~-] ' >&2 || true; }
-  fi
+  packages_with_cpu_torch || {
+    say "torch: PyPI's build (there is a GPU, or PyTorch's CPU index does not answer)"
+    packages -r requirements.txt
+  }
   rm -f "$begun"
   "$python" -m helpers doctor --fix
   echo "$1" >"$stamp"

@@ -234,6 +234,21 @@ def test_setup_killed_half_way_is_built_anew(clone):
     assert clone()[1] == []
 
 
+def test_setup_takes_the_cpu_build_of_torch_where_its_index_answers(clone, tmp_path):
+    for name, status in (("nvidia-smi", 1), ("timeout", 0)):  # no GPU, and the look at the index succeeds
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\nexit {status}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    assert clone()[1] == ["venv", "pip"]
+    assert "--torch-backend cpu -r .venv/requirements-cpu.txt" in (tmp_path / "log").read_text()
+    kept = (clone.folder / ".venv" / "requirements-cpu.txt").read_text()
+    assert "\ntorch==" in kept and not re.search("^(nvidia|cuda|triton)", kept, re.MULTILINE)
+    # It answered, and then did not deliver: PyPI's build is taken.
+    (clone.folder / ".venv" / ".installed").unlink()
+    done, asked = clone(install="[[ $* != *torch-backend* ]]")
+    assert (done.returncode, asked) == (0, ["pip", "pip"])
+    assert "-r requirements.txt" in (tmp_path / "log").read_text()
+
+
 def test_setup_whose_python_is_gone_is_built_anew(clone):
     clone()
     (clone.folder / ".venv" / "bin" / "python").unlink()
