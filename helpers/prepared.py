@@ -229,7 +229,7 @@ def _watch(tool: subprocess.Popen, folder: Path, bar) -> None:
 
 def _check_bmodel(file: Path) -> None:
     chip = read_bmodel(file).chip
-    if chip != CHIP:
+    if chip.upper() != CHIP:
         raise UserError(f"{file.name} is for the chip {chip}, {CHIP} was needed: {HOST} offers another file by now.")
 
 
