@@ -116,6 +116,11 @@ def _path_file() -> Path:
     return Path(sysconfig.get_paths()["purelib"]) / "qwen-bm1684x-tutorial.pth"
 
 
+def _own_environment() -> bool:
+    """Whether this Python is of a virtual or conda environment; one of the system is not ours to write to."""
+    return sys.prefix != sys.base_prefix or (Path(sys.prefix) / "conda-meta").is_dir()
+
+
 def check_helpers_importable() -> Check:
     """Whether `import helpers` works in a notebook, whose working folder is notebooks/."""
     file = _path_file()
@@ -125,7 +130,8 @@ def check_helpers_importable() -> Check:
         named = None
     ok = named == ROOT
     found = "in every folder" if ok else f"of {named}, another copy" if named else "in this folder only"
-    return Check("import helpers", _state(ok, needed=False), found, "" if ok else "python -m helpers doctor --fix")
+    remedy = "python -m helpers doctor --fix" if not ok and _own_environment() else ""
+    return Check("import helpers", _state(ok, needed=False), found, remedy)
 
 
 # The machine
@@ -274,9 +280,7 @@ def fix() -> list[str]:
     done = []
     if importlib.util.find_spec("tpu_mlir") and (moved := toolchain.cure()):
         done.append(f"glibc of the wheel: moved {', '.join(moved)}")
-    # A Python of the system is not ours to write to.
-    own = sys.prefix != sys.base_prefix or (Path(sys.prefix) / "conda-meta").is_dir()
-    if own and check_helpers_importable().state != OK:
+    if _own_environment() and check_helpers_importable().state != OK:
         _path_file().write_text(f"{ROOT}\n", encoding="utf-8")
         done.append("import helpers: works in every folder")
     return done
