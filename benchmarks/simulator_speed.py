@@ -95,8 +95,9 @@ def table(result: dict) -> str:
     ways = result["ways"]
     base = ways.get("plain") or max(ways.values(), key=lambda way: way["token_s"])
     lines = [
-        f"{result['model']}, {result['processor']}, {result['cores']} cores, load {result['load_average']:.1f}, median "
-        f"of {result['repetitions']} prefills and {result['repetitions'] * result['tokens']} tokens (simulator wall time)",
+        f"{result['model']} on {result['processor']}, {result['cores']} cores, load {result['load_average']:.1f}; "
+        f"simulator wall time, median of {result['repetitions']} prefills and "
+        f"{result['repetitions'] * result['tokens']} tokens",
         "",
         "| threads | prefill | ratio | token/s | ratio | best token/s | processor time | |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",

@@ -144,6 +144,10 @@ class SimulatorEngine(Engine):
         described = [[(t.memory, t.shape, t.dtype) for t in tensors] for tensors in (inputs, outputs)]
         self._worker.call("run", net, *described, subject=f"The simulator stopped while running {net}")
 
+    def processor_seconds(self) -> float:
+        """Processor time that the simulator's process has taken, all of its threads together."""
+        return self._worker.processor_seconds()
+
     def close(self) -> None:
         self._worker.close()
 
@@ -203,7 +207,7 @@ class SimulatorProcess:
         self._requests: queue.SimpleQueue = queue.SimpleQueue()
         self._closed = False
         self._lock = threading.Lock()
-        self._finalizer = weakref.finalize(self, _end, self._process, self._requests, self._scratch)
+        self._finalizer = weakref.finalize(self, _end, os.getpid(), self._process, self._requests, self._scratch)
         threading.Thread(
             target=_converse, args=(self._connection, self._requests), name="simulator", daemon=True
         ).start()
@@ -247,6 +251,10 @@ class SimulatorProcess:
             cause = f"its process ended with code {code}"
         return f"{cause}; open the engine again, and if it happens again compile the bmodel again.{self._last_words()}"
 
+    def processor_seconds(self) -> float:
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     def close(self) -> None:
         with self._lock:
             self._closed = True
@@ -269,7 +277,9 @@ def _converse(connection: Connection, requests: queue.SimpleQueue) -> None:
                 answer.set_exception(error)
 
 
-def _end(process: subprocess.Popen, requests: queue.SimpleQueue, scratch: str) -> None:
+def _end(owner: int, process: subprocess.Popen, requests: queue.SimpleQueue, scratch: str) -> None:
+    if os.getpid() != owner:  # a forked copy of the caller ends
+        return
     requests.put(None)
     process.kill()
     process.wait()

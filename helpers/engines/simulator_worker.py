@@ -251,7 +251,7 @@ def serve(simulator, connection, set_idle, scheduling):
         except Refused as refusal:
             connection.send(("error", str(refusal)))
             continue
-        if operation == "open" and scheduling == "priority":
+        if operation == "open" and scheduling != "plain" and not set_idle:
             demote_idle_engines()
         if operation == "read":
             connection.send(("ok", None))
