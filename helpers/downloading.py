@@ -30,10 +30,18 @@ class _Interrupted(Exception):
     """A transfer that ended before its file; what came is kept."""
 
 
+def make_folder(folder: Path) -> None:
+    """Create a folder and those above it. Raises UserError where that is not allowed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder.parent} cannot be written ({error.strerror}): give another --out.") from None
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Create the folder and hold it, one process at a time. Raises UserError where another has it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with open(folder / "lock", "w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -173,7 +173,7 @@ def _is_there(out: Path, manifest: dict) -> bool:
         kept = {}
     rest = {
         name: described
-        for name, described in manifest["outputs"].items()
+        for name, described in manifest.get("outputs", {}).items()
         if name not in kept or hashlib.sha256(kept[name]).hexdigest() != described["sha256"]
     }
     return artefacts.is_whole(out, manifest | {"outputs": rest})
@@ -227,6 +227,7 @@ def _from_folder(source: Path, name: str | None, out: Path | None) -> Path:
     if previous.get("inputs") == inputs and _is_there(out, previous):
         return out
     _require_space(out, sum(path.stat().st_size for path in files), name or source.name)
+    downloading.make_folder(out.parent)
     with artefacts.building(out, kind=KIND, inputs=inputs, settings=settings) as partial:
         for path in files:
             target = partial / path.relative_to(source)

@@ -59,8 +59,8 @@ def list_huggingface(repo: str, revision: str) -> Listing:
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RevisionNotFoundError
     from huggingface_hub.utils import build_hf_headers
 
-    endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
-    host = f"{HUGGINGFACE} ({urlsplit(endpoint).netloc})"
+    _check_proxy()
+    endpoint, host = _endpoint(HUGGINGFACE, "HF_ENDPOINT", constants.ENDPOINT)
     api = HfApi(endpoint=endpoint)
     try:
         info = _answer_within(
@@ -74,7 +74,7 @@ def list_huggingface(repo: str, revision: str) -> Listing:
         ) from None
     except HfHubHTTPError as error:
         raise _refused(host, repo, error.response.status_code) from None
-    except (httpx.HTTPError, OSError, TimeoutError) as error:
+    except (httpx.HTTPError, OSError) as error:
         raise silent(host, error) from None
     files = [
         RemoteFile(
@@ -98,8 +98,8 @@ def list_modelscope(repo: str, revision: str) -> Listing:
     """
     import httpx
 
-    endpoint = os.environ.get("MODELSCOPE_ENDPOINT", "https://modelscope.cn").rstrip("/")
-    host = f"{MODELSCOPE} ({urlsplit(endpoint).netloc})"
+    _check_proxy()
+    endpoint, host = _endpoint(MODELSCOPE, "MODELSCOPE_ENDPOINT", "https://modelscope.cn")
     place = f"{endpoint}/api/v1/models/{repo}/repo"
     asked = {"Revision": revision, "Recursive": "True"}
     try:
@@ -123,7 +123,7 @@ def list_modelscope(repo: str, revision: str) -> Listing:
             )
             for entry in entries
         ]
-    except (httpx.HTTPError, OSError, TimeoutError) as error:
+    except (httpx.HTTPError, OSError) as error:
         raise silent(host, error) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
@@ -141,6 +141,31 @@ def silent(host: str, error: Exception) -> UserError:
         f"{host} gives no answer ({reason}): take --source {other}, or set HTTPS_PROXY if there is a proxy, or bring "
         "the checkpoint here by other means and give its folder with --source FOLDER. What was fetched is kept."
     )
+
+
+def _endpoint(hub: str, variable: str, default: str) -> tuple[str, str]:
+    """A hub's address, and hub and host for people. Raises UserError where the variable holds no address."""
+    address = os.environ.get(variable) or default
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        parts = urlsplit("")
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError(f"{variable} is {address!r}, which is not an address: unset it, or begin it with https://.")
+    return address.rstrip("/"), f"{hub} ({parts.netloc})"
+
+
+def _check_proxy() -> None:
+    """Raises UserError where a proxy is set that httpx cannot use: SOCKS needs a package of its own."""
+    import httpx
+
+    try:
+        httpx.Client().close()
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            f"The proxy that is set cannot be used ({str(error).splitlines()[0]}): set HTTPS_PROXY to one that begins "
+            "with http://, unset ALL_PROXY, or for SOCKS `pip install socksio`."
+        ) from None
 
 
 def _refused(host: str, repo: str, status: int) -> UserError:

@@ -26,6 +26,7 @@ from pathlib import Path, PurePosixPath
 
 from helpers import artefacts
 from helpers.bmodel import CHIP, read_bmodel
+from helpers.downloading import make_folder
 from helpers.errors import UserError
 
 MODEL = "qwen-7b"
@@ -85,7 +86,7 @@ def fetch_prepared(artefact: str | None, out: str | Path | None = None, progress
     if _is_there(target, settings):
         artefacts.log(f"{target} is there already, whole.")
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     with _brought(offered, target, progress) as file:
         inputs = {offered.file: artefacts.sha256_file(file)}
         with artefacts.building(target, kind="prepared", inputs=inputs, settings=settings) as partial:

@@ -208,6 +208,7 @@ def hub(checkpoint, monkeypatch, tmp_path):
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.url)
     monkeypatch.setenv("HF_HOME", str(tmp_path / "no-home"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setitem(fetching.MODELS, "two", MODEL)
     monkeypatch.setattr(downloading, "PAUSE", 0.01)
     yield server
@@ -454,6 +455,27 @@ def test_another_model_than_asked(hub, tmp_path, monkeypatch):
     said = refused("is not two", "two", "huggingface", tmp_path / "two")
     assert "layers 2 instead of 3" in said and str(tmp_path / "two") in said and ".partial" not in said
     assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.parametrize("source", ["huggingface", "modelscope"])
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "nonsense://127.0.0.1:9"])
+def test_a_proxy_that_cannot_be_used(hub, tmp_path, monkeypatch, source, proxy):
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    refused("The proxy that is set", "two", source, tmp_path / "two")
+
+
+@pytest.mark.parametrize("source", ["huggingface", "modelscope"])
+def test_an_address_that_is_none(hub, tmp_path, monkeypatch, source):
+    for address in ("not an address", "http://[x"):
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        monkeypatch.setenv("MODELSCOPE_ENDPOINT", address)
+        refused("_ENDPOINT is .*, which is not an address", "two", source, tmp_path / "two")
+
+
+def test_a_place_that_cannot_be_written(hub, local, tmp_path):
+    (tmp_path / "file").write_text("")
+    refused("cannot be written", "two", "huggingface", tmp_path / "file" / "two")
+    refused("cannot be written", source=local, out=tmp_path / "file" / "two")
 
 
 def test_two_at_once(hub, tmp_path):
