@@ -33,6 +33,8 @@ def open_engine(bmodel: str | os.PathLike, engine: str = "auto", devid: Sequence
         opened: Engine = SailEngine(bmodel, devid)
         chosen = "asked for" if engine == "chip" else "sophon.sail finds a device"
         opened.reason = f"chip, device {','.join(map(str, devid))}: {chosen}"
+        if opened.kind_of_time != "measured":
+            opened.reason += ", built on the simulator's libraries"
         return opened
 
     from helpers.engines.simulator import SimulatorEngine

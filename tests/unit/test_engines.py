@@ -258,6 +258,22 @@ def test_an_engine_that_is_forgotten_is_closed(bmodels):
     assert gone(pid)
 
 
+def test_a_forked_copy_of_the_caller_leaves_the_engine_alone(bmodels):
+    code = """
+import os, sys
+child = os.fork()
+if child == 0:
+    sys.exit(0)
+assert os.waitpid(child, 0)[1] == 0
+engine.run("cache", inputs, outputs)
+engine.close()
+"""
+    process, worker, _ = caller(bmodels, code)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert gone(worker)
+
+
 # --- the simulator's threads
 
 
@@ -289,6 +305,12 @@ def test_outputs_are_the_same_bits_however_the_threads_are_scheduled(bmodels, mo
     assert answers(bmodels[mode], "priority") == plain
 
 
+def idle_threads(engine) -> set[str]:
+    tasks = Path(f"/proc/{process_of(engine)}/task").iterdir()
+    policies = {(task / "comm").read_text().strip(): os.sched_getscheduler(int(task.name)) for task in tasks}
+    return {name for name, policy in policies.items() if policy == os.SCHED_IDLE}
+
+
 def test_without_a_compiler_priorities_are_used(bmodels, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -297,10 +319,17 @@ def test_without_a_compiler_priorities_are_used(bmodels, monkeypatch, tmp_path):
         simulator.SimulatorEngine(bmodels["basic"], "yield")
     with open_engine(bmodels["basic"], engine="simulator") as engine:
         assert engine.scheduling == "priority"
-        tasks = Path(f"/proc/{process_of(engine)}/task").iterdir()
-        policies = {(task / "comm").read_text().strip(): os.sched_getscheduler(int(task.name)) for task in tasks}
-    idle = {name for name, policy in policies.items() if policy == os.SCHED_IDLE}
-    assert idle == {"TPU_GDE", "TPU_SORT", "TPU_NMS"}
+        assert idle_threads(engine) == {"TPU_GDE", "TPU_SORT", "TPU_NMS"}
+
+
+def test_a_library_that_cannot_be_preloaded_is_not_relied_on(bmodels, monkeypatch, tmp_path):
+    """As on a disk that is mounted noexec."""
+    unusable = tmp_path / "simulator_yield.so"
+    unusable.write_bytes(b"no library")
+    monkeypatch.setattr(yield_library, "path", lambda: unusable)
+    with open_engine(bmodels["basic"], engine="simulator") as engine:
+        assert idle_threads(engine) == {"TPU_GDE", "TPU_SORT", "TPU_NMS"}
+        run_cache(engine, bf16(STATES)[0], bf16(PAST)[0])
 
 
 def test_the_library_is_built_once_and_a_broken_build_is_not_taken(monkeypatch, tmp_path):
@@ -373,6 +402,30 @@ def test_auto_takes_the_chip_where_there_is_one(bmodels, sail):
         assert engine.reason == "chip, device 2: sophon.sail finds a device"
         assert {info.device for net in engine.nets.values() for info in net.inputs} == {0}
         run_cache(engine, bf16(STATES)[0], bf16(PAST)[0])
+
+
+def test_tensors_are_where_the_nets_parts_are(bmodels, sail):
+    """Two devices: no two-device bmodel can be run here, so the double spreads the tensors of one for one."""
+    sail.setenv("SAIL_DOUBLE_DEVICES", "4")
+    described = dataclasses.replace(bmodel.read_bmodel(bmodels["basic"]), device_num=2)
+    sail.setattr(loading, "read_bmodel", lambda path: described)
+    with open_engine(bmodels["io_alone"], engine="chip", devid=(2, 3)) as engine:
+        assert engine.devices == (2, 3)
+        assert [info.device for info in engine.nets["cache"].inputs] == [0, 1]
+        states, past = (engine.input_tensor("cache", k) for k in range(2))
+        assert (states.device, past.device, states.memory.device_id(), past.memory.device_id()) == (0, 1, 2, 3)
+        row = engine.view(past, WIDTH, STATES)
+        assert row.device == 1
+        expected = run_cache(engine, bf16(STATES)[0], bf16(PAST)[0])
+        engine.run("cache", [states, past], [engine.output_tensor("cache", 0), row])
+        np.testing.assert_array_equal(engine.read(row), expected[1])
+        with pytest.raises(UserError, match="stays on one device: the source is on 0, the target on 1"):
+            engine.copy(states, row)
+        with pytest.raises(UserError, match=r"outputs\[1\] .* on device 1; .* on device 0 was given"):
+            engine.run("cache", [states, past], [engine.output_tensor("cache", 0), states])
+        elsewhere = engine.allocate(PAST, "bfloat16", device=1)
+        engine.copy(past, elsewhere)
+        engine.run("cache", [states, elsewhere], [engine.output_tensor("cache", k) for k in range(2)])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ import sys
 
 import pytest
 
+from benchmarks import simulator_speed
 from helpers.engines import open_engine
+from helpers.errors import UserError
 from helpers.generation import QwenRunner
 from tests.unit.test_engines import BLOCKED, DOUBLE, ROOT
 
@@ -90,3 +92,15 @@ def test_no_key_or_value_crosses_in_decode(compile_tiny, chat_prompt, demo_quest
             to_host = engine.bytes_to_host - before[1]
             # An id and a position of 4 bytes, a bf16 mask of S + 1; a token of 4 bytes.
             assert (to_device, to_host) == (4 + 4 + 2 * (runner.seq_length + 1), 4)
+
+
+def test_the_benchmark_measures_and_compares_tokens(compile_tiny, monkeypatch):
+    bmodel = str(compile_tiny())
+    result = simulator_speed.compare(bmodel, tokens=1, repetitions=2, ways=["yield"])
+    assert result["kind"] == "simulator wall" and result["ways"]["yield"]["tokens_per_s"] > 0
+    assert "| yield | " in simulator_speed.table(result)
+    runs = iter(result["runs"]["yield"])
+    monkeypatch.setattr(simulator_speed, "measure", lambda *arguments: {**next(runs), "tokens": [next(different)]})
+    different = iter((1, 2))
+    with pytest.raises(UserError, match="differ"):
+        simulator_speed.compare(bmodel, tokens=1, repetitions=2, ways=["yield"])

@@ -2,7 +2,8 @@
 uses, over the simulator's process. It refuses what the source refuses, in the source's words and exception types.
 
 Where the source would read freed or missing memory, this raises AssertionError. SAIL_DOUBLE_DEVICES devices
-(1 if unset) stand for the one simulated chip; one EngineLLM can be open at a time.
+(1 if unset) stand for the one simulated chip; one EngineLLM can be open at a time. Given several devices it says of a
+net's tensors that they are on these devices by turns, and insists on that.
 """
 
 import enum
@@ -230,7 +231,7 @@ class EngineLLM:
     def _tensors(self, net, kind, memory):
         made = {}
         for k, described in enumerate(self._nets[net][kind]):
-            tensor = Tensor(Handle(self._ids[0]), list(described[1]), Dtype[f"BM_{described[2].upper()}"])
+            tensor = Tensor(Handle(self._device(k)), list(described[1]), Dtype[f"BM_{described[2].upper()}"])
             tensor._own = memory(k, described)
             tensor._memory = weakref.ref(tensor._own)
             made[k] = tensor
@@ -280,11 +281,14 @@ class EngineLLM:
     def get_output_dtype(self, net, index):
         return Dtype[f"BM_{self._net(net)[1][index][2].upper()}"]
 
+    def _device(self, index):
+        return self._ids[index % len(self._ids)]
+
     def get_input_tensor_devid(self, net, index):
-        return self._ids[0]
+        return self._device(index)
 
     def get_output_tensor_devid(self, net, index):
-        return self._ids[0]
+        return self._device(index)
 
     def get_input_tensors(self, net, stage=0):
         return self._internal[net, 0] if self.get_addr_mode(net) == 1 else {}
@@ -319,6 +323,8 @@ class EngineLLM:
             if not isinstance(given, dict) or not all(isinstance(tensor, Tensor) for tensor in given.values()):
                 raise TypeError("incompatible function arguments")
             assert set(given) >= set(range(len(infos))), "an index that is not in the map is a null pointer"
+            for k in range(len(infos)):
+                assert given[k].device_id() == self._device(k), "the net's part on this device cannot reach this tensor"
             # Whatever the tensor's dtype, the net's is taken; shapes are left to the runtime: it looks at inputs only.
             tensors.append([(given[k]._address(), given[k].shape(), info[2]) for k, info in enumerate(infos)])
         for k, info in enumerate(described[1]):
