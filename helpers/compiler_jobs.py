@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -128,7 +129,7 @@ def compile_net(task: dict) -> dict:
 
     task: net, onnx and files (paths of the ONNX file and of its outside weights), recorded {file name: sha256 that
     the export wrote down}, folder (of all nets of this mode), settings (helpers.compiler_worker), memory (bytes),
-    threads. Returns {net, bmodel, sha256, bytes (weights and
+    shapes (of its inputs), threads. Returns {net, bmodel, sha256, bytes (weights and
     instructions), cycles, ms, ddr_bw, flops, seconds, made: bool}; the figures of the
     profile are None where the compiler has none (helpers.compiler_profile).
     Raises UserError with the net's own error and the path of its log.
@@ -173,7 +174,12 @@ def _build(task: dict, artefact: Path, inputs: dict) -> None:
     ):
         partial.mkdir()
         job = {key: task[key] for key in ("net", "onnx", "settings", "threads")}
-        status = server.run(job | {"work": str(partial), "log": str(log)})
+        # Kernels depend on shapes and settings, which all blocks of a model share; a machine has its own.
+        tools = artefacts.digest_of(artefacts.tool_versions())[:8]
+        kernels = artefact.with_name(f".kernels.{socket.gethostname()}.{tools}")
+        key = f"{net.rstrip('0123456789_')}-{artefacts.digest_of([task['settings'], task['shapes']])[:16]}"
+        job |= {"work": str(partial), "log": str(log), "kernels": str(kernels), "kernel_key": key}
+        status = server.run(job)
         if status:
             text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
             raise UserError(f"{net} did not compile: {own_error(text, status)} (its log is {log})")

@@ -4,7 +4,9 @@ Only that process imports TPU-MLIR. Everything is written to the job's own folde
 current one.
 """
 
+import contextlib
 import ctypes
+import fcntl
 import json
 import os
 import re
@@ -26,6 +28,7 @@ CHIP = "bm1684x"
 # Tensors from this size on bypass the ONNX simplifier: it copies them many times over and looks at none.
 BYPASS_BYTES = 1 << 16
 RESULT = "result.json"
+KERNELS = "kernels"
 # <sys/personality.h>
 _ADDR_NO_RANDOMIZE = 0x0040000
 
@@ -52,7 +55,8 @@ def preload() -> None:
 def compile_net(job: dict) -> None:
     """Compile one net in the folder job["work"]; leaves <net>.bmodel, the compiler's profile and result.json.
 
-    job: net, onnx (path), work, log, and settings {quantize, q_group_size, quant_input, quant_output, num_device,
+    job: net, onnx (path), work, log, kernels (folder of the kernel cache), kernel_key (nets with the same one need the
+    same kernels), and settings {quantize, q_group_size, quant_input, quant_output, num_device,
     addr_mode, dynamic, merge_cache}. Raises UserError or RuntimeError; what the tools say goes to standard output.
     """
     net, settings, work = job["net"], job["settings"], Path(job["work"])
@@ -67,7 +71,8 @@ def compile_net(job: dict) -> None:
         mlir.write_text(text, encoding="utf-8")
     transformed = time.monotonic()
     bmodel = work / f"{net}.bmodel"
-    deploy_bytes = _run_tool(compiler_command(mlir.name, bmodel.name, settings))
+    with _kernels(Path(job["kernels"]), job["kernel_key"]):
+        deploy_bytes = _run_tool(compiler_command(mlir.name, bmodel.name, settings))
     if not bmodel.is_file() or not bmodel.stat().st_size:
         raise RuntimeError("error: the compiler ended without an error and without a bmodel")
     result = {
@@ -78,9 +83,28 @@ def compile_net(job: dict) -> None:
     }
     keep = {bmodel.name, PROFILE, mlir.name}
     for path in work.iterdir():
-        if path.is_file() and path.name not in keep:
+        if path.is_symlink() or (path.is_file() and path.name not in keep):
             path.unlink()
     (work / RESULT).write_text(json.dumps(result), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _kernels(cache: Path, key: str):
+    """The cache of fused attention's kernels, which the compiler builds with cmake for each shape, as ./KERNELS.
+
+    It is not the one of the home folder: the compiler remembers there for good that a kernel could not be built (for
+    want of cmake, say), and goes without; and two of its processes that build one kernel spoil each other's. So the
+    first net of a kind has the cache for itself, and those after it, which find their kernels in it, share it.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    built = cache / f"{key}.built"
+    with open(cache / "lock", "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH if built.exists() else fcntl.LOCK_EX)
+        if built.exists():
+            fcntl.flock(lock, fcntl.LOCK_SH)
+        Path(KERNELS).symlink_to(cache)
+        yield
+        built.touch()
 
 
 def _in_child(function) -> int:
@@ -126,8 +150,8 @@ def _run_tool(command: list[str]) -> int:
     """Run a program of the wheel; its peak memory in bytes. Raises RuntimeError naming how it ended."""
     print("[Running]:", shlex.join(command), flush=True)
     env = {name: os.environ[name] for name in toolchain.VARIABLES if name in os.environ}
-    # Without these two it aborts; a path would make the environment another length in another folder.
-    env |= {"PWD": ".", "HOME": "."}
+    # Without PWD and HOME it aborts; a path would make the environment another length in another folder.
+    env |= {"PWD": ".", "HOME": ".", "PPL_CACHE_PATH": f"./{KERNELS}/"}
     process = subprocess.run(command, env=env, preexec_fn=_prepare_tool, check=False)
     if process.returncode < 0:
         # The program's own last words are above in the log.

@@ -180,6 +180,7 @@ def compile_model(
             "folder": str(folder),
             "settings": net_settings(net, mode, num_device, addr_mode, dynamic),
             "memory": compiler_jobs.needed_memory(sig.weights_bytes),
+            "shapes": sorted(sig.inputs.items()),
             "threads": max(1, compiler_jobs.cores() // jobs),
         }
         for net, sig in plan.nets.items()
@@ -278,7 +279,7 @@ def combine(bmodels: list[str | Path], target: str | Path) -> None:
 def add_arguments(parser) -> None:
     parser.add_argument("--name", required=True, help="name of the model, such as qwen-7b: begins the file's name")
     parser.add_argument("--mode", required=True, help="bf16, int8 or int4")
-    parser.add_argument("--via", choices=("onnx", "llm_convert"), default="onnx", help="onnx (default), or the yardstick")
+    parser.add_argument("--via", choices=("onnx", "llm_convert"), default="onnx", help="onnx (default)")
     parser.add_argument("--onnx", help="folder of ONNX nets, from `export`")
     parser.add_argument("--model_path", help="folder of the checkpoint, for --via llm_convert")
     parser.add_argument("--seq_length", type=int, default=512, help="S, for --via llm_convert (default 512)")

@@ -149,6 +149,7 @@ def task(nets, folder, net, settings):
         "folder": str(folder),
         "settings": settings,
         "memory": 1,
+        "shapes": [],
         "threads": 1,
     }
 
