@@ -3,6 +3,7 @@
 A subclass gives `open_it`: a fixture that takes "basic" or "io_alone" and gives an open engine.
 """
 
+import gc
 import threading
 import time
 
@@ -181,6 +182,14 @@ class EngineContract:
                 np.testing.assert_array_equal(engine.read(base).reshape(-1), expected)
 
             slices()
+
+    def test_a_view_keeps_its_memory(self, engine):
+        view = engine.view(engine.allocate((2, 64), "int32"), 64, (64,))
+        gc.collect()
+        others = [engine.allocate((2, 64), "int32") for _ in range(8)]
+        engine.write(view, np.full(64, 5, dtype=np.int32))
+        assert not any(engine.read(other).any() for other in others)
+        assert (engine.read(view) == 5).all()
 
     def test_values_of_another_shape_or_dtype_are_refused(self, engine):
         tensor = engine.input_tensor("cache", 1)

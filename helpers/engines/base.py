@@ -4,6 +4,7 @@ Nothing above this package knows which engine it has. Nothing in it needs torch,
 """
 
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -90,6 +91,7 @@ class Engine:
         self.reason = ""
         self.bytes_to_device = 0
         self.bytes_to_host = 0
+        self._counting = threading.Lock()
 
     def input_tensor(self, net: str, index: int) -> DeviceTensor:
         """The memory of a net's input: the same piece at every call."""
@@ -100,7 +102,7 @@ class Engine:
         raise NotImplementedError
 
     def allocate(self, shape: Sequence[int], dtype: str, device: int = 0) -> DeviceTensor:
-        """New device memory, zeroed, that lives as long as the engine."""
+        """New device memory, zeroed. It lasts while the tensor or a view of it is held, at most until `close`."""
         raise NotImplementedError
 
     def view(self, tensor: DeviceTensor, offset_elements: int, shape: Sequence[int]) -> DeviceTensor:
@@ -124,7 +126,10 @@ class Engine:
         raise NotImplementedError
 
     def close(self) -> None:
-        """Give the device and its memory back, at once, also in the middle of a run. May be called twice."""
+        """Give the device and its memory back; the simulator also in the middle of a run, the chip after it.
+
+        May be called twice.
+        """
         raise NotImplementedError
 
     def __enter__(self) -> "Engine":
@@ -132,6 +137,11 @@ class Engine:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _count(self, to_device: int = 0, to_host: int = 0) -> None:
+        with self._counting:
+            self.bytes_to_device += to_device
+            self.bytes_to_host += to_host
 
     def _net(self, name: str) -> NetInfo:
         try:

@@ -92,7 +92,7 @@ class SailEngine(Engine):
         self._lock = threading.Lock()
         self._closed = False
         self._basic: dict[tuple[str, str, int], DeviceTensor] = {}
-        with self._told(lambda: f"sophon.sail could not load {bmodel} on device {_ids(devid)}{self._free(devid)}"):
+        with self._told(lambda: f"sophon.sail could not load {bmodel} on device {_ids(devid)}{self._state(devid)}"):
             self._handles = [sail.Handle(number) for number in devid]
             self._llm = sail.EngineLLM(str(bmodel), list(devid))
             nets, self._own = self._describe(tuple(devid))
@@ -112,13 +112,15 @@ class SailEngine(Engine):
             except Exception as error:  # sail raises a dozen types, some of them unregistered
                 raise UserError(f"{subject() if callable(subject) else subject}: {error}.") from error
 
-    def _free(self, devid: Sequence[int]) -> str:
-        """How much memory the devices have, for a message; sail itself only says that it failed."""
+    def _state(self, devid: Sequence[int]) -> str:
+        """What the devices are and how much memory they have, for a message; sail itself only says that it failed."""
         parts = []
         for number in devid:
             with contextlib.suppress(Exception):
+                parts.append(f"{number} is a {self._sail.Handle(number).get_target()}")
+            with contextlib.suppress(Exception):
                 total, used = self._sail.get_dev_stat(number)[:2]
-                parts.append(f"{number}: {total - used} of {total} MB free")
+                parts.append(f"{number} has {total - used} of {total} MB free")
         return f" ({', '.join(parts)})" if parts else ""
 
     def _describe(self, devid: tuple[int, ...]) -> tuple[dict[str, NetInfo], dict]:
@@ -165,7 +167,7 @@ class SailEngine(Engine):
         shape = check_allocation(shape, dtype)
         if not 0 <= device < len(self.devices):
             raise UserError(f"The engine has {len(self.devices)} devices, counted from 0; {device} was asked for.")
-        with self._told(lambda: f"No device memory for {dtype} {list(shape)}{self._free([self.devices[device]])}"):
+        with self._told(lambda: f"No device memory for {dtype} {list(shape)}{self._state([self.devices[device]])}"):
             code = getattr(self._sail.Dtype, f"BM_{dtype.upper()}")
             memory = self._sail.Tensor(self._handles[device], list(shape), code, False, True)
         return DeviceTensor(shape, dtype, device, memory)
@@ -182,13 +184,13 @@ class SailEngine(Engine):
             tensor.memory.update_data(values)
             # On a SoC the host sees the memory itself, through its cache; elsewhere this does nothing.
             tensor.memory.sync_s2d()
-        self.bytes_to_device += values.nbytes
+        self._count(to_device=values.nbytes)
 
     def read(self, tensor: DeviceTensor) -> np.ndarray:
         with self._told(f"Could not read a tensor {list(tensor.shape)}"):
             tensor.memory.sync_d2s()
             values = tensor.memory.asnumpy()
-        self.bytes_to_host += values.nbytes
+        self._count(to_host=values.nbytes)
         return values
 
     def copy(self, source: DeviceTensor, target: DeviceTensor) -> None:

@@ -128,11 +128,11 @@ class SimulatorEngine(Engine):
     def write(self, tensor: DeviceTensor, values: np.ndarray) -> None:
         values = check_values(tensor, values)
         self._worker.call("write", tensor.memory, data=values)
-        self.bytes_to_device += values.nbytes
+        self._count(to_device=values.nbytes)
 
     def read(self, tensor: DeviceTensor) -> np.ndarray:
         data = self._worker.call("read", tensor.memory, tensor.bytes)
-        self.bytes_to_host += len(data)
+        self._count(to_host=len(data))
         return np.frombuffer(bytearray(data), dtype=HOST_DTYPE[tensor.dtype]).reshape(tensor.shape)
 
     def copy(self, source: DeviceTensor, target: DeviceTensor) -> None:
@@ -183,6 +183,18 @@ class SimulatorProcess:
             raise UserError("No C compiler (cc) to build the simulator's yield library: install one, or leave it out.")
         self._scratch = tempfile.mkdtemp(prefix="qwen-simulator-")
         self._log = os.path.join(self._scratch, "log")
+        try:
+            self._process, connection = self._start(libraries, preload, need)
+        except OSError as error:
+            shutil.rmtree(self._scratch, ignore_errors=True)
+            raise UserError(f"The simulator's process could not be started: {error}.") from error
+        self._requests: queue.SimpleQueue = queue.SimpleQueue()
+        self._closed = False
+        self._lock = threading.Lock()
+        self._finalizer = weakref.finalize(self, _end, os.getpid(), self._process, self._requests, self._scratch)
+        threading.Thread(target=_converse, args=(connection, self._requests), name="simulator", daemon=True).start()
+
+    def _start(self, libraries: Path, preload: Path | None, need: int) -> tuple[subprocess.Popen, Connection]:
         # The wheel's libcmodel.so and libbmlib.so.0 are links that its tools turn to other chips.
         os.symlink(libraries / "libcmodel_bm1684x.so", os.path.join(self._scratch, "libcmodel.so"))
         os.symlink(libraries / "libbmlib_bm1684x.so.0", os.path.join(self._scratch, "libbmlib.so.0"))
@@ -192,10 +204,10 @@ class SimulatorProcess:
         if preload:
             environment["LD_PRELOAD"] = str(preload)
         ours, theirs = socketpair()
+        arguments = (libraries, theirs.fileno(), os.getpid(), self._scratch, self.scheduling)
         with ours, theirs, open(self._log, "ab") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-I", "-S", str(WORKER)]
-                + [str(a) for a in (libraries, theirs.fileno(), os.getpid(), self._scratch, self.scheduling)],
+            process = subprocess.Popen(
+                [sys.executable, "-I", "-S", str(WORKER), *map(str, arguments)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -203,14 +215,7 @@ class SimulatorProcess:
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C in the terminal is the caller's to answer
             )
-            self._connection = Connection(ours.detach())
-        self._requests: queue.SimpleQueue = queue.SimpleQueue()
-        self._closed = False
-        self._lock = threading.Lock()
-        self._finalizer = weakref.finalize(self, _end, os.getpid(), self._process, self._requests, self._scratch)
-        threading.Thread(
-            target=_converse, args=(self._connection, self._requests), name="simulator", daemon=True
-        ).start()
+            return process, Connection(ours.detach())
 
     def call(self, *request: object, data: np.ndarray | None = None, subject: str = "The simulator stopped") -> object:
         """One operation of the worker; raises UserError where it refuses or dies."""

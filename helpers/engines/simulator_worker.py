@@ -227,6 +227,10 @@ def exit_with_parent(parent, scratch):
     """End this process soon after the caller's, however that one ended, also in the middle of a run."""
     while os.getppid() == parent:
         time.sleep(PARENT_POLL_SECONDS)
+    end(scratch)
+
+
+def end(scratch):
     shutil.rmtree(scratch, ignore_errors=True)
     os._exit(0)
 
@@ -271,7 +275,7 @@ def main():
     try:
         serve(Simulator(libraries), Connection(int(pipe)), set_idle, scheduling)
     except (EOFError, ConnectionError):
-        exit_with_parent(-1, scratch)
+        end(scratch)
 
 
 if __name__ == "__main__":

@@ -485,8 +485,9 @@ def test_what_sail_cannot_load_is_told(bmodels, sail):
         raise sophon.sail.SailEngineError("EngineLLM related error!")
 
     sail.setattr(sophon.sail, "EngineLLM", refuses)
+    sail.setattr(sophon.sail.Handle, "get_target", lambda handle: "BM1688", raising=False)
     sail.setattr(sophon.sail, "get_dev_stat", lambda device: [16000, 15000, 0], raising=False)
-    said = r"could not load .* on device 0 \(0: 1000 of 16000 MB free\): EngineLLM related error!"
+    said = r"could not load .* on device 0 \(0 is a BM1688, 0 has 1000 of 16000 MB free\): EngineLLM related error!"
     with pytest.raises(UserError, match=said):
         open_engine(bmodels["basic"], engine="chip")
 
