@@ -11,6 +11,7 @@ from helpers.errors import UserError
 from helpers.generation import QwenRunner
 from helpers.tokenizer import QwenTokenizer
 
+TEXT_FOLLOWS_S = 0.3
 STYLE = {
     "question": "font-weight:600;margin-top:.6em",
     "answer": "",
@@ -42,7 +43,6 @@ class ChatBox:
         buttons = [ipywidgets.Button(description=name) for name in ("Send", "Stop", "Clear")]
         self._send, self._stop, self._clear = buttons
         self._send.on_click(lambda _: self.send(self._question.value))
-        # Text changes only when Enter is pressed or the box is left; leaving it for Stop or Clear is no question.
         self._question.on_msg(self._submitted)
         self._stop.on_click(lambda _: session.stop())
         self._clear.on_click(lambda _: self.clear())
@@ -52,7 +52,8 @@ class ChatBox:
 
     def _submitted(self, widget: object, content: dict, buffers: list) -> None:
         if content.get("event") == "submit":
-            self.send(self._question.value)
+            # The browser tells that Enter was pressed just before it tells the text.
+            threading.Timer(TEXT_FOLLOWS_S, lambda: self.send(self._question.value)).start()
 
     def send(self, question: str) -> None:
         """Ask; returns at once."""

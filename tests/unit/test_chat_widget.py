@@ -1,3 +1,5 @@
+import time
+
 import pytest
 
 from helpers import chat_widget
@@ -19,8 +21,13 @@ def test_a_conversation_in_the_box(box_saying):
     box = box_saying("a < b & 深圳")
     seen = []
     box._transcript.observe(lambda change: seen.append(change["new"]), "value")
-    box._question.value = "how are you?"
+    # As JupyterLab sends it: Enter first, then the text.
     box._question._handle_custom_msg({"event": "submit"}, [])
+    box._question.value = "how are you?"
+    deadline = time.monotonic() + 10
+    while not box.session.history:
+        assert time.monotonic() < deadline, "Enter asked nothing"
+        time.sleep(0.01)
     box.wait()
     assert "how are you?" in box._transcript.value and "a &lt; b &amp; 深圳" in box._transcript.value
     assert "simulator wall time" in box._transcript.value
