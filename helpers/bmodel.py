@@ -43,7 +43,7 @@ _MOST_TABLES = 5_000_000
 
 @dataclass(frozen=True)
 class Net:
-    """One net. info: its inputs and outputs. Sizes in bytes, over all of its devices.
+    """One net. info: its inputs and outputs, device by device. Sizes in bytes, over all of its devices.
 
     weights: where its weights are in the file, {(start, size)}: nets of a combined bmodel share them.
     scratch: device memory for what it computes in between; io: memory of its inputs and outputs where that is its own.
@@ -320,10 +320,10 @@ def _part(net: _Table, binary_bytes: int) -> _Part:
         device=cascade.number(0, "I") if cascade else 0,
     )
     for field_id, found in ((0, part.inputs), (1, part.outputs)):
-        # In a net of several devices "hidden" tensors pass between its parts; an index tells the net's own.
-        own = 1 if field_id == 0 else 2
+        # In a net of several devices tensors pass between its parts; these kinds are the net's own, whole or split.
+        own = (1, 3) if field_id == 0 else (2, 4)
         for table in stages[0].tables(field_id):
-            if cascade is None or table.number(11, "i") == own:
+            if cascade is None or table.number(11, "i") in own:
                 index = table.number(12, "i") if cascade else len(found)
                 found.append((index, _tensor(table, part.device)))
     for stage in stages:
@@ -340,8 +340,11 @@ def _part(net: _Table, binary_bytes: int) -> _Part:
 
 def _join(name: str, parts: list[_Part]) -> Net:
     def tensors(which: str) -> tuple[TensorInfo, ...]:
-        found = {index: tensor for part in parts for index, tensor in getattr(part, which)}
-        return tuple(found[index] for index in sorted(found))
+        found = {}
+        for part in parts:
+            for index, tensor in getattr(part, which):
+                found[part.device, index] = tensor
+        return tuple(found[place] for place in sorted(found))
 
     info = NetInfo(name, tensors("inputs"), tensors("outputs"), parts[0].addr_mode, any(p.dynamic for p in parts))
     return Net(

@@ -186,11 +186,24 @@ def _build(task: dict, artefact: Path, inputs: dict) -> None:
         result = partial / RESULT
         extra.update(json.loads(result.read_text(encoding="utf-8")))
         result.unlink()
-        extra["profile"] = read_profile(partial / PROFILE)
+        extra["profile"] = read_profile(partial / PROFILE, task["settings"]["num_device"])
         made = bmodel.read_bmodel(partial / f"{net}.bmodel")
+        if net.startswith("block"):
+            _require_split(made, task["settings"]["num_device"])
         extra["weight_bytes"] = made.weight_bytes
         extra["instruction_bytes"] = sum(part.instruction_bytes for part in made.nets.values())
         bmodel.strip_time(made.path)
+
+
+def _require_split(made: bmodel.Bmodel, devices: int) -> None:
+    """Raises UserError where a block was not split over its devices in full: each has states, key and value."""
+    (net,) = made.nets.values()
+    if len(net.info.outputs) != 3 * devices:
+        raise UserError(
+            f"The compiler does not split {net.info.name} over {devices} devices: it leaves matrices of a few million "
+            "weights whole, so the model is too small for it. Take --num_device 1, or --via llm_convert, which gives "
+            "each device all of the work."
+        )
 
 
 _NOISE = re.compile(

@@ -13,24 +13,27 @@ _SUBNET = re.compile(r"^TCYC\s*:\s*(\d+).*?^DDR BW USAGE\s*:\s*([\d.eE+-]+)%", r
 _FLOPS = re.compile(r"^flops:\s*(\d+)", re.MULTILINE)
 
 
-def read_profile(path: str | Path) -> dict[str, int | float] | None:
+def read_profile(path: str | Path, devices: int = 1) -> dict[str, int | float] | None:
     """cycles, ms (at 1 GHz), ddr_bw (percent of the memory bandwidth in use) and flops of one net.
 
-    A net of several subnets has their cycles added up. None where the model says nothing of any: a net whose shapes
-    are dynamic, or that is one operator which the chip's scalar core runs (the TopK of greedy_head).
+    A net of several subnets has their cycles added up; where several devices share it they work at the same time, so
+    the sum is divided by their number (what passes between them is not in it). None where the model says nothing of
+    any: a net whose shapes are dynamic, or that is one operator which the chip's scalar core runs (the TopK of
+    greedy_head).
     """
     try:
         text = Path(path).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return None
     subnets = [(int(cycles), float(usage)) for cycles, usage in _SUBNET.findall(text)]
-    cycles = sum(count for count, _ in subnets)
-    if not cycles:
+    total = sum(count for count, _ in subnets)
+    if not total:
         return None
+    cycles = -(-total // devices)
     return {
         "cycles": cycles,
         "ms": round(cycles / FREQUENCY * 1e3, 6),
-        "ddr_bw": round(sum(count * usage for count, usage in subnets) / cycles, 3),
+        "ddr_bw": round(sum(count * usage for count, usage in subnets) / total, 3),
         # Of the whole net, repeated for each subnet; nets that only move data have none.
         "flops": max(map(int, _FLOPS.findall(text)), default=0),
     }

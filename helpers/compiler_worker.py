@@ -72,7 +72,7 @@ def compile_net(job: dict) -> None:
     transformed = time.monotonic()
     bmodel = work / f"{net}.bmodel"
     with _kernels(Path(job["kernels"]), job["kernel_key"]):
-        deploy_bytes = _run_tool(compiler_command(mlir.name, bmodel.name, settings))
+        deploy_bytes = _deploy(mlir, bmodel, settings)
     if not bmodel.is_file() or not bmodel.stat().st_size:
         raise RuntimeError("error: the compiler ended without an error and without a bmodel")
     result = {
@@ -337,12 +337,65 @@ def merge_cache_concats(mlir: str) -> tuple[str, int]:
     return _CONCAT.sub(mark, mlir), marked
 
 
-def compiler_command(mlir: str, bmodel: str, settings: dict) -> list[str]:
-    """One tpuc-opt call with all the passes of model_transform.py and model_deploy.py, as the wheel defines them."""
+def _deploy(mlir: Path, bmodel: Path, settings: dict) -> int:
+    """Compile MLIR of the top dialect to a bmodel; peak memory in bytes."""
+    options = compiler_options(mlir.stem, bmodel.name, settings)
+    split = options.index(_SPLITTING_PASS)
+    if settings["num_device"] == 1:
+        return _run_tool(["tpuc-opt", mlir.name, *options, "-o", os.devnull])
+    lowered = mlir.with_name(f"{mlir.stem}_tpu.mlir")
+    peak = _run_tool(["tpuc-opt", mlir.name, *options[:split], "-o", lowered.name])
+    lowered.write_text(order_projections(lowered.read_text(encoding="utf-8")), encoding="utf-8")
+    return max(peak, _run_tool(["tpuc-opt", lowered.name, *options[split:], "-o", os.devnull]))
+
+
+_SPLITTING_PASS = "--dev-parallel"
+_OPERATION = re.compile(r'^\s*(%\d+) = "(\w+\.\w+)"\(([^)]*)\)')
+_PROJECTIONS = ("tpu.MatMul", "tpu.A16MatMul")
+
+
+def order_projections(mlir: str) -> str:
+    """Put the projections of query, key and value into this order, which the compiler's splitting pass takes for
+    granted: it finds them as the users of the norm before them, by position.
+
+    Where the order is another (c_attn is cut in three from its end) the pass takes one for the other and aborts with
+    `Invalid index!`. mlir: the tpu dialect, just before that pass. Text without fused attention is returned as it is.
+    """
+    lines = mlir.split("\n")
+    matches = ((i, _OPERATION.match(line)) for i, line in enumerate(lines))
+    found = {m[1]: (i, m[2], re.findall(r"%\d+", m[3])) for i, m in matches if m}
+    attention = [operands for _, name, operands in found.values() if name == "tpu.FAttention"]
+    if len(attention) != 1:
+        return mlir
+
+    def projection(value: str) -> str | None:
+        while value in found and found[value][1] not in _PROJECTIONS:
+            _, name, operands = found[value]
+            if not operands:
+                return None
+            # A cache comes first in its concatenation.
+            value = operands[-1] if name == "tpu.Concat" and found[operands[0]][1] == "top.Input" else operands[0]
+        return value if value in found else None
+
+    projections = [projection(value) for value in attention[0][:3]]
+    if None in projections:
+        return mlir
+    groups = []
+    for value in projections:
+        weights = {found[w][0] for w in found[value][2][1:] if found[w][1] == "top.Weight"}
+        groups.append([*sorted(weights), found[value][0]])
+    places = sorted(place for group in groups for place in group)
+    moved = [lines[place] for group in groups for place in group]
+    for place, line in zip(places, moved, strict=True):
+        lines[place] = line
+    return "\n".join(lines)
+
+
+def compiler_options(net: str, bmodel: str, settings: dict) -> list[str]:
+    """All the passes of model_transform.py and model_deploy.py for one tpuc-opt call, as the wheel defines them."""
     from tpu_mlir.python.utils import mlir_shell
 
     quantize = settings["quantize"].lower()
-    net = mlir.removesuffix(".mlir")
     options = [
         *mlir_shell.top_opt_options(),
         *mlir_shell.lowering_options(
@@ -358,4 +411,4 @@ def compiler_command(mlir: str, bmodel: str, settings: dict) -> list[str]:
         *mlir_shell.tpu_ada_options(dynamic=settings["dynamic"], enable_affine=True),
         *mlir_shell.codegen_options(bmodel, model_version="latest"),
     ]
-    return ["tpuc-opt", mlir, *shlex.split(" ".join(options)), "-o", os.devnull]
+    return shlex.split(" ".join(options))

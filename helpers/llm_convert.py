@@ -34,6 +34,31 @@ _RENAMED = {
 }
 
 
+# For several devices the converter's lm_head begins with the last norm, whose weight it forgets to write beside the
+# lm_head's own (tpu-mlir 1.30.2: "failed to find tensor model.norm.weight to read"). This runs it with that mended.
+_RUNNER = """
+import json, os, runpy, sys
+import numpy
+from safetensors import safe_open
+
+save = numpy.savez
+
+def savez(file, *args, **arrays):
+    if file == "lm_head_top_weights.npz":
+        folder = sys.argv[sys.argv.index("-m") + 1]
+        shard = json.load(open(folder + "/model.safetensors.index.json"))["weight_map"]["model.norm.weight"]
+        with safe_open(os.path.join(folder, shard), "pt") as weights:
+            arrays["model.norm.weight"] = weights.get_tensor("model.norm.weight").float().numpy()
+    return save(file, *args, **arrays)
+
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+numpy.savez = savez
+import tpu_mlir
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def qwen2_config(checkpoint: Checkpoint, seq_length: int) -> dict:
     """config.json of the same model in Qwen 2's terms."""
     return {
@@ -159,7 +184,11 @@ def _bring_vocabulary(checkpoint: Checkpoint, out: Path) -> str | None:
 
 
 def _records(folder: Path, model: bmodel.Bmodel) -> dict[str, dict]:
-    profiles = {path.parent.name: read_profile(path) for path in folder.glob(f"*/*/{PROFILE}")}
+    profiles = {
+        path.parent.name: read_profile(path, model.nets[path.parent.name].devices)
+        for path in folder.glob(f"*/*/{PROFILE}")
+        if path.parent.name in model.nets
+    }
     empty = dict.fromkeys(("cycles", "ms", "ddr_bw", "flops"))
     return {
         name: {"bytes": net.weight_bytes + net.instruction_bytes, **(profiles.get(name) or empty)}
@@ -169,7 +198,8 @@ def _records(folder: Path, model: bmodel.Bmodel) -> dict[str, dict]:
 
 def _run(work: Path, options: list[str], log: Path) -> None:
     tool = toolchain.wheel_path() / "python" / "tools" / "llm_convert.py"
-    command = [sys.executable, str(tool), "-m", str(work / "qwen2"), "-o", str(work / "converted"), *options]
+    command = [sys.executable, "-c", _RUNNER, str(tool), "-m", str(work / "qwen2")]
+    command += ["-o", str(work / "converted"), *options]
     with open(log, "wb") as file:
         process = subprocess.Popen(
             command, cwd=work, env=toolchain.environment(), stdout=file, stderr=file, start_new_session=True
