@@ -26,8 +26,10 @@ from helpers.onnx_signature import Signature, read_signature
 QUANTIZE = {"bf16": "BF16", "int8": "W8BF16", "int4": "W4BF16"}
 Q_GROUP_SIZE = 64
 ADDR_MODES = ("basic", "io_alone")
+# The documented sequence length.
+SEQ_LENGTH = 512
 HEADS = ("greedy_head", "penalty_sample_head")
-# Of an exported folder, not part of a single-device bmodel: the head that gives a token without a logits net.
+# The exported head that gives a token without a net for logits: lm_head where there are several devices.
 TOPK_HEAD = "lm_head_with_topk"
 # Counts up when the same inputs and settings would give another bmodel.
 RECIPE = 1
@@ -43,11 +45,12 @@ class Plan:
     seq_length: int
     hidden_size: int
     heads: int
+    num_device: int = 1
     manifest: dict = field(default_factory=dict)
 
     def source(self, net: str) -> Path:
-        """The ONNX file of a net."""
-        return self.folder / f"{net}.onnx"
+        """The ONNX file of a net. With several devices lm_head gives the token, as documented."""
+        return self.folder / f"{TOPK_HEAD if net == 'lm_head' and self.num_device > 1 else net}.onnx"
 
 
 def plan_nets(onnx: str | Path, num_device: int = 1) -> Plan:
@@ -63,28 +66,29 @@ def plan_nets(onnx: str | Path, num_device: int = 1) -> Plan:
         raise UserError(f"{folder} has no .onnx files: make them with `python -m helpers export`.")
     layers = 1 + max((int(net[6:]) for net in found if net.startswith("block_") and net[6:].isdigit()), default=-1)
     blocks = [f"{kind}_{i}" for i in range(layers) for kind in ("block", "block_cache")]
-    head = TOPK_HEAD if num_device > 1 and TOPK_HEAD in found else "lm_head"
-    names = ["embedding", "embedding_cache", head]
+    names = ["embedding", "embedding_cache", "lm_head"]
     manifest = artefacts.read_manifest(folder) if artefacts.manifest_path(folder).exists() else {}
     if num_device == 1 and found & set(HEADS):
         # Nets that decode several rows at once are exported without a head to sample with.
         names += HEADS if manifest.get("settings", {}).get("rows", 1) == 1 else HEADS[:1]
-    missing = [net for net in [*names, *(blocks or ["block_0", "block_cache_0"])] if net not in found]
+    names += blocks or ["block_0", "block_cache_0"]
+    plan = Plan(folder, {}, layers, 0, 0, 0, num_device, manifest)
+    missing = [plan.source(net).stem for net in names if plan.source(net).stem not in found]
     if missing:
         raise UserError(
             f"{folder} lacks {', '.join(f'{net}.onnx' for net in missing[:4])}"
             f"{' and more' if len(missing) > 4 else ''}: export the model again with `python -m helpers export`."
         )
-    nets = {net: read_signature(folder / f"{net}.onnx") for net in [*names, *blocks]}
-    cache = list(nets["block_cache_0"].inputs.values())
+    plan.nets = {net: read_signature(plan.source(net)) for net in names}
+    cache = list(plan.nets["block_cache_0"].inputs.values())
     try:
-        (_, (_, _, hidden)), (_, (_, s, heads, _)) = cache[0], cache[3]
+        (_, (_, _, plan.hidden_size)), (_, (_, plan.seq_length, plan.heads, _)) = cache[0], cache[3]
     except (IndexError, ValueError):
         raise UserError(
-            f"{folder}/block_cache_0.onnx has the inputs {', '.join(nets['block_cache_0'].inputs)}; needed are states "
+            f"{folder}/block_cache_0.onnx has the inputs {', '.join(plan.nets['block_cache_0'].inputs)}; needed are states "
             "[1,1,H], position, mask, past key and past value [1,S,h,d]: export it again."
         ) from None
-    return Plan(folder, nets, layers, s, hidden, heads, manifest)
+    return plan
 
 
 def check(plan: Plan, mode: str, num_device: int, addr_mode: str) -> None:
@@ -180,7 +184,10 @@ def compile_model(
         {
             "net": net,
             "onnx": str(plan.source(net).absolute()),
-            "files": [str(plan.source(net).absolute().with_name(f)) for f in [f"{net}.onnx", *sorted(sig.external)]],
+            "files": [
+                str(plan.source(net).absolute().with_name(name))
+                for name in [plan.source(net).name, *sorted(sig.external)]
+            ],
             "recorded": {k: v["sha256"] for k, v in plan.manifest.get("outputs", {}).items()},
             "folder": str(folder),
             "settings": net_settings(net, mode, num_device, addr_mode, dynamic),
@@ -283,30 +290,39 @@ def combine(bmodels: list[str | Path], target: str | Path) -> None:
 
 def add_arguments(parser) -> None:
     parser.add_argument("--name", required=True, help="name of the model, such as qwen-7b: begins the file's name")
-    parser.add_argument("--mode", required=True, help="bf16, int8 or int4")
+    parser.add_argument("--mode", default="int8", help="bf16, int8 (default) or int4")
     parser.add_argument("--via", choices=("onnx", "llm_convert"), default="onnx", help="onnx (default)")
     parser.add_argument("--onnx", help="folder of ONNX nets, from `export`")
     parser.add_argument("--model_path", help="folder of the checkpoint, for --via llm_convert")
-    parser.add_argument("--seq_length", type=int, default=512, help="S, for --via llm_convert (default 512)")
+    parser.add_argument("--seq_length", type=int, help="S; the ONNX nets have theirs, --via llm_convert takes 512")
     parser.add_argument("--out", required=True, help="folder for the bmodel and the nets' own folders")
     parser.add_argument("--num_device", type=int, default=1, help="devices to split the model over (default 1)")
     parser.add_argument("--addr_mode", default="basic", help="basic (default) or io_alone")
-    parser.add_argument("--dynamic", action="store_true", help="prefill takes any length up to S")
+    parser.add_argument(
+        "--dynamic", nargs="?", type=int, choices=(0, 1), const=1, default=0, help="prefill takes any length up to S"
+    )
     parser.add_argument("--jobs", type=int, help="nets at a time (default: one a core, as memory allows)")
     parser.add_argument("--scheduler", help="address of a Dask scheduler that sends the nets to many machines")
 
 
 def run(args) -> int:
-    common = {"num_device": args.num_device, "dynamic": args.dynamic}
+    common = {"num_device": args.num_device, "dynamic": bool(args.dynamic)}
     if args.via == "llm_convert":
         from helpers import llm_convert
 
         if not args.model_path:
             raise UserError("--via llm_convert needs --model_path DIR, the folder of the checkpoint.")
-        target = llm_convert.convert(args.model_path, args.out, args.name, args.mode, args.seq_length, **common)
+        seq_length = args.seq_length or SEQ_LENGTH
+        target = llm_convert.convert(args.model_path, args.out, args.name, args.mode, seq_length, **common)
     else:
         if not args.onnx:
             raise UserError("--onnx DIR is needed: the folder that `python -m helpers export` made.")
+        compiled = plan_nets(args.onnx, args.num_device).seq_length
+        if args.seq_length not in (None, compiled):
+            raise UserError(
+                f"The nets in {args.onnx} are for a sequence length of {compiled}, {args.seq_length} was asked for: "
+                f"export again with --seq_length {args.seq_length}."
+            )
         common |= {"addr_mode": args.addr_mode, "jobs": args.jobs, "scheduler": args.scheduler}
         target = compile_model(args.onnx, args.out, args.name, args.mode, **common)
     manifest = artefacts.read_manifest(target)

@@ -235,6 +235,15 @@ def test_int4_needs_a_hidden_size_of_whole_groups(nets):
         compiling.check(plan, "int4", 1, "basic")
 
 
+def test_documented_options_are_taken(nets, tmp_path):
+    from helpers.cli import main
+
+    out = ["--onnx", str(nets), "--out", str(tmp_path), "--name", "tiny"]
+    assert main(["compile", *out, "--dynamic", "1"]) == 0  # int8 without --mode
+    assert (tmp_path / "tiny_int8_1dev_dyn.bmodel").exists()
+    assert main(["compile", *out, "--seq_length", "7"]) == 2
+
+
 @pytest.mark.parametrize("lost", ["block_cache_0", "lm_head", "penalty_sample_head"])
 def test_a_missing_net_is_named_at_once(nets, tmp_path, lost):
     folder = linked_copy(nets, tmp_path / "onnx")
