@@ -50,9 +50,8 @@ def estimates(nets: dict[str, dict]) -> dict[str, float] | None:
         chosen = [record.get("ms") for net, record in nets.items() if _kind(net) in kinds]
         return None if not chosen or None in chosen else round(sum(chosen), 6)
 
-    head = ("lm_head", "lm_head_with_topk")
-    first = total("embedding", "block", *head)
-    decode = total("embedding_cache", "block_cache", *head)
+    first = total("embedding", "block", "lm_head")
+    decode = total("embedding_cache", "block_cache", "lm_head")
     return None if first is None or decode is None else {"first_token_ms": first, "decode_ms": decode}
 
 

@@ -85,7 +85,7 @@ def plan_nets(onnx: str | Path, num_device: int = 1) -> Plan:
         (_, (_, _, plan.hidden_size)), (_, (_, plan.seq_length, plan.heads, _)) = cache[0], cache[3]
     except (IndexError, ValueError):
         raise UserError(
-            f"{folder}/block_cache_0.onnx has the inputs {', '.join(plan.nets['block_cache_0'].inputs)}; needed are states "
+            f"{folder}/block_cache_0.onnx has inputs {', '.join(plan.nets['block_cache_0'].inputs)}; needed are states "
             "[1,1,H], position, mask, past key and past value [1,S,h,d]: export it again."
         ) from None
     return plan
