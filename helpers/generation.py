@@ -99,10 +99,10 @@ class QwenRunner:
 
     Prefill writes each layer's keys and values [1,S,h,d] where that layer's decode net reads its past; a decode
     step's new row goes straight to row p of it, through a view.
-    Raises UserError where a net is missing.
+    Raises UserError where a net is missing, or was compiled for another number of rows a decode step.
     """
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, rows: int = 1):
         self.engine = engine
         nets = engine.nets
         self.layers = sum(bool(re.fullmatch(r"block_\d+", name)) for name in nets)
@@ -112,6 +112,11 @@ class QwenRunner:
             raise UserError(
                 f"The bmodel has no net {', '.join(missing[:3])}: it is not a whole Qwen chat model; compile all nets "
                 "(`python -m helpers compile`)."
+            )
+        if (found := nets["embedding_cache"].inputs[0].shape[1]) != rows:
+            raise UserError(
+                f"The bmodel decodes {found} rows a step, {rows} are needed here (1 to chat, more for lookahead): take "
+                f"another bmodel, or `export --rows {rows}` and compile again."
             )
         self.devices = len(nets["block_0"].inputs) // 3
         self.seq_length = nets["block_0"].inputs[0].shape[1]

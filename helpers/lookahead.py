@@ -278,14 +278,8 @@ class LookaheadRunner(QwenRunner):
     """
 
     def __init__(self, engine: Engine, sizes: LookaheadSizes | None = None):
-        super().__init__(engine)
         self.sizes = sizes or LookaheadSizes()
-        rows = engine.nets["embedding_cache"].inputs[0].shape[1]
-        if rows != self.sizes.rows:
-            raise UserError(
-                f"The bmodel decodes {rows} rows a step; {self.sizes} needs {self.sizes.rows}: compile one with "
-                f"`export --rows {self.sizes.rows}`, or use other sizes."
-            )
+        super().__init__(engine, rows=self.sizes.rows)
         self.statistics = Statistics()
 
     def generate(

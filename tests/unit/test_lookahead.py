@@ -365,6 +365,11 @@ def test_a_bmodel_with_other_rows_is_refused():
         LookaheadRunner(NumpyEngine(RandomModel(4, 1), 8))
 
 
+def test_plain_decoding_refuses_a_bmodel_for_lookahead():
+    with pytest.raises(UserError, match="decodes 10 rows a step, 1 are needed"):
+        QwenRunner(NumpyEngine(RandomModel(4, 1), 8, 10))
+
+
 def test_sampling_is_refused():
     runner = LookaheadRunner(NumpyEngine(RandomModel(4, 1), 8, 10))
     with pytest.raises(UserError, match="greedy"):
