@@ -393,8 +393,9 @@ def answer_object(answer: Answer, engine) -> dict:
 def open_tokenizer(model: str | Path, tokenizer: str | None) -> QwenTokenizer:
     """The tokenizer asked for, or the one that the bmodel's manifest names.
 
-    Raises UserError where neither is there.
+    Raises UserError where neither is there, or the bmodel is none.
     """
+    read_bmodel(Path(model))
     if tokenizer:
         return QwenTokenizer.open(tokenizer)
     try:

@@ -71,6 +71,7 @@ class Sampling:
             (1 <= self.top_k <= CANDIDATES, "top_k", f"1 to {CANDIDATES}", self.top_k),
             (self.repetition_penalty > 0, "repetition_penalty", "over 0", self.repetition_penalty),
             (self.repetition_last_n >= 1, "repetition_last_n", "1 or more", self.repetition_last_n),
+            (self.seed is None or self.seed >= 0, "seed", "0 or more", self.seed),
         )
         for good, name, needed, found in checks:
             if not good:

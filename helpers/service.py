@@ -37,13 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def listen(host: str, port: int) -> socket.socket:
     """A listening socket: clients that come before the model is open wait. Raises UserError where it cannot be had."""
+    if not 0 <= port < 1 << 16:
+        raise UserError(f"--port is {port}, it must be 0 (a free one) to 65535.")
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, proto)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
         bound.listen(BACKLOG)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise UserError(f"Cannot listen on {host} port {port} ({error}): take another --host or --port.") from None
     return bound
 

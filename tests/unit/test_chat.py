@@ -272,3 +272,23 @@ def test_the_object_has_just_the_documented_keys(tokenizer):
     value = json.loads(json.dumps(chat.answer_object(answer, runner.engine)))
     assert sorted(value) == ["engine", "first_token_s", "kind", "text", "tokens", "tokens_per_s"]
     assert value["kind"] == "simulator wall" and value["tokens"] == tokenizer.encode("fine")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [("temperature", "-1"), ("top-p", "0"), ("top-k", "51"), ("repetition-last-n", "0"), ("seed", "-1")],
+)
+def test_settings_out_of_range_are_one_sentence(flag, value, capsys):
+    from helpers.cli import main
+
+    assert main(["chat", "--model", "none.bmodel", "--question", "q", f"--{flag}={value}"]) == 2
+    assert flag.replace("-", "_") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["chat", "serve"])
+def test_a_file_that_is_no_bmodel(command, capsys):
+    from helpers.cli import main
+
+    for model in ("none.bmodel", str(ROOT / "Makefile")):
+        assert main([command, "--model", model, *(["--port", "0"] if command == "serve" else [])]) == 2
+        assert model in capsys.readouterr().err

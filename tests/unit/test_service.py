@@ -345,6 +345,10 @@ def test_only_this_machine_unless_told_otherwise():
         assert is_loopback(bound)
         with pytest.raises(UserError, match="port"):
             listen("127.0.0.1", bound.getsockname()[1])
+        with pytest.raises(UserError, match="65535"):
+            listen("127.0.0.1", bound.getsockname()[1] + (1 << 16))
+        with pytest.raises(UserError, match="host"):
+            listen("no.such.host.invalid", 0)
     with listen("0.0.0.0", 0) as bound:
         assert not is_loopback(bound)
 
