@@ -9,7 +9,6 @@ import ctypes
 import fcntl
 import json
 import os
-import re
 import resource
 import shlex
 import signal
@@ -19,7 +18,7 @@ import time
 import types
 from pathlib import Path
 
-from helpers import toolchain
+from helpers import compiler_graph, toolchain
 from helpers.compiler_profile import PROFILE
 from helpers.compiler_server import die_with_parent
 from helpers.errors import UserError
@@ -56,8 +55,8 @@ def compile_net(job: dict) -> None:
     """Compile one net in the folder job["work"]; leaves <net>.bmodel, the compiler's profile and result.json.
 
     job: net, onnx (path), work, log, kernels (folder of the kernel cache), kernel_key (nets with the same one need the
-    same kernels), and settings {quantize, q_group_size, quant_input, quant_output, num_device,
-    addr_mode, dynamic, merge_cache}. Raises UserError or RuntimeError; what the tools say goes to standard output.
+    same kernels), and settings {quantize, q_group_size, quant_input, quant_output, num_device, addr_mode, dynamic, and
+    each of compiler_graph.EDITS}. Raises UserError or RuntimeError; what the tools say goes to standard output.
     """
     net, settings, work = job["net"], job["settings"], Path(job["work"])
     os.chdir(work)
@@ -65,9 +64,9 @@ def compile_net(job: dict) -> None:
     # In a process of its own, so that its memory is given back before the compiler takes its own.
     transform_bytes = _in_child(lambda: transform(net, job["onnx"]))
     mlir = work / f"{net}.mlir"
-    merged = 0
-    if settings["merge_cache"]:
-        text, merged = merge_cache_concats(mlir.read_text(encoding="utf-8"))
+    edits = {name: 0 for name in compiler_graph.EDITS if settings[name]}
+    for name in edits:
+        text, edits[name] = compiler_graph.EDITS[name](mlir.read_text(encoding="utf-8"))
         mlir.write_text(text, encoding="utf-8")
     transformed = time.monotonic()
     bmodel = work / f"{net}.bmodel"
@@ -76,7 +75,7 @@ def compile_net(job: dict) -> None:
     if not bmodel.is_file() or not bmodel.stat().st_size:
         raise RuntimeError("error: the compiler ended without an error and without a bmodel")
     result = {
-        "merged_concats": merged,
+        "edits": edits,
         "transform_s": round(transformed - started, 3),
         "deploy_s": round(time.monotonic() - transformed, 3),
         "peak_bytes": max(transform_bytes, deploy_bytes),
@@ -310,33 +309,6 @@ def _folding_class(folding):
     return Folding
 
 
-_CONCAT = re.compile(r'^\s*%\d+ = "top\.Concat"\((%\d+), (%\d+)\) \{axis = 1 : si32,.*$', re.MULTILINE)
-
-
-def merge_cache_concats(mlir: str) -> tuple[str, int]:
-    """Mark the concatenations of past and new row `only_merge`: placed side by side in memory, not copied.
-
-    mlir: a block_cache in the top dialect. A concatenation qualifies if it has two operands, runs along axis 1,
-    its first operand is an input of the net that nothing else uses, and it is no output of the net itself.
-    Returns the text and how many were marked.
-    """
-    inputs = set(re.findall(r'^\s*(%\d+) = "top\.Input"', mlir, re.MULTILINE))
-    returned = set(re.findall(r"%\d+", "".join(re.findall(r"^\s*return (.*?):", mlir, re.MULTILINE))))
-    marked = 0
-
-    def mark(match: re.Match) -> str:
-        nonlocal marked
-        line, past = match[0], match[1]
-        result = line.split("=")[0].strip()
-        uses = len(re.findall(re.escape(past) + r"\b", mlir)) - 1
-        if past not in inputs or uses != 1 or result in returned or "only_merge = false" not in line:
-            return line
-        marked += 1
-        return line.replace("only_merge = false", "only_merge = true")
-
-    return _CONCAT.sub(mark, mlir), marked
-
-
 def _deploy(mlir: Path, bmodel: Path, settings: dict) -> int:
     """Compile MLIR of the top dialect to a bmodel; peak memory in bytes."""
     options = compiler_options(mlir.stem, bmodel.name, settings)
@@ -345,50 +317,12 @@ def _deploy(mlir: Path, bmodel: Path, settings: dict) -> int:
         return _run_tool(["tpuc-opt", mlir.name, *options, "-o", os.devnull])
     lowered = mlir.with_name(f"{mlir.stem}_tpu.mlir")
     peak = _run_tool(["tpuc-opt", mlir.name, *options[:split], "-o", lowered.name])
-    lowered.write_text(order_projections(lowered.read_text(encoding="utf-8")), encoding="utf-8")
+    text = lowered.read_text(encoding="utf-8")
+    lowered.write_text(compiler_graph.order_projections(text), encoding="utf-8")
     return max(peak, _run_tool(["tpuc-opt", lowered.name, *options[split:], "-o", os.devnull]))
 
 
 _SPLITTING_PASS = "--dev-parallel"
-_OPERATION = re.compile(r'^\s*(%\d+) = "(\w+\.\w+)"\(([^)]*)\)')
-_PROJECTIONS = ("tpu.MatMul", "tpu.A16MatMul")
-
-
-def order_projections(mlir: str) -> str:
-    """Put the projections of query, key and value into this order, which the compiler's splitting pass takes for
-    granted: it finds them as the users of the norm before them, by position.
-
-    Where the order is another (c_attn is cut in three from its end) the pass takes one for the other and aborts with
-    `Invalid index!`. mlir: the tpu dialect, just before that pass. Text without fused attention is returned as it is.
-    """
-    lines = mlir.split("\n")
-    matches = ((i, _OPERATION.match(line)) for i, line in enumerate(lines))
-    found = {m[1]: (i, m[2], re.findall(r"%\d+", m[3])) for i, m in matches if m}
-    attention = [operands for _, name, operands in found.values() if name == "tpu.FAttention"]
-    if len(attention) != 1:
-        return mlir
-
-    def projection(value: str) -> str | None:
-        while value in found and found[value][1] not in _PROJECTIONS:
-            _, name, operands = found[value]
-            if not operands:
-                return None
-            # A cache comes first in its concatenation.
-            value = operands[-1] if name == "tpu.Concat" and found[operands[0]][1] == "top.Input" else operands[0]
-        return value if value in found else None
-
-    projections = [projection(value) for value in attention[0][:3]]
-    if None in projections:
-        return mlir
-    groups = []
-    for value in projections:
-        weights = {found[w][0] for w in found[value][2][1:] if found[w][1] == "top.Weight"}
-        groups.append([*sorted(weights), found[value][0]])
-    places = sorted(place for group in groups for place in group)
-    moved = [lines[place] for group in groups for place in group]
-    for place, line in zip(places, moved, strict=True):
-        lines[place] = line
-    return "\n".join(lines)
 
 
 def compiler_options(net: str, bmodel: str, settings: dict) -> list[str]:

@@ -4,8 +4,8 @@
     out/<mode>_<n>dev/<net>.log    what the tools said
     out/<name>_<mode>_<n>dev.bmodel and .bmodel.json   all nets combined, and the manifest
 
-Flags per net are those of the documented compile.sh; what differs is how they are run, and one change that the
-compiler's own cycles and the simulator's bits justify (helpers.compiler_worker.merge_cache_concats).
+Flags per net are those of the documented compile.sh; what differs is how they are run, and changes to the graph that
+the compiler's own cycles and the simulator's bits justify (helpers.compiler_graph).
 """
 
 import contextlib
@@ -32,7 +32,7 @@ HEADS = ("greedy_head", "penalty_sample_head")
 # The exported head that gives a token without a net for logits: lm_head where there are several devices.
 TOPK_HEAD = "lm_head_with_topk"
 # Counts up when the same inputs and settings would give another bmodel.
-RECIPE = 1
+RECIPE = 2
 
 
 @dataclass
@@ -146,6 +146,8 @@ def net_settings(net: str, mode: str, num_device: int, addr_mode: str, dynamic: 
         "addr_mode": addr_mode if cache else "basic",
         "dynamic": dynamic and not cache and net != "embedding_cache" and (embedding or block),
         "merge_cache": cache,
+        # The pass that splits a net over devices looks for the rotation in its long form.
+        "fuse_rotation": block and num_device == 1,
     }
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 HIDDEN, HEADS, FF, S, VOCAB = 64, 2, 128, 32, 192
 
 
-def write_nets(out: Path, layers: int = 1) -> Path:
-    """Write the nets to a folder. Inline weights, random but the same each time."""
+def write_nets(out: Path, layers: int = 1, nets: tuple[str, ...] = ()) -> Path:
+    """Write the nets (default: all of them) to a folder. Inline weights, random but the same each time."""
     import torch
     from torch import nn
 
@@ -76,6 +76,8 @@ def write_nets(out: Path, layers: int = 1) -> Path:
             return (logits / temperature * inside).softmax(1), tokens
 
     def export(net, module, inputs, names, outputs):
+        if nets and net not in nets:
+            return
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             torch.onnx.export(

@@ -17,16 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from helpers import artefacts, compiler_jobs, compiling, toolchain
+from helpers import artefacts, compiler_graph, compiler_jobs, compiling, toolchain
 from helpers.bmodel import read_bmodel, strip_time
 from helpers.compiler_jobs import MemoryGate, own_error
 from helpers.compiler_profile import estimates, read_profile
-from helpers.compiler_worker import merge_cache_concats
 from helpers.engines import open_engine
 from helpers.errors import UserError
 from helpers.onnx_signature import read_signature
 from tests.unit import small_nets
 
+AS_DOCUMENTED = {"merge_cache": False, "fuse_rotation": False}
 NETS = ["embedding", "embedding_cache", "lm_head", "greedy_head", "penalty_sample_head", "block_0", "block_cache_0"]
 
 
@@ -106,8 +106,7 @@ def test_another_setting_makes_only_what_it_concerns(nets, compiled):
     compiling.compile_model(nets, compiled.parent, "small", "int8")
 
 
-@pytest.mark.parametrize("mode", ["bf16", "int4"])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("mode, dynamic", [("bf16", False), ("int4", False), ("int4", True)])
 def test_the_other_modes_compile(nets, tmp_path, mode, dynamic):
     path = compiling.compile_model(nets, tmp_path, "small", mode, dynamic=dynamic)
     assert path.name == f"small_{mode}_1dev{'_dyn' if dynamic else ''}.bmodel"
@@ -121,7 +120,7 @@ def test_the_other_modes_compile(nets, tmp_path, mode, dynamic):
 @pytest.mark.parametrize("net, quantize", [("block_cache_0", "int4"), ("lm_head", "int8")])
 def test_bytes_are_those_of_the_documented_commands(nets, tmp_path, net, quantize):
     """One call of the compiler on a net whose weights bypassed the simplifier, against the two documented scripts."""
-    settings = compiling.net_settings(net, quantize, 1, "basic", False) | {"merge_cache": False}
+    settings = compiling.net_settings(net, quantize, 1, "basic", False) | AS_DOCUMENTED
     record = compiler_jobs.compile_net(task(nets, tmp_path / "ours", net, settings))
     tools = toolchain.wheel_path() / "python" / "tools"
     flags = {"int8": ["W8BF16"], "int4": ["W4BF16", "--q_group_size", "64"]}[quantize]
@@ -154,18 +153,25 @@ def task(nets, folder, net, settings):
     }
 
 
-@pytest.mark.parametrize("addr_mode", ["basic", "io_alone"])
-def test_the_merged_cache_costs_fewer_cycles_and_no_bit(nets, tmp_path, addr_mode):
-    settings = compiling.net_settings("block_cache_0", "int8", 1, addr_mode, False)
-    assert settings["merge_cache"]
-    merged = compiler_jobs.compile_net(task(nets, tmp_path / "merged", "block_cache_0", settings))
-    plain = compiler_jobs.compile_net(
-        task(nets, tmp_path / "plain", "block_cache_0", settings | {"merge_cache": False})
-    )
-    assert artefacts.read_manifest(tmp_path / "merged" / "block_cache_0")["merged_concats"] == 2
-    assert merged["cycles"] < plain["cycles"]
-    inputs = random_inputs(merged["bmodel"], "block_cache_0")
-    results = [outputs_on_simulator(record["bmodel"], "block_cache_0", inputs) for record in (merged, plain)]
+@pytest.mark.parametrize(
+    "edit, net, mode, addr_mode",
+    [
+        ("merge_cache", "block_cache_0", "int8", "basic"),
+        ("merge_cache", "block_cache_0", "int8", "io_alone"),
+        ("fuse_rotation", "block_0", "bf16", "basic"),
+        ("fuse_rotation", "block_cache_0", "int8", "basic"),
+    ],
+)
+def test_each_edit_of_the_graph_costs_fewer_cycles_and_no_bit(nets, tmp_path, edit, net, mode, addr_mode):
+    settings = compiling.net_settings(net, mode, 1, addr_mode, False)
+    assert settings[edit]
+    plain_settings = settings | AS_DOCUMENTED
+    edited = compiler_jobs.compile_net(task(nets, tmp_path / "edited", net, plain_settings | {edit: True}))
+    plain = compiler_jobs.compile_net(task(nets, tmp_path / "plain", net, plain_settings))
+    assert artefacts.read_manifest(tmp_path / "edited" / net)["edits"][edit] == 2
+    assert edited["cycles"] < plain["cycles"]
+    inputs = random_inputs(edited["bmodel"], net)
+    results = [outputs_on_simulator(record["bmodel"], net, inputs) for record in (edited, plain)]
     assert len(results[0]) == 3 and np.any(results[0][0])
     for ours, documented in zip(*results, strict=True):
         np.testing.assert_array_equal(ours, documented)
@@ -179,11 +185,40 @@ def test_only_a_past_that_is_used_once_is_merged():
             f"{uses}    return {returned} : x\n"
         )
 
-    assert merge_cache_concats(net())[1] == 1
-    assert "only_merge = true" in merge_cache_concats(net())[0]
-    assert merge_cache_concats(net(past="%2"))[1] == 0
-    assert merge_cache_concats(net(uses='    %4 = "top.Mul"(%1, %2) : (x) -> x\n'))[1] == 0
-    assert merge_cache_concats(net(returned="%3"))[1] == 0
+    assert compiler_graph.merge_cache(net())[1] == 1
+    assert "only_merge = true" in compiler_graph.merge_cache(net())[0]
+    assert compiler_graph.merge_cache(net(past="%2"))[1] == 0
+    assert compiler_graph.merge_cache(net(uses='    %4 = "top.Mul"(%1, %2) : (x) -> x\n'))[1] == 0
+    assert compiler_graph.merge_cache(net(returned="%3"))[1] == 0
+
+
+def rotation(lower_offset=0, upper_offset=4, constant="-1.0", other="%1"):
+    slice_of = '"top.Slice"({x}, %0) {{offset = [0, 0, 0, {at}], steps = [1, 1, 1, 1]}} : (t) -> t loc(#s)'
+    return "\n".join(
+        [
+            '    %0 = "top.None"() : () -> none loc(#n)',
+            '    %1 = "top.Input"(%arg0) : (t) -> t loc(#1)',
+            '    %2 = "top.Input"(%arg1) : (t) -> t loc(#2)',
+            '    %3 = "top.Input"(%arg2) : (t) -> t loc(#3)',
+            f"    %4 = {slice_of.format(x='%1', at=upper_offset)}",
+            f"    %5 = {slice_of.format(x=other, at=lower_offset)}",
+            f'    %6 = "top.MulConst"(%4) {{const_val = {constant} : f64}} : (t) -> t loc(#m)',
+            '    %7 = "top.Concat"(%6, %5) {axis = 3 : si32} : (t, t) -> t loc(#c)',
+            '    %8 = "top.Mul"(%1, %2) : (t, t) -> t loc(#8)',
+            '    %9 = "top.Mul"(%7, %3) : (t, t) -> t loc(#9)',
+            '    %10 = "top.Add"(%8, %9) : (t, t) -> t loc(#10)',
+            "    return %10 : t",
+        ]
+    )
+
+
+def test_a_rotation_is_recognised_by_what_it_computes():
+    text, fused = compiler_graph.fuse_rotation(rotation())
+    assert fused == 1
+    assert '%10 = "top.Rope"(%1, %3, %2)' in text and text.splitlines()[4].endswith("loc(#10)")
+    assert "Slice" not in text and "Concat" not in text
+    for wrong in ({"constant": "1.0"}, {"lower_offset": 4}, {"upper_offset": 0}, {"other": "%2"}):
+        assert compiler_graph.fuse_rotation(rotation(**wrong)) == (rotation(**wrong), 0)
 
 
 def test_weights_that_are_computed_with_go_through_the_simplifier(tmp_path):
@@ -226,6 +261,20 @@ def test_a_wrong_setting_is_refused_at_once(nets, tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
         compiling.compile_model(nets, tmp_path, "small", **{"mode": "int8", **arguments})
     assert not any(tmp_path.iterdir())
+
+
+def test_int8_is_not_split_over_devices(nets, tmp_path):
+    linked = linked_copy(nets, tmp_path / "onnx")
+    os.link(nets / "greedy_head.onnx", linked / "lm_head_with_topk.onnx")
+    with pytest.raises(UserError, match="int8 cannot be split.*int4 or bf16"):
+        compiling.compile_model(linked, tmp_path / "out", "small", "int8", num_device=2)
+
+
+def test_a_model_too_small_to_be_split_is_refused(nets, tmp_path):
+    linked = linked_copy(nets, tmp_path / "onnx")
+    os.link(nets / "lm_head.onnx", linked / "lm_head_with_topk.onnx")
+    with pytest.raises(UserError, match="does not split block_0 over 2 devices.*too small"):
+        compiling.compile_model(linked, tmp_path / "out", "small", "bf16", num_device=2, jobs=1)
 
 
 def test_int4_needs_a_hidden_size_of_whole_groups(nets):
@@ -343,6 +392,57 @@ def test_two_compiles_in_one_folder_are_kept_apart(nets, compiled):
 )
 def test_the_telling_line_of_a_log_is_found(log, told):
     assert told in own_error(log, 3)
+
+
+# Several devices
+
+
+@pytest.fixture(scope="module")
+def larger_nets(tmp_path_factory):
+    """One block with matrices that the compiler finds worth splitting."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"HIDDEN": 1024, "HEADS": 8, "FF": 8192}.items():
+            patch.setattr(small_nets, name, value)
+        return small_nets.write_nets(tmp_path_factory.mktemp("larger") / "onnx", nets=("block_0", "block_cache_0"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode, net", [("int4", "block_0"), ("bf16", "block_cache_0")])
+def test_two_devices_share_the_heads_and_the_weights(larger_nets, tmp_path, mode, net):
+    records = {}
+    for devices in (1, 2):
+        settings = compiling.net_settings(net, mode, devices, "io_alone", False)
+        records[devices] = compiler_jobs.compile_net(task(larger_nets, tmp_path / str(devices), net, settings))
+    read = read_bmodel(records[2]["bmodel"])
+    assert read.device_num == 2
+    info = read.nets[net].info
+    # Device by device, as the runtime takes them: states, position, mask (past key, past value); states, key, value.
+    count = 3 if net == "block_0" else 5
+    assert [tensor.device for tensor in info.inputs] == [0] * count + [1] * count
+    assert [tensor.device for tensor in info.outputs] == [0] * 3 + [1] * 3
+    for tensor in (*info.inputs[3:count], *info.inputs[count + 3 :], *info.outputs[1:3], *info.outputs[4:]):
+        assert tensor.shape[2:] == (4, 128)
+    assert records[2]["cycles"] < 0.75 * records[1]["cycles"]
+
+
+def test_projections_are_put_in_order_whatever_order_they_come_in():
+    def net(order):
+        lines = ['    %1 = "tpu.RMSNorm"(%arg0) : (t) -> t', '    %2 = "top.Input"(%arg1) : (t) -> t']
+        for letter in order:
+            number = {"q": 10, "k": 20, "v": 30}[letter]
+            lines += [
+                f'    %{number} = "top.Weight"() : () -> w loc(#{letter})',
+                f'    %{number + 1} = "tpu.A16MatMul"(%1, %{number}) : (t, w) -> t loc(#{letter})',
+            ]
+        lines += [
+            '    %40 = "tpu.Concat"(%2, %21) {axis = 1 : si32} : (t, t) -> t',
+            '    %41 = "tpu.FAttention"(%11, %40, %31, %3) : (t, t, t, t) -> t',
+        ]
+        return "\n".join(lines)
+
+    for order in ("vkq", "kqv", "qkv"):
+        assert compiler_graph.order_projections(net(order)) == net("qkv")
+    assert compiler_graph.order_projections("no attention\n%1") == "no attention\n%1"
 
 
 # Killed and interrupted

@@ -1,0 +1,181 @@
+"""Changes to a net's graph that the compiler does not make itself, as edits of its MLIR text.
+
+Each edit of the top dialect (EDITS) was measured in the compiler's own cycles and leaves every output bit as it was
+on the simulator; tests/unit/test_compiling.py shows both. One MLIR operation is one line.
+"""
+
+import re
+
+_LINE = re.compile(r'^\s*(%\d+)(?::\d+)? = "(\w+\.\w+)"\(([^)]*)\)(.*)$')
+_VALUE = re.compile(r"%\d+(?:#\d+)?")
+
+
+class Graph:
+    """The operations of an MLIR text by the value they define: %7 and its line number, name, operands and rest."""
+
+    def __init__(self, mlir: str):
+        self.lines = mlir.split("\n")
+        self.operations: dict[str, tuple[int, str, list[str], str]] = {}
+        for number, line in enumerate(self.lines):
+            if match := _LINE.match(line):
+                self.operations[match[1]] = (number, match[2], _VALUE.findall(match[3]), match[4])
+
+    def line(self, value: str) -> int:
+        return self.operations[value.split("#")[0]][0]
+
+    def name(self, value: str) -> str:
+        """Name of the operation that defines a value, such as top.Add; empty where nothing here does."""
+        return self.operations.get(value.split("#")[0], (0, "", [], ""))[1]
+
+    def operands(self, value: str) -> list[str]:
+        return self.operations.get(value.split("#")[0], (0, "", [], ""))[2]
+
+    def attributes(self, value: str) -> str:
+        return self.operations.get(value.split("#")[0], (0, "", [], ""))[3]
+
+    def uses(self, value: str) -> int:
+        """How often a value (or any result of its operation) is an operand or returned."""
+        pattern = re.compile(re.escape(value.split("#")[0]) + r"(?!\d)")
+        return sum(len(pattern.findall(line)) for line in self.lines) - 1
+
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+
+def merge_cache(mlir: str) -> tuple[str, int]:
+    """Mark the concatenations of past and new row `only_merge`: placed side by side in memory, not copied.
+
+    mlir: a block_cache in the top dialect. A concatenation qualifies if it has two operands, runs along axis 1,
+    its first operand is an input of the net that nothing else uses, and it is no output of the net itself.
+    Returns the text and how many were marked.
+    """
+    graph = Graph(mlir)
+    returned = set(_VALUE.findall("".join(line for line in graph.lines if line.lstrip().startswith("return "))))
+    marked = 0
+    for value, (number, name, operands, rest) in graph.operations.items():
+        if name != "top.Concat" or len(operands) != 2 or "{axis = 1 : si32," not in rest:
+            continue
+        past = operands[0]
+        if graph.name(past) != "top.Input" or graph.uses(past) != 1 or value in returned:
+            continue
+        merged = graph.lines[number].replace("only_merge = false", "only_merge = true")
+        marked += merged != graph.lines[number]
+        graph.lines[number] = merged
+    return graph.text(), marked
+
+
+# As the one-click converter writes it, which gives the same bits as the operations it replaces.
+_ROPE = (
+    '{add_round_mode = "HalfAwayFromZero", add_saturation = true, add_shift = 0 : si32, force_f32 = false, '
+    'is_permute_optimize = false, mul1_round_mode = "HalfAwayFromZero", mul1_saturation = true, '
+    'mul1_shift = 0 : si32, mul2_round_mode = "HalfAwayFromZero", mul2_saturation = true, mul2_shift = 0 : si32, '
+    'rope_mode = "contiguous_halves"}'
+)
+
+
+def fuse_rotation(mlir: str) -> tuple[str, int]:
+    """Replace each rotary embedding x * cos + concat(-upper half of x, lower half of x) * sin by one top.Rope.
+
+    mlir: a block in the top dialect. The halves may be slices of the last axis, or a split of x reshaped to two rows
+    (Qwen's rearrange and unbind). Returns the text and how many were replaced; the splitting pass for several devices
+    wants the long form.
+    """
+    graph = Graph(mlir)
+    fused = 0
+    for value, (number, name, operands, _) in list(graph.operations.items()):
+        found = _match_rotation(graph, operands) if name == "top.Add" and len(operands) == 2 else None
+        if found is None:
+            continue
+        x, cos, sin = found
+        location = re.search(r"loc\(.*\)$", graph.lines[number])
+        types = "(tensor<*xf32>, tensor<*xf32>, tensor<*xf32>) -> tensor<*xf32>"
+        graph.lines[number] = f'    {value} = "top.Rope"({x}, {sin}, {cos}) {_ROPE} : {types} {location[0]}'
+        fused += 1
+    return (_without_dead(graph.text()) if fused else mlir), fused
+
+
+def _match_rotation(graph: Graph, operands: list[str]) -> tuple[str, str, str] | None:
+    """(x, cos, sin) where the operands of an addition are the two products of a rotation."""
+    straight, turned = operands
+    if graph.name(straight) != "top.Mul" or graph.name(turned) != "top.Mul":
+        return None
+    (x, cos), (concat, sin) = graph.operands(straight), graph.operands(turned)
+    if graph.name(concat) != "top.Concat" or len(graph.operands(concat)) != 2:
+        return None
+    negated, lower = graph.operands(concat)
+    if graph.name(negated) != "top.MulConst" or "const_val = -1.0" not in graph.attributes(negated):
+        return None
+    if _half(graph, graph.operands(negated)[0]) != (x, 1) or _half(graph, lower) != (x, 0):
+        return None
+    return x, cos, sin
+
+
+def _half(graph: Graph, value: str) -> tuple[str, int] | None:
+    """(x, 0 or 1) where a value is the lower or upper half of x along its last axis."""
+    if graph.name(value) == "top.Slice":
+        attributes = graph.attributes(value)
+        offsets = re.search(r"offset = \[([^\]]*)\]", attributes)
+        steps = re.search(r"steps = \[([^\]]*)\]", attributes)
+        if not offsets or not steps or set(steps[1].replace(" ", "").split(",")) != {"1"}:
+            return None
+        *others, last = [int(offset) for offset in offsets[1].split(",")]
+        return None if any(others) else (graph.operands(value)[0], int(last > 0))
+    if graph.name(value) == "top.Squeeze":
+        (part,) = graph.operands(value)[:1]
+        if graph.name(part) == "top.Split" and graph.name(graph.operands(part)[0]) == "top.Reshape":
+            return graph.operands(graph.operands(part)[0])[0], int(part.split("#")[1])
+    return None
+
+
+def _without_dead(mlir: str) -> str:
+    while True:
+        graph = Graph(mlir)
+        dead = {
+            number
+            for value, (number, name, _, _) in graph.operations.items()
+            if name not in ("top.Input", "top.None") and graph.uses(value) == 0
+        }
+        if not dead:
+            return mlir
+        mlir = "\n".join(line for number, line in enumerate(graph.lines) if number not in dead)
+
+
+EDITS = {"merge_cache": merge_cache, "fuse_rotation": fuse_rotation}
+
+_PROJECTIONS = ("tpu.MatMul", "tpu.A16MatMul")
+
+
+def order_projections(mlir: str) -> str:
+    """Put the projections of query, key and value into this order, which the compiler's splitting pass takes for
+    granted: it finds them as the users of the norm before them, by position.
+
+    Where the order is another (c_attn is cut in three from its end) the pass takes one for the other and aborts with
+    `Invalid index!`. mlir: the tpu dialect, just before that pass. Text without fused attention is returned as it is.
+    """
+    graph = Graph(mlir)
+    attention = [value for value in graph.operations if graph.name(value) == "tpu.FAttention"]
+    if len(attention) != 1:
+        return mlir
+
+    def projection(value: str) -> str | None:
+        while value in graph.operations and graph.name(value) not in _PROJECTIONS:
+            operands = graph.operands(value)
+            if not operands:
+                return None
+            # A cache comes first in its concatenation.
+            cached = graph.name(value) == "tpu.Concat" and graph.name(operands[0]) == "top.Input"
+            value = operands[-1] if cached else operands[0]
+        return value if value in graph.operations else None
+
+    projections = [projection(value) for value in graph.operands(attention[0])[:3]]
+    if None in projections:
+        return mlir
+    groups = []
+    for value in projections:
+        weights = {graph.line(w) for w in graph.operands(value)[1:] if graph.name(w) == "top.Weight"}
+        groups.append([*sorted(weights), graph.line(value)])
+    places = sorted(place for group in groups for place in group)
+    moved = [graph.lines[place] for group in groups for place in group]
+    for place, line in zip(places, moved, strict=True):
+        graph.lines[place] = line
+    return graph.text()
