@@ -216,10 +216,13 @@ def tensor_array(tensors):
 
 
 def demote_idle_engines():
-    """Without the preloaded library: let the engines that a language model does not use run only when others wait."""
+    """Without the preloaded library: let the engines that no net of a language model uses run only when others wait.
+
+    TPU_SORT is not one of them: the heads' TopK runs on it, and would take seconds where other programs are busy.
+    """
     for thread in os.listdir("/proc/self/task"):
         with open(f"/proc/self/task/{thread}/comm") as file:
-            if file.read().strip() in ("TPU_GDE", "TPU_SORT", "TPU_NMS"):
+            if file.read().strip() in ("TPU_GDE", "TPU_NMS"):
                 os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
 
 

@@ -319,7 +319,7 @@ def test_without_a_compiler_priorities_are_used(bmodels, monkeypatch, tmp_path):
         simulator.SimulatorEngine(bmodels["basic"], "yield")
     with open_engine(bmodels["basic"], engine="simulator") as engine:
         assert engine.scheduling == "priority"
-        assert idle_threads(engine) == {"TPU_GDE", "TPU_SORT", "TPU_NMS"}
+        assert idle_threads(engine) == {"TPU_GDE", "TPU_NMS"}
 
 
 def test_a_library_that_cannot_be_preloaded_is_not_relied_on(bmodels, monkeypatch, tmp_path):
@@ -328,7 +328,7 @@ def test_a_library_that_cannot_be_preloaded_is_not_relied_on(bmodels, monkeypatc
     unusable.write_bytes(b"no library")
     monkeypatch.setattr(yield_library, "path", lambda: unusable)
     with open_engine(bmodels["basic"], engine="simulator") as engine:
-        assert idle_threads(engine) == {"TPU_GDE", "TPU_SORT", "TPU_NMS"}
+        assert idle_threads(engine) == {"TPU_GDE", "TPU_NMS"}
         run_cache(engine, bf16(STATES)[0], bf16(PAST)[0])
 
 
