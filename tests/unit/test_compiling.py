@@ -253,14 +253,19 @@ def test_weights_that_are_computed_with_go_through_the_simplifier(tmp_path):
     [
         ({"mode": "int7"}, "must be one of bf16, int8, int4"),
         ({"addr_mode": "io_together"}, "must be one of basic, io_alone"),
-        ({"num_device": 3}, "does not divide the 2 attention heads.*1, 2"),
         ({"num_device": 0}, "must be 1 or more"),
+        ({"num_device": 2}, "lacks lm_head_with_topk.onnx"),
     ],
 )
 def test_a_wrong_setting_is_refused_at_once(nets, tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
         compiling.compile_model(nets, tmp_path, "small", **{"mode": "int8", **arguments})
     assert not any(tmp_path.iterdir())
+
+
+def test_devices_must_divide_the_heads(nets):
+    with pytest.raises(UserError, match="does not divide the 2 attention heads.*take one of 1, 2"):
+        compiling.check(compiling.plan_nets(nets), "bf16", 3, "basic")
 
 
 def test_int8_is_not_split_over_devices(nets, tmp_path):
