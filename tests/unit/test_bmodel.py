@@ -144,3 +144,43 @@ def test_any_bytes_are_read_or_refused(tmp_path, contents, data):
         require_qwen(read_bmodel(path))
     except UserError:
         pass
+
+
+# The command `info`
+
+
+def test_the_memory_report_counts_shared_weights_once(bmodel):
+    from helpers.bmodel_tools import memory_report
+
+    report = memory_report(read_bmodel(bmodel))
+    nets = report["nets"]
+    assert report["weights"] < sum(net["weights"] for net in nets.values())
+    assert report["scratch"] == max(net["scratch"] for net in nets.values())
+    assert report["cache"] == 2 * 2 * small_nets.S * small_nets.HIDDEN
+    assert report["total"] == sum(report[key] for key in ("weights", "instructions", "scratch", "cache"))
+
+
+def test_what_is_extracted_and_combined_again_is_the_same(bmodel, tmp_path):
+    from helpers import bmodel_tools
+
+    parts = bmodel_tools.extract(bmodel, tmp_path / "parts")
+    whole = read_bmodel(bmodel)
+    assert {part.stem for part in parts} == set(whole.nets)
+    again = read_bmodel(bmodel_tools.combine(parts, tmp_path / "again.bmodel"))
+    assert again.weight_bytes == whole.weight_bytes
+    assert {name: net.info for name, net in again.nets.items()} == {name: net.info for name, net in whole.nets.items()}
+    with pytest.raises(UserError, match="net named block_0"):
+        bmodel_tools.combine([tmp_path / "parts/block_0.bmodel", bmodel], tmp_path / "twice.bmodel")
+    assert not (tmp_path / "twice.bmodel").exists()
+
+
+def test_info_on_the_command_line(bmodel, tmp_path):
+    command = [sys.executable, "-m", "helpers", "info"]
+    shown = subprocess.run([*command, "--model", bmodel], capture_output=True, text=True, check=True).stdout
+    assert "block_cache_0" in shown and "io_alone" in shown and "1 layers" in shown
+    (tmp_path / "no.bmodel").write_bytes(b"no")
+    refused = subprocess.run(
+        [*command, "--model", tmp_path / "no.bmodel"], capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 2 and refused.stderr.startswith("error: ")
+    assert len(refused.stderr.strip().splitlines()) == 1
