@@ -303,8 +303,8 @@ def _part(net: _Table, binary_bytes: int) -> _Part:
             raise _Malformed
         return place[1]
 
-    def instructions(group: _Table) -> int:
-        return inside(group.binary(2)) + inside(group.binary(3))
+    def instructions(group: _Table) -> list[tuple[int, int]]:
+        return [group.binary(2), group.binary(3)]
 
     cascade = net.table(4)
     name = net.string(0)
@@ -332,7 +332,9 @@ def _part(net: _Table, binary_bytes: int) -> _Part:
             if inside(place):
                 part.weights.add(place)
         groups = [*stage.tables(8), *(group for subnet in stage.tables(12) for group in subnet.tables(1))]
-        part.instruction_bytes += sum(map(instructions, groups)) + inside(stage.binary(11))
+        # A static net's commands are listed with the net and again with its subnets.
+        places = {place for group in groups for place in instructions(group)} | {stage.binary(11)}
+        part.instruction_bytes += sum(map(inside, places))
         part.scratch_bytes = max(part.scratch_bytes, sum(stage.numbers(14, "Q")) or stage.number(3, "Q"))
         part.io_bytes = max(part.io_bytes, stage.number(18, "Q"))
     return part
@@ -353,7 +355,10 @@ def _join(name: str, parts: list[_Part]) -> Net:
         devices=len({part.device for part in parts}),
         weights=frozenset(place for part in parts for place in part.weights),
         instruction_bytes=sum(part.instruction_bytes for part in parts),
-        scratch_bytes=sum(part.scratch_bytes for part in parts),
+        scratch_bytes=sum(
+            max(part.scratch_bytes for part in parts if part.device == device)
+            for device in {part.device for part in parts}
+        ),
         io_bytes=sum(part.io_bytes for part in parts),
     )
 

@@ -126,13 +126,18 @@ def combine(bmodels: list[str | Path], target: str | Path) -> Path:
 def extract(path: str | Path, folder: str | Path) -> list[Path]:
     """Write each net of a bmodel as a bmodel of its own: folder/<net>.bmodel.
 
-    Raises UserError where it is no bmodel, is for several devices, or model_tool fails.
+    Raises UserError where it is no bmodel, is for several devices, has nets in io_alone, or model_tool fails.
     """
     model, folder = read_bmodel(path), Path(folder)
     if model.device_num > 1:
         raise UserError(
             f"{path} is for {model.device_num} devices: its nets are split in parts that are of no use alone; extract "
             "from a bmodel for one device."
+        )
+    if alone := [name for name, net in model.nets.items() if net.info.addr_mode != "basic"]:
+        raise UserError(
+            f"{path} has {alone[0]} in {model.nets[alone[0]].info.addr_mode}, which model_tool loses when it extracts: "
+            "take the net's own bmodel from the compile's folder, or compile with --addr_mode basic."
         )
     folder.mkdir(parents=True, exist_ok=True)
     tool = toolchain.wheel_path() / "bin" / "model_tool"
