@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 from helpers import artefacts, bmodel, toolchain
@@ -128,7 +129,8 @@ def convert(
 ) -> Path:
     """Compile a Qwen-1 checkpoint (patched or not) with llm_convert.py.
 
-    Returns out/<name>_<mode>_<n>dev_llm_convert.bmodel; its manifest has the same extra keys as compile_model's.
+    Returns out/<name>_<mode>_<n>dev_llm_convert.bmodel; its manifest has the same extra keys as compile_model's,
+    and converter_seconds.
     lm_head gives the token. The cache nets are io_alone; high precision is on, as the converter has it.
     Raises UserError where GNU parallel or the tool chain is missing, or the converter fails, with the path of its log.
     """
@@ -164,7 +166,9 @@ def convert(
         write_qwen2_checkpoint(checkpoint, work / "qwen2", seq_length)
         options = ["-s", str(seq_length), "-q", QUANTIZE[mode], "-g", str(Q_GROUP_SIZE), "-c", "bm1684x"]
         options += ["--num_device", str(num_device), *(["--dynamic"] if dynamic else [])]
+        started = time.monotonic()
         _run(work, options, out / f"{target.stem}.log")
+        extra["converter_seconds"] = round(time.monotonic() - started, 3)
         (made,) = (work / "converted").glob("*.bmodel")
         bmodel.strip_time(made)
         shutil.move(made, partial)
