@@ -7,7 +7,7 @@ import contextlib
 import importlib
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -101,14 +101,13 @@ class SailEngine(Engine):
             self.kind_of_time = "simulator wall"
 
     @contextlib.contextmanager
-    def _told(self, subject) -> Iterator[None]:
+    def _told(self, subject: str | Callable[[], str]) -> Iterator[None]:
+        """One call of sail at a time; what it raises becomes a UserError that begins with `subject`."""
         with self._lock:
             if self._closed:
                 raise UserError("This engine is closed: open the bmodel again.")
             try:
                 yield
-            except UserError:
-                raise
             except Exception as error:  # sail raises a dozen types, some of them unregistered
                 raise UserError(f"{subject() if callable(subject) else subject}: {error}.") from error
 
