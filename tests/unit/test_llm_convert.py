@@ -1,0 +1,72 @@
+"""The one-click converter on a Qwen-1 checkpoint under Qwen 2's names."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from helpers import artefacts, llm_convert, toolchain
+from helpers.bmodel import read_bmodel, require_qwen
+from helpers.checkpoint import Checkpoint
+from helpers.errors import UserError
+
+needs_parallel = pytest.mark.skipif(not shutil.which("parallel"), reason="GNU parallel is not installed")
+
+
+def test_every_tensor_gets_qwen2s_name_and_keeps_its_numbers(tiny, tmp_path):
+    checkpoint = Checkpoint.open(tiny)
+    llm_convert.write_qwen2_checkpoint(checkpoint, tmp_path, 256)
+    written = {}
+    for shard in tmp_path.glob("*.safetensors"):
+        with safe_open(shard, "pt") as file:
+            written |= {name: file.get_tensor(name) for name in file.keys()}
+    layer = checkpoint.load("transformer.h.1.")
+    query, key, value = layer["transformer.h.1.attn.c_attn.weight"].chunk(3)
+    prefix = "model.layers.1"
+    for name, tensor in {
+        f"{prefix}.self_attn.q_proj.weight": query,
+        f"{prefix}.self_attn.k_proj.weight": key,
+        f"{prefix}.self_attn.v_proj.weight": value,
+        f"{prefix}.mlp.gate_proj.weight": layer["transformer.h.1.mlp.w2.weight"],
+        f"{prefix}.mlp.up_proj.weight": layer["transformer.h.1.mlp.w1.weight"],
+        f"{prefix}.mlp.down_proj.weight": layer["transformer.h.1.mlp.c_proj.weight"],
+        f"{prefix}.self_attn.o_proj.weight": layer["transformer.h.1.attn.c_proj.weight"],
+    }.items():
+        assert torch.equal(written[name], tensor), name
+    # c_attn.weight and .bias become three each.
+    assert len(written) == len(checkpoint.shapes()) + 4 * checkpoint.layers
+    assert sum(t.numel() for t in written.values()) == sum(np.prod(s) for s in checkpoint.shapes().values())
+
+
+def test_without_gnu_parallel_it_is_one_sentence(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(toolchain.shutil, "which", lambda name, path=None: None if name == "parallel" else "/x")
+    with pytest.raises(UserError, match="GNU parallel.*apt-get install parallel"):
+        llm_convert.convert(tiny, tmp_path, "tiny", "int8", 256)
+
+
+@pytest.mark.parametrize("arguments, message", [({"mode": "w8"}, "must be one of"), ({"num_device": 3}, "4 attention")])
+def test_a_wrong_setting_is_refused(tiny, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr(toolchain, "require_parallel", lambda: "parallel")
+    with pytest.raises(UserError, match=message):
+        llm_convert.convert(tiny, tmp_path, "tiny", **{"mode": "int8", "seq_length": 64, **arguments})
+
+
+@needs_parallel
+@pytest.mark.slow
+@pytest.mark.parametrize("num_device", [1, 2])
+def test_it_makes_a_qwen_bmodel(tiny, tmp_path, num_device):
+    path = llm_convert.convert(tiny, tmp_path, "tiny", "int8", 64, num_device=num_device)
+    assert path.name == f"tiny_int8_{num_device}dev_llm_convert.bmodel"
+    read = read_bmodel(path)
+    assert read.device_num == num_device
+    shape = require_qwen(read)
+    # Of a model this small the compiler splits nothing: each device does all of the work.
+    assert (shape.layers, shape.seq_length, shape.heads, shape.token_head) == (4, 64, 4, True)
+    manifest = artefacts.read_manifest(path)
+    assert manifest["estimates"]["decode_ms"] > 0
+    assert manifest["nets"]["block_0"]["cycles"] > 1000
+    made = path.stat().st_mtime_ns
+    assert llm_convert.convert(tiny, tmp_path, "tiny", "int8", 64, num_device=num_device).stat().st_mtime_ns == made
+    assert not list(tmp_path.glob("llm_convert.*"))
