@@ -33,6 +33,9 @@ PATTERN = (
 CHATML_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 EXTRA_SPECIALS = tuple(f"<|extra_{i}|>" for i in range(205))
 
+# tiktoken ends its thread in a panic from about a million blanks on; 32768 tokens never hold this much text.
+MAX_CHARACTERS = 500_000
+
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -79,7 +82,12 @@ class QwenTokenizer:
         return self._encoding.n_vocab
 
     def encode(self, text: str) -> list[int]:
-        """Ids of ordinary text. A special token's name in it is text like any other, never the special id."""
+        """Ids of ordinary text. A special token's name in it is text like any other, never the special id.
+
+        Raises UserError for more text than any Qwen takes.
+        """
+        if len(text) > MAX_CHARACTERS:
+            raise UserError(f"The text has {len(text)} characters, at most {MAX_CHARACTERS} are taken: shorten it.")
         return self._encoding.encode_ordinary(unicodedata.normalize("NFC", text))
 
     def decode(self, ids: Iterable[int]) -> str:

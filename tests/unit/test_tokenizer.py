@@ -202,3 +202,8 @@ def test_it_needs_neither_torch_nor_transformers():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "3003\n"
+
+
+def test_more_text_than_any_model_takes_is_one_sentence(tiny):
+    with pytest.raises(UserError, match="shorten"):
+        QwenTokenizer.open(tiny).encode(" " * 1_000_000)
