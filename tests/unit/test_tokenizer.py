@@ -204,6 +204,6 @@ def test_it_needs_neither_torch_nor_transformers():
     assert done.stdout == "3003\n"
 
 
-def test_more_text_than_any_model_takes_is_one_sentence(tiny):
+def test_more_text_than_any_model_takes_is_one_sentence():
     with pytest.raises(UserError, match="shorten"):
-        QwenTokenizer.open(tiny).encode(" " * 1_000_000)
+        QwenTokenizer.open(TINY).encode(" " * 1_000_000)
