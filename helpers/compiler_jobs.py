@@ -85,6 +85,7 @@ class _Machine:
         self._server: CompilerServer | None = None
         self._gate: MemoryGate | None = None
         self._digests: dict[tuple, str] = {}
+        self._digesting: dict[tuple, threading.Lock] = {}
 
     def server(self) -> CompilerServer:
         with self._lock:
@@ -107,9 +108,12 @@ class _Machine:
         """SHA-256 of a file, computed once while it does not change: blocks share their weights."""
         state = path.stat()
         key = (str(path), state.st_size, state.st_mtime_ns, state.st_ino)
-        if key not in self._digests:
-            self._digests[key] = artefacts.sha256_file(path)
-        return self._digests[key]
+        with self._lock:
+            one = self._digesting.setdefault(key, threading.Lock())
+        with one:
+            if key not in self._digests:
+                self._digests[key] = artefacts.sha256_file(path)
+            return self._digests[key]
 
     def close(self) -> None:
         with self._lock:
@@ -175,10 +179,9 @@ def _build(task: dict, artefact: Path, inputs: dict) -> None:
         partial.mkdir()
         job = {key: task[key] for key in ("net", "onnx", "settings", "threads")}
         # Kernels depend on shapes and settings, which all blocks of a model share; a machine has its own.
-        tools = artefacts.digest_of(artefacts.tool_versions())[:8]
-        kernels = artefact.with_name(f".kernels.{socket.gethostname()}.{tools}")
-        key = f"{net.rstrip('0123456789_')}-{artefacts.digest_of([task['settings'], task['shapes']])[:16]}"
-        job |= {"work": str(partial), "log": str(log), "kernels": str(kernels), "kernel_key": key}
+        kind = artefacts.digest_of([task["settings"], task["shapes"], artefacts.tool_versions()])[:16]
+        kernels = artefact.parent / f".kernels.{socket.gethostname()}" / kind
+        job |= {"work": str(partial), "log": str(log), "kernels": str(kernels)}
         status = server.run(job)
         if status:
             text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""

@@ -54,9 +54,9 @@ def preload() -> None:
 def compile_net(job: dict) -> None:
     """Compile one net in the folder job["work"]; leaves <net>.bmodel, the compiler's profile and result.json.
 
-    job: net, onnx (path), work, log, kernels (folder of the kernel cache), kernel_key (nets with the same one need the
-    same kernels), and settings {quantize, q_group_size, quant_input, quant_output, num_device, addr_mode, dynamic, and
-    each of compiler_graph.EDITS}. Raises UserError or RuntimeError; what the tools say goes to standard output.
+    job: net, onnx (path), work, log, kernels (folder of a cache for nets that need the same kernels), and settings
+    {quantize, q_group_size, quant_input, quant_output, num_device, addr_mode, dynamic, and each of
+    compiler_graph.EDITS}. Raises UserError or RuntimeError; what the tools say goes to standard output.
     """
     net, settings, work = job["net"], job["settings"], Path(job["work"])
     os.chdir(work)
@@ -70,7 +70,7 @@ def compile_net(job: dict) -> None:
         mlir.write_text(text, encoding="utf-8")
     transformed = time.monotonic()
     bmodel = work / f"{net}.bmodel"
-    with _kernels(Path(job["kernels"]), job["kernel_key"]):
+    with _kernels(Path(job["kernels"])):
         deploy_bytes = _deploy(mlir, bmodel, settings)
     if not bmodel.is_file() or not bmodel.stat().st_size:
         raise RuntimeError("error: the compiler ended without an error and without a bmodel")
@@ -88,7 +88,7 @@ def compile_net(job: dict) -> None:
 
 
 @contextlib.contextmanager
-def _kernels(cache: Path, key: str):
+def _kernels(cache: Path):
     """The cache of fused attention's kernels, which the compiler builds with cmake for each shape, as ./KERNELS.
 
     It is not the one of the home folder: the compiler remembers there for good that a kernel could not be built (for
@@ -96,7 +96,7 @@ def _kernels(cache: Path, key: str):
     first net of a kind has the cache for itself, and those after it, which find their kernels in it, share it.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    built = cache / f"{key}.built"
+    built = cache / "built"
     with open(cache / "lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_SH if built.exists() else fcntl.LOCK_EX)
         if built.exists():

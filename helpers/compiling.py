@@ -257,7 +257,11 @@ def _run(tasks: list[dict], jobs: int, scheduler: str | None, title: str, progre
         (progress or tqdm)(total=len(tasks), desc=title, unit="net") as bar,
         compiler_jobs.executor(jobs, scheduler) as pool,
     ):
-        futures = [pool.submit(compiler_jobs.compile_net, task) for task in tasks]
+        # The first of each kind goes first: those after it find its kernels (helpers.compiler_worker), and the prefill
+        # block takes longest.
+        first = ("block_0", "block_cache_0")
+        ordered = sorted(tasks, key=lambda task: first.index(task["net"]) if task["net"] in first else len(first))
+        futures = [pool.submit(compiler_jobs.compile_net, task) for task in ordered]
         for future in as_completed(futures):
             record = future.result()
             records[record["net"]] = record
