@@ -167,7 +167,7 @@ def test_refusals_before_anything_starts(bmodels, monkeypatch):
 # --- nothing is left behind
 
 CALLER = """
-import sys, time
+import os, sys, time
 from helpers.engines import open_engine
 from tests.engine_contract import *
 engine = open_engine(sys.argv[1], engine="simulator")
@@ -185,6 +185,7 @@ def caller(bmodels, code):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     pid, scratch = process.stdout.readline().split()
     return process, int(pid), Path(scratch)
@@ -198,6 +199,24 @@ def test_the_worker_ends_when_its_caller_is_killed(bmodels, code):
     process.kill()
     process.communicate()
     assert gone(worker)
+    assert not scratch.exists()
+
+
+def test_the_worker_ends_though_another_process_holds_the_pipe(bmodels):
+    """The caller's forked children inherit its end of the pipe: that the pipe is closed cannot be waited for."""
+    code = """
+if os.fork() == 0:
+    os.close(1)
+    os.close(2)
+    time.sleep(8)
+    os._exit(0)
+time.sleep(60)
+"""
+    process, worker, scratch = caller(bmodels, code)
+    time.sleep(0.5)
+    process.kill()
+    process.communicate()
+    assert gone(worker, 4)
     assert not scratch.exists()
 
 
@@ -232,7 +251,7 @@ print("went on", flush=True)
     assert process.stdout.readline() == "running\n"
     for k in range(5):
         time.sleep(0.05 + 0.013 * k)
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: the whole group
         assert process.stdout.readline() == "interrupted\n"
     out, errors = process.communicate(timeout=60)
     assert (process.returncode, out) == (0, "went on\n"), errors
@@ -404,12 +423,13 @@ def test_auto_takes_the_chip_where_there_is_one(bmodels, sail):
         run_cache(engine, bf16(STATES)[0], bf16(PAST)[0])
 
 
-def test_tensors_are_where_the_nets_parts_are(bmodels, sail):
+@pytest.mark.parametrize("mode", ["basic", "io_alone"])
+def test_tensors_are_where_the_nets_parts_are(bmodels, sail, mode):
     """Two devices: no two-device bmodel can be run here, so the double spreads the tensors of one for one."""
     sail.setenv("SAIL_DOUBLE_DEVICES", "4")
     described = dataclasses.replace(bmodel.read_bmodel(bmodels["basic"]), device_num=2)
     sail.setattr(loading, "read_bmodel", lambda path: described)
-    with open_engine(bmodels["io_alone"], engine="chip", devid=(2, 3)) as engine:
+    with open_engine(bmodels[mode], engine="chip", devid=(2, 3)) as engine:
         assert engine.devices == (2, 3)
         assert [info.device for info in engine.nets["cache"].inputs] == [0, 1]
         states, past = (engine.input_tensor("cache", k) for k in range(2))
