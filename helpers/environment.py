@@ -194,11 +194,12 @@ def check_gpu() -> Check:
 
 
 def check_c_compiler() -> Check:
-    """A C compiler for the simulator's yield library."""
+    """A C compiler: for the simulator's yield library, and for the kernels that TPU-MLIR builds for fused attention."""
     found = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
     if found:
         return Check("C compiler", OK, found)
-    return Check("C compiler", OPTIONAL, "none; the simulator is several times slower", "apt-get install gcc libc6-dev")
+    missed = "none; the simulator is several times slower, and attention is compiled without its fused kernels"
+    return Check("C compiler", OPTIONAL, missed, "apt-get install gcc libc6-dev")
 
 
 def check_parallel() -> Check:
