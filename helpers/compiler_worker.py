@@ -78,7 +78,8 @@ def compile_net(job: dict) -> None:
         "edits": edits,
         "transform_s": round(transformed - started, 3),
         "deploy_s": round(time.monotonic() - transformed, 3),
-        "peak_bytes": max(transform_bytes, deploy_bytes),
+        "transform_bytes": transform_bytes,
+        "deploy_bytes": deploy_bytes,
     }
     keep = {bmodel.name, PROFILE, mlir.name}
     for path in work.iterdir():
@@ -219,10 +220,40 @@ def take_weights(model, folder: Path) -> dict:
     return weights
 
 
+def contiguous(array):
+    """The array in C order; a transposed matrix is copied tile by tile, which the processor's cache likes better."""
+    import numpy as np
+
+    if array.ndim != 2 or array.flags.c_contiguous:
+        return np.ascontiguousarray(array)
+    rows, columns = 1024, 64
+    target = np.empty(array.shape, array.dtype)
+    for i in range(0, array.shape[0], rows):
+        for j in range(0, array.shape[1], columns):
+            target[i : i + rows, j : j + columns] = array[i : i + rows, j : j + columns]
+    return target
+
+
 def _converter_class(front_end):
-    """The wheel's OnnxConverter, whose simplifier is not shown the large weights."""
+    """The wheel's OnnxConverter, whose simplifier is not shown the large weights.
+
+    They never become part of an ONNX message either: after the simplifier the graph names them, and what asks for
+    their data gets the arrays themselves.
+    """
     import numpy as np
     from onnx import ModelProto, TensorProto, helper, numpy_helper
+
+    class Weight(np.ndarray):
+        """float32 that is not copied to become float32."""
+
+        def astype(self, dtype, *args, **kwargs):
+            return self if np.dtype(dtype) == self.dtype else super().astype(dtype, *args, **kwargs)
+
+    named: dict[str, np.ndarray] = {}
+    to_array = numpy_helper.to_array
+    numpy_helper.to_array = lambda tensor, *args: (
+        named[tensor.name] if tensor.name in named and not tensor.raw_data else to_array(tensor, *args)
+    )
 
     class Converter(front_end):
         def __init__(self, net: str, model, weights: dict):
@@ -240,7 +271,9 @@ def _converter_class(front_end):
             if not self._fold_transposes():
                 print("something is computed from weights alone: the simplifier gets them all", flush=True)
                 self.model = untouched
-                self._attach(self.large)
+                for name, array in self.large.items():
+                    tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)
+                    self.model.graph.initializer.append(tensor)
                 super().model_simplify(list(input_shapes))
 
         def _fold_transposes(self) -> bool:
@@ -262,13 +295,12 @@ def _converter_class(front_end):
             graph.input.extend(inputs)
             del graph.node[:]
             graph.node.extend(nodes)
-            self._attach({name: array for name, array in attached.items() if name in used})
+            for name, array in attached.items():
+                if name in used:
+                    named[name] = contiguous(array).view(Weight)
+                    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=array.shape)
+                    graph.initializer.append(tensor)
             return True
-
-        def _attach(self, arrays: dict) -> None:
-            for name, array in arrays.items():
-                tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)
-                self.model.graph.initializer.append(tensor)
 
     return Converter
 
