@@ -6,26 +6,34 @@ The checkpoint has random weights; the export runs in a process of its own, whos
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.random_checkpoint import write
 from helpers import patching
 
 
-def export_peak(checkpoint: Path, out: Path, seq_length: int) -> tuple[float, float]:
-    """Export in a child process; its peak resident memory in GB (of any child so far) and its wall time in s."""
+def export_peak(checkpoint: Path, out: Path, seq_length: int) -> tuple[int, float]:
+    """Export in a process of its own; its peak resident memory in bytes and its wall time in s.
+
+    A process begins with the peak of the one that started it, so a fresh Python stands between.
+    """
+    code = (
+        "import resource, subprocess, sys\n"
+        "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    command = [sys.executable, "-m", "helpers", "export", "--model_path", str(checkpoint), "--out", str(out)]
     started = time.monotonic()
-    subprocess.run(
-        [sys.executable, "-m", "helpers", "export", "--model_path", str(checkpoint), "--out", str(out)]
-        + ["--seq_length", str(seq_length)],
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command, "--seq_length", str(seq_length)],
+        capture_output=True,
+        text=True,
         check=True,
     )
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9, time.monotonic() - started
+    return int(done.stdout) * 1024, time.monotonic() - started
 
 
 def main() -> None:
@@ -38,11 +46,14 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(args.keep or scratch)
-        checkpoint = write(folder / "checkpoint", **{size: getattr(args, size) for size in sizes})
+        checkpoint = folder / "checkpoint"
+        chosen = [word for size in sizes for word in (f"--{size}", str(getattr(args, size)))]
+        # Not in this process: what it once held would count for the processes that it starts.
+        subprocess.run([sys.executable, "-m", "benchmarks.random_checkpoint", str(checkpoint), *chosen], check=True)
         patching.apply(checkpoint, seq_length=args.seq_length)
         peak, seconds = export_peak(checkpoint, folder / "onnx", args.seq_length)
         largest = max((folder / "onnx").glob("*.weights"), key=lambda path: path.stat().st_size)
-    print(f"layers {args.layers}, hidden {args.hidden}, S {args.seq_length}: peak {peak:.2f} GB, {seconds:.0f} s")
+    print(f"layers {args.layers}, hidden {args.hidden}, S {args.seq_length}: peak {peak / 1e9:.2f} GB, {seconds:.0f} s")
     print(f"largest weight file: {largest.name}")
 
 

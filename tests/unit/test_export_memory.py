@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from benchmarks.export_memory import export_peak
 from benchmarks.random_checkpoint import write
 from helpers import artefacts, patching
 
@@ -19,26 +20,13 @@ def command(checkpoint, out):
     return [sys.executable, *arguments]
 
 
-def peak_of_export(checkpoint, out) -> int:
-    """Peak resident bytes of an export, told by a parent that has no other child."""
-    code = (
-        "import resource, subprocess, sys\n"
-        "subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)\n"
-        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *command(checkpoint, out)], capture_output=True, text=True, check=True
-    )
-    return int(done.stdout) * 1024
-
-
 def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     """A layer has 75 MB in float32 here: ten more of them held at once would be 750 MB. Peaks vary by 50 MB."""
     peaks = {}
     for layers in (2, 12):
         checkpoint = write(tmp_path / f"c{layers}", hidden=1024, heads=8, inner=4736, layers=layers, vocab=3008)
         patching.apply(checkpoint, seq_length=32)
-        peaks[layers] = peak_of_export(checkpoint, tmp_path / f"o{layers}")
+        peaks[layers], _ = export_peak(checkpoint, tmp_path / f"o{layers}", 32)
     layer_bytes = 4 * (4 * 1024 * 1024 + 3 * 1024 * 4736)
     assert layer_bytes > 70e6
     assert peaks[12] < peaks[2] + 3 * layer_bytes, peaks
