@@ -179,3 +179,38 @@ def order_projections(mlir: str) -> str:
     for place, line in zip(places, moved, strict=True):
         graph.lines[place] = line
     return graph.text()
+
+
+_GROUP = re.compile(r"q_group_size = (\d+)")
+
+
+def pair_groups(mlir: str) -> str:
+    """Name twice the group size where int8 weights will be cut along their groups; `unpair_groups` takes that back.
+
+    The compiler's splitting pass reckons there with 4-bit weights, two of which share a byte: it cuts a matrix of K
+    columns as if it had 2 K, and aborts (`offset + length <= shape[axis]`) on the scales, of which it then takes twice
+    too many. With groups of twice the size the cut comes out right, in the weights and in the scales.
+    mlir: the tpu dialect, just before that pass. What follows a norm is cut between its rows, which is right as it is.
+    """
+    graph = Graph(mlir)
+    for number, name, operands, rest in graph.operations.values():
+        if name == "tpu.A16MatMul" and "weight_bits = 8" in rest and not _follows_norm(graph, operands[0]):
+            graph.lines[number] = _GROUP.sub(lambda match: f"q_group_size = {2 * int(match[1])}", graph.lines[number])
+    return graph.text()
+
+
+def unpair_groups(mlir: str) -> str:
+    """Give int8 weights the group size that the shape of their scales says. mlir: just after the splitting pass."""
+    lines = mlir.split("\n")
+    for number, line in enumerate(lines):
+        if '"tpu.A16MatMul"' in line and "weight_bits = 8" in line:
+            weight_and_scale = re.search(r"tensor<\d+x(\d+)x[us]i8>, tensor<\d+x(\d+)x\w+>", line)
+            columns, groups = map(int, weight_and_scale.groups())
+            lines[number] = _GROUP.sub(f"q_group_size = {columns // groups}", line)
+    return "\n".join(lines)
+
+
+def _follows_norm(graph: Graph, value: str) -> bool:
+    while graph.name(value) in ("tpu.Cast", "tpu.Reshape"):
+        value = graph.operands(value)[0]
+    return graph.name(value) == "tpu.RMSNorm"

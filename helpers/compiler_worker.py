@@ -347,11 +347,23 @@ def _deploy(mlir: Path, bmodel: Path, settings: dict) -> int:
     split = options.index(_SPLITTING_PASS)
     if settings["num_device"] == 1:
         return _run_tool(["tpuc-opt", mlir.name, *options, "-o", os.devnull])
-    lowered = mlir.with_name(f"{mlir.stem}_tpu.mlir")
-    peak = _run_tool(["tpuc-opt", mlir.name, *options[:split], "-o", lowered.name])
-    text = lowered.read_text(encoding="utf-8")
-    lowered.write_text(compiler_graph.order_projections(text), encoding="utf-8")
-    return max(peak, _run_tool(["tpuc-opt", lowered.name, *options[split:], "-o", os.devnull]))
+    parts, peak = split_over_devices(mlir, options[: split + 1])
+    return max(peak, _run_tool(["tpuc-opt", parts.name, *options[split + 1 :], "-o", os.devnull]))
+
+
+def split_over_devices(mlir: Path, options: list[str]) -> tuple[Path, int]:
+    """Lower MLIR and split it over devices; the MLIR of all devices' parts, and the peak memory in bytes.
+
+    options: the passes up to and with the splitting one, which gets its input as it takes it for granted.
+    """
+    *lowering, splitting = options
+    lowered, parts = (mlir.with_name(f"{mlir.stem}_{stage}.mlir") for stage in ("tpu", "parts"))
+    peak = _run_tool(["tpuc-opt", mlir.name, *lowering, "-o", lowered.name])
+    text = compiler_graph.order_projections(lowered.read_text(encoding="utf-8"))
+    lowered.write_text(compiler_graph.pair_groups(text), encoding="utf-8")
+    peak = max(peak, _run_tool(["tpuc-opt", lowered.name, splitting, "-o", parts.name]))
+    parts.write_text(compiler_graph.unpair_groups(parts.read_text(encoding="utf-8")), encoding="utf-8")
+    return parts, peak
 
 
 _SPLITTING_PASS = "--dev-parallel"

@@ -105,11 +105,6 @@ def check(plan: Plan, mode: str, num_device: int, addr_mode: str) -> None:
             f"num_device {num_device} does not divide the {plan.heads} attention heads, which are split over the "
             f"devices: take one of {fitting}."
         )
-    if mode == "int8" and num_device > 1:
-        raise UserError(
-            "int8 cannot be split over devices by this compiler: it cuts grouped weights as if they were 4 bits wide. "
-            "Take int4 or bf16, or --num_device 1."
-        )
     if mode == "int4" and plan.hidden_size % Q_GROUP_SIZE:
         raise UserError(
             f"int4 quantises in groups of {Q_GROUP_SIZE} weights, which does not divide the hidden size "

@@ -4,6 +4,8 @@ import math
 import warnings
 from pathlib import Path
 
+from helpers.engines import open_engine
+
 HIDDEN, HEADS, FF, S, VOCAB = 64, 2, 128, 32, 192
 
 
@@ -105,3 +107,30 @@ def write_nets(out: Path, layers: int = 1, nets: tuple[str, ...] = ()) -> Path:
         decode = (torch.zeros(1, 1, HIDDEN), torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, S + 1))
         export(f"block_cache_{i}", block, (*decode, past, past), names, outputs)
     return out
+
+
+def task(nets, folder, net, settings):
+    """What helpers.compiler_jobs.compile_net takes, for a net of `write_nets`."""
+    folder.mkdir(exist_ok=True)
+    return {
+        "net": net,
+        "onnx": str(nets / f"{net}.onnx"),
+        "files": [str(nets / f"{net}.onnx")],
+        "recorded": {},
+        "folder": str(folder),
+        "settings": settings,
+        "memory": 1,
+        "shapes": [],
+        "threads": 1,
+    }
+
+
+def outputs_on_simulator(bmodel, net, arrays):
+    """Outputs of a net on the simulator, each input written to the net's own memory."""
+    with open_engine(bmodel, "simulator") as engine:
+        inputs = [engine.input_tensor(net, i) for i in range(len(arrays))]
+        outputs = [engine.output_tensor(net, i) for i in range(len(engine.nets[net].outputs))]
+        for tensor, array in zip(inputs, arrays, strict=True):
+            engine.write(tensor, array)
+        engine.run(net, inputs, outputs)
+        return [engine.read(tensor) for tensor in outputs]

@@ -21,10 +21,10 @@ from helpers import artefacts, compiler_graph, compiler_jobs, compiling, toolcha
 from helpers.bmodel import read_bmodel, strip_time
 from helpers.compiler_jobs import MemoryGate, own_error
 from helpers.compiler_profile import estimates, read_profile
-from helpers.engines import open_engine
 from helpers.errors import UserError
 from helpers.onnx_signature import read_signature
 from tests.unit import small_nets
+from tests.unit.small_nets import outputs_on_simulator, task
 
 AS_DOCUMENTED = {"merge_cache": False, "fuse_rotation": False}
 NETS = ["embedding", "embedding_cache", "lm_head", "greedy_head", "penalty_sample_head", "block_0", "block_cache_0"]
@@ -45,17 +45,6 @@ def linked_copy(nets, target):
     for path in nets.iterdir():
         os.link(path, target / path.name)
     return target
-
-
-def outputs_on_simulator(bmodel, net, arrays):
-    """Outputs of a net on the simulator, each input written to the net's own memory."""
-    with open_engine(bmodel, "simulator") as engine:
-        inputs = [engine.input_tensor(net, i) for i in range(len(arrays))]
-        outputs = [engine.output_tensor(net, i) for i in range(len(engine.nets[net].outputs))]
-        for tensor, array in zip(inputs, arrays, strict=True):
-            engine.write(tensor, array)
-        engine.run(net, inputs, outputs)
-        return [engine.read(tensor) for tensor in outputs]
 
 
 def random_inputs(bmodel, net):
@@ -136,21 +125,6 @@ def test_bytes_are_those_of_the_documented_commands(nets, tmp_path, net, quantiz
     strip_time(tmp_path / f"{net}.bmodel")
     assert Path(record["bmodel"]).read_bytes() == (tmp_path / f"{net}.bmodel").read_bytes()
     assert "simplifier gets them all" not in (tmp_path / "ours" / f"{net}.log").read_text()
-
-
-def task(nets, folder, net, settings):
-    folder.mkdir(exist_ok=True)
-    return {
-        "net": net,
-        "onnx": str(nets / f"{net}.onnx"),
-        "files": [str(nets / f"{net}.onnx")],
-        "recorded": {},
-        "folder": str(folder),
-        "settings": settings,
-        "memory": 1,
-        "shapes": [],
-        "threads": 1,
-    }
 
 
 @pytest.mark.parametrize(
@@ -266,13 +240,6 @@ def test_a_wrong_setting_is_refused_at_once(nets, tmp_path, arguments, message):
 def test_devices_must_divide_the_heads(nets):
     with pytest.raises(UserError, match="does not divide the 2 attention heads.*take one of 1, 2"):
         compiling.check(compiling.plan_nets(nets), "bf16", 3, "basic")
-
-
-def test_int8_is_not_split_over_devices(nets, tmp_path):
-    linked = linked_copy(nets, tmp_path / "onnx")
-    os.link(nets / "greedy_head.onnx", linked / "lm_head_with_topk.onnx")
-    with pytest.raises(UserError, match="int8 cannot be split.*int4 or bf16"):
-        compiling.compile_model(linked, tmp_path / "out", "small", "int8", num_device=2)
 
 
 def test_a_model_too_small_to_be_split_is_refused(nets, tmp_path):
@@ -399,57 +366,6 @@ def test_two_compiles_in_one_folder_are_kept_apart(nets, compiled):
 )
 def test_the_telling_line_of_a_log_is_found(log, told):
     assert told in own_error(log, 3)
-
-
-# Several devices
-
-
-@pytest.fixture(scope="module")
-def larger_nets(tmp_path_factory):
-    """One block with matrices that the compiler finds worth splitting."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"HIDDEN": 1024, "HEADS": 8, "FF": 8192}.items():
-            patch.setattr(small_nets, name, value)
-        return small_nets.write_nets(tmp_path_factory.mktemp("larger") / "onnx", nets=("block_0", "block_cache_0"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode, net", [("int4", "block_0"), ("bf16", "block_cache_0")])
-def test_two_devices_share_the_heads_and_the_weights(larger_nets, tmp_path, mode, net):
-    records = {}
-    for devices in (1, 2):
-        settings = compiling.net_settings(net, mode, devices, "io_alone", False)
-        records[devices] = compiler_jobs.compile_net(task(larger_nets, tmp_path / str(devices), net, settings))
-    read = read_bmodel(records[2]["bmodel"])
-    assert read.device_num == 2
-    info = read.nets[net].info
-    # Device by device, as the runtime takes them: states, position, mask (past key, past value); states, key, value.
-    count = 3 if net == "block_0" else 5
-    assert [tensor.device for tensor in info.inputs] == [0] * count + [1] * count
-    assert [tensor.device for tensor in info.outputs] == [0] * 3 + [1] * 3
-    for tensor in (*info.inputs[3:count], *info.inputs[count + 3 :], *info.outputs[1:3], *info.outputs[4:]):
-        assert tensor.shape[2:] == (4, 128)
-    assert records[2]["cycles"] < 0.75 * records[1]["cycles"]
-
-
-def test_projections_are_put_in_order_whatever_order_they_come_in():
-    def net(order):
-        lines = ['    %1 = "tpu.RMSNorm"(%arg0) : (t) -> t', '    %2 = "top.Input"(%arg1) : (t) -> t']
-        for letter in order:
-            number = {"q": 10, "k": 20, "v": 30}[letter]
-            lines += [
-                f'    %{number} = "top.Weight"() : () -> w loc(#{letter})',
-                f'    %{number + 1} = "tpu.A16MatMul"(%1, %{number}) : (t, w) -> t loc(#{letter})',
-            ]
-        lines += [
-            '    %40 = "tpu.Concat"(%2, %21) {axis = 1 : si32} : (t, t) -> t',
-            '    %41 = "tpu.FAttention"(%11, %40, %31, %3) : (t, t, t, t) -> t',
-        ]
-        return "\n".join(lines)
-
-    for order in ("vkq", "kqv", "qkv"):
-        assert compiler_graph.order_projections(net(order)) == net("qkv")
-    assert compiler_graph.order_projections("no attention\n%1") == "no attention\n%1"
 
 
 # Killed and interrupted
