@@ -93,11 +93,12 @@ def run_parts(onnx, mode, devices, folder, inputs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "mode, net", [("bf16", "block_0"), ("int8", "block_0"), ("int8", "block_cache_0"), ("int4", "block_cache_0")]
+    "mode, net, devices",
+    [("bf16", "block_0", 2), ("int8", "block_0", 2), ("int8", "block_cache_0", 4), ("int4", "block_cache_0", 2)],
 )
-def test_what_two_devices_compute_is_what_one_does(nets, compiled, tmp_path, mode, net):
+def test_what_several_devices_compute_is_what_one_does(nets, compiled, tmp_path, mode, net, devices):
     inputs = inputs_of(net)
-    parts = run_parts(nets / f"{net}.onnx", mode, 2, tmp_path / "parts", inputs)
+    parts = run_parts(nets / f"{net}.onnx", mode, devices, tmp_path / "parts", inputs)
     expected = outputs_on_simulator(compiled(net, mode, 1)["bmodel"], net, list(inputs.values()))
     rows = TOKENS if net == "block_0" else 1
     states, *keys_and_values = (output[:, :rows] for output in expected)
