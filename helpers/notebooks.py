@@ -345,6 +345,7 @@ def run_notebook(
         if state.flooded:
             stopped = f"printed more than {MAX_CELL_CHARACTERS:,} characters and was stopped"
         result.cells = [cell for cell in result.cells if "papermill-error-cell-tag" not in _tags(cell)]
+        settle_progress(result)
         if not report.problems:
             _finish(result, report, stopped, state, declaration)
         _write_notebook(result, executed)
@@ -407,6 +408,38 @@ def _finish(notebook, report: Report, stopped: str | None, state: _Client, decla
             f"all cells together took {report.seconds:.2f} s, less than the {declaration.min_seconds:g} s that its "
             "work needs: it did not really run"
         )
+
+
+_VIEW = "application/vnd.jupyter.widget-view+json"
+_STATES = "application/vnd.jupyter.widget-state+json"
+
+
+def settle_progress(notebook) -> None:
+    """Give the progress bars of an executed notebook their last text; take away those that took themselves away.
+
+    A bar is a widget, which is drawn only where the reader trusts the notebook. Everywhere else there is the text that
+    came with it when it was made, and that says 0 % for ever.
+    """
+    import html
+
+    models = notebook.metadata.get("widgets", {}).get(_STATES, {}).get("state", {})
+
+    def state(reference: str | None) -> dict:
+        return models.get((reference or "").removeprefix("IPY_MODEL_"), {}).get("state", {})
+
+    for cell in _code_cells(notebook):
+        for output in list(cell.outputs):
+            box = state(output.get("data", {}).get(_VIEW, {}).get("model_id"))
+            parts = [state(child) for child in box.get("children", ())]
+            if [part.get("_model_name") for part in parts] != ["HTMLModel", "FloatProgressModel", "HTMLModel"]:
+                continue
+            if state(box.get("layout")).get("visibility") == "hidden":
+                cell.outputs.remove(output)
+                continue
+            left, bar, right = parts
+            filled = round(10 * bar["value"] / (bar["max"] or 1))
+            text = f"{left['value']}|{'█' * filled}{' ' * (10 - filled)}|{right['value']}"
+            output.data["text/plain"] = html.unescape(text)
 
 
 def _check_last_words(words: dict[str, object]) -> Iterator[str]:

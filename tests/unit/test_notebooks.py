@@ -436,6 +436,21 @@ def test_settings_are_literals_or_text():
     }
 
 
+BARS = """
+from tqdm.auto import tqdm
+for _ in tqdm(range(4), desc="kept"):
+    pass
+for _ in tqdm(range(4), desc="gone", leave=False):
+    pass
+"""
+
+
+def test_progress_bars_show_how_they_ended_where_widgets_are_not_drawn(write, tmp_path):
+    run_notebook(write(tutorial(BARS, WORK)), tmp_path / "done.ipynb", out=tmp_path / "out")
+    outputs = nbformat.read(tmp_path / "done.ipynb", as_version=4).cells[2].outputs
+    assert [output.data["text/plain"].split(" [")[0] for output in outputs] == ["kept: 100%|██████████| 4/4"]
+
+
 def test_not_a_notebook(tmp_path):
     for text in ("", "{}", "[1]", '{"cells": 3, "nbformat": 4, "nbformat_minor": 5, "metadata": {}}'):
         path = tmp_path / "broken.ipynb"
