@@ -42,7 +42,7 @@ def summary(seconds: Sequence[float]) -> dict[str, float]:
 
 
 class TimedRuns:
-    """While active, the seconds of every net that an engine runs: {net: [seconds]}."""
+    """While active, the seconds of every net that an engine runs: {net: [seconds]}. It can be entered again."""
 
     def __init__(self, engine: Engine):
         self.engine = engine
@@ -75,18 +75,17 @@ def measure(
     """
     runner = QwenRunner(engine)
     record = {"kind": engine.kind_of_time, "warmup": warmup, "repetitions": repetitions, "prompts": []}
-    with TimedRuns(engine) as nets:
-        for length in prompt_lengths:
-            ids = [1 + i % 255 for i in range(length)]
-            first, decode = [], []
-            for repetition in range(warmup + repetitions):
-                for _ in runner.generate(ids, max_new_tokens=1 + new_tokens):
-                    pass
-                if repetition < warmup:
-                    nets.clear()
-                    continue
+    timed = TimedRuns(engine)
+    for length in prompt_lengths:
+        ids = [1 + i % 255 for i in range(length)]
+        first, decode = [], []
+        for _ in range(warmup):
+            list(runner.generate(ids, max_new_tokens=1 + new_tokens))
+        with timed:
+            for _ in range(repetitions):
+                list(runner.generate(ids, max_new_tokens=1 + new_tokens))
                 first.append(runner.timings.first_token_s)
                 decode += runner.timings.decode_s
-            record["prompts"].append({"tokens": length, "first_token": summary(first), "decode": summary(decode)})
-    record["nets"] = {net: summary(seconds) for net, seconds in nets.items()}
+        record["prompts"].append({"tokens": length, "first_token": summary(first), "decode": summary(decode)})
+    record["nets"] = {net: summary(seconds) for net, seconds in timed.seconds.items()}
     return record

@@ -42,11 +42,14 @@ def _order_of_net(net: str) -> tuple:
     return order.index(name) if name in order else len(order), int(number) if number.isdigit() else 0
 
 
-def net_share(ms: dict[str, dict[str, float]], layers: int, kind: str):
-    """Each net's share of the first token's and of a further token's time: one bar a mode, stacked by net.
+def net_share(ms: dict[str, dict[str, float]], layers: int, kind: str | None = None):
+    """Each net's share of the first token's and of a further token's time: one bar a label, stacked by net.
 
-    ms: {mode: {net: ms}}, None where there is no figure. kind: a key of helpers.latency.KINDS.
+    ms: {label: {net: ms}}, None where there is no figure. kind: a key of helpers.latency.KINDS; left out where the
+    labels are such keys themselves, to set one kind beside another.
     """
+    if kind is None:
+        ms = {KINDS[label]: nets for label, nets in ms.items()}
     figure, axes = _figure(11, 1.6 + 0.55 * len(ms), columns=2)
     for axis, phase in zip(axes, ("prefill", "decode"), strict=True):
         seen = set()
@@ -69,7 +72,7 @@ def net_share(ms: dict[str, dict[str, float]], layers: int, kind: str):
         axis.set_yticks(range(len(ms)), list(ms))
         axis.invert_yaxis()
         axis.margins(x=0.18)
-        axis.set_xlabel(f"ms, {KINDS[kind]}", fontsize=9)
+        axis.set_xlabel(f"ms, {KINDS[kind]}" if kind else "ms", fontsize=9)
         axis.set_title({"prefill": "first token (prefill)", "decode": "each further token (decode)"}[phase])
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize=9, ncols=4)
@@ -94,25 +97,31 @@ def token_times(seconds: dict[str, list[float]], kind: str):
 
 
 def parity_ladder(parity: dict[str, dict[str, dict[str, float]]]):
-    """Largest absolute difference and distance from cosine 1 of every net, one mark a rung of the ladder."""
+    """Largest absolute difference and distance from cosine 1 of every net, one mark a rung of the ladder.
+
+    A logarithmic axis has no place for 0: where nothing differs there is no mark.
+    """
     figure, axes = _figure(12, 4.8, columns=2)
     nets = sorted({net for rung in parity.values() for net in rung}, key=_order_of_net)
-    floor = 1e-9
     for axis, key, label in (
         (axes[0], "max_abs", "largest absolute difference"),
         (axes[1], "cosine", "1 − cosine similarity"),
     ):
         for rung, figures in parity.items():
-            values = [figures[net][key] for net in nets if net in figures]
-            values = [1 - value if key == "cosine" else value for value in values]
-            places = [nets.index(net) for net in nets if net in figures]
-            axis.plot(places, np.maximum(values, floor), marker="o", markersize=4, linestyle=":", label=rung)
+            values = np.array([figures[net][key] if net in figures else np.nan for net in nets])
+            values = 1 - values if key == "cosine" else values
+            values[values <= 0] = np.nan
+            axis.plot(values, marker="o", markersize=4, linestyle=":", label=rung)
         axis.set_yscale("log")
         axis.set_xticks(range(len(nets)), nets, rotation=90, fontsize=8)
+        axis.set_xlim(-0.5, len(nets) - 0.5)
+        # Whole decades: else an axis of less than one may have no number.
+        low, high = np.log10(axis.get_ylim())
+        axis.set_ylim(10 ** np.floor(low), 10 ** np.ceil(high))
         axis.set_ylabel(label)
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_title("Parity, net by net")
-    axes[1].set_title(f"(values below {floor:g} are drawn there)", fontsize=9)
+    axes[1].set_title("(no mark: no difference at all)", fontsize=9)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize=9, ncols=3)
     return figure
@@ -152,7 +161,8 @@ def latency_over_prompts(record: dict, estimate_ms: dict[str, float] | None = No
         axis.plot(lengths, tails, marker="^", linestyle=":", label="p95")
         if estimate_ms and record["kind"] == "measured":
             axis.axhline(estimate_ms[f"{key}_ms"], color="#888", linestyle="--", label=KINDS["estimated"])
-        axis.set_ylim(bottom=0)
+        # The axis begins at 0, and no mark is cut off at its top.
+        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
         axis.set_xlabel("tokens of the prompt")
         axis.set_ylabel("ms")
         axis.set_title(f"{title}: {KINDS[record['kind']]}", fontsize=10)

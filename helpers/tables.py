@@ -4,6 +4,8 @@ from collections.abc import Iterable, Mapping
 
 
 def _cell(value: object) -> str:
+    if value is None:
+        return "–"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     if isinstance(value, int) and not isinstance(value, bool):
@@ -12,7 +14,7 @@ def _cell(value: object) -> str:
 
 
 def markdown(rows: Iterable[Mapping[str, object]]) -> str:
-    """Rows of equal keys as a Markdown table; numbers to the right, floats with four digits.
+    """Rows of equal keys as a Markdown table; numbers to the right, floats with four digits, a dash for None.
 
     Raises ValueError where there is no row.
     """
@@ -20,7 +22,7 @@ def markdown(rows: Iterable[Mapping[str, object]]) -> str:
     if not rows:
         raise ValueError("a table needs a row")
     names = list(rows[0])
-    numeric = [all(isinstance(row[name], int | float) for row in rows) for name in names]
+    numeric = [all(isinstance(row[name], int | float | None) for row in rows) for name in names]
     lines = [names, ["---:" if right else "---" for right in numeric]]
     lines += [[_cell(row[name]) for name in names] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
