@@ -52,10 +52,10 @@ def _net_modules():
             return self.wte(input_ids).float()
 
     class Block(nn.Module):
-        """states [1,S,H], positions [1,S], additive mask [1,1,S,S] -> states, key, value [1,S,h,d]
+        """states [1,S,H], positions [1,S], mask [1,1,S,S] -> states, key, value [1,S,h,d]
 
-        With a past (key, value [1,S,h,d], mask [1,1,R,S+R]) the R new rows see it and only their own key and value
-        [1,R,h,d] come back.
+        With a past (key, value [1,S,h,d], mask [1,1,R,S+R]) the R new rows see it, and only
+        their own key and value [1,R,h,d] come back.
         """
 
         def __init__(self, layer, cos, sin):

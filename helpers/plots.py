@@ -1,5 +1,6 @@
 """Pictures of the notebooks. Every axis has its unit, every picture of time says which kind of time it shows."""
 
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +50,7 @@ def net_share(ms: dict[str, dict[str, float]], layers: int, kind: str | None = N
     labels are such keys themselves, to set one kind beside another.
     """
     if kind is None:
-        ms = {KINDS[label]: nets for label, nets in ms.items()}
+        ms = {textwrap.fill(KINDS[label], 18): nets for label, nets in ms.items()}
     figure, axes = _figure(11, 1.6 + 0.55 * len(ms), columns=2)
     for axis, phase in zip(axes, ("prefill", "decode"), strict=True):
         seen = set()
@@ -68,7 +69,7 @@ def net_share(ms: dict[str, dict[str, float]], layers: int, kind: str | None = N
                 )
                 seen.add(group)
                 left += nets[net]
-            axis.annotate(f" {left:.3g} ms", (left, row), va="center")
+            axis.annotate(f" {left:,.0f} ms" if left >= 1000 else f" {left:.3g} ms", (left, row), va="center")
         axis.set_yticks(range(len(ms)), list(ms))
         axis.invert_yaxis()
         axis.margins(x=0.18)
@@ -121,7 +122,7 @@ def parity_ladder(parity: dict[str, dict[str, dict[str, float]]]):
         axis.set_ylabel(label)
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_title("Parity, net by net")
-    axes[1].set_title("(no mark: no difference at all)", fontsize=9)
+    axes[1].set_title("(no mark: no difference, or not compared)", fontsize=9)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize=9, ncols=3)
     return figure
