@@ -107,17 +107,22 @@ class EngineNets:
 _HOST_DTYPES = {"bfloat16": np.uint16, "float32": np.float32, "int32": np.int32}
 
 
+def fits_in_memory(needed: object) -> bool:
+    """Whether so many bytes, or a checkpoint's weights in float32, take no more than half of the memory free now."""
+    import psutil
+
+    if not isinstance(needed, int):
+        from helpers.exporting import needed_bytes
+
+        needed = needed_bytes(needed)[1]
+    return needed < psutil.virtual_memory().available / 2
+
+
 class _Resident:
     """Keeps what was loaded while all of it fits in half of the free memory, else only the last one."""
 
     def __init__(self, needed: object):
-        import psutil
-
-        if not isinstance(needed, int):
-            from helpers.exporting import needed_bytes
-
-            needed = needed_bytes(needed)[1]
-        self._keep_all = needed < psutil.virtual_memory().available / 2
+        self._keep_all = fits_in_memory(needed)
         self._loaded: dict[str, object] = {}
 
     def get(self, name: str, make):
@@ -189,14 +194,19 @@ class HostChain:
 
 
 class OriginalModel:
-    """The checkpoint's own, unpatched QWenLMHeadModel in float32, through its own forward and its own cache."""
+    """The checkpoint's own, unpatched QWenLMHeadModel in float32, through its own forward and its own cache.
 
-    def __init__(self, model_path: str | Path):
-        import torch
+    Its weights stay in memory where they fit in half of what is free; else each part's are read from the checkpoint
+    when its turn comes, at every token, and given up after it. resident: False asks for that.
+    """
 
+    def __init__(self, model_path: str | Path, resident: bool | None = None):
         from helpers import modeling
+        from helpers.checkpoint import Checkpoint
 
-        self.model = modeling.build_model(model_path, torch.float32)
+        if resident is None:
+            resident = fits_in_memory(Checkpoint.open(model_path))
+        self.model = modeling.build_model(model_path) if resident else modeling.build_streamed_model(model_path)
 
     def states(self, ids: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray]:
         """Output of every block [1,T,H] (the last one after ln_f) and the last row's logits [V], for one prompt."""

@@ -9,15 +9,18 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from helpers.checkpoint import Checkpoint
 from helpers.errors import UserError
-from helpers.modeling import build_block, build_model, greedy, load_modeling, make_config
+from helpers.modeling import build_block, build_model, load_modeling, make_config
+from helpers.reference import OriginalModel, fits_in_memory
 from helpers.tokenizer import QwenTokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -137,11 +140,11 @@ def test_a_block_needs_its_own_weights_only(copy):
 
 
 def test_the_cache_gives_the_tokens_that_the_whole_sequence_gives(ids):
-    model = build_model(TINY)
-    answer = greedy(model, ids, stop=set(), limit=12)
+    original = OriginalModel(TINY)
+    answer = original.greedy(ids, [], 12, 256)
     assert len(answer) == 12
     with torch.inference_mode():
-        logits = model(torch.tensor([ids + answer])).logits[0]
+        logits = original.model(torch.tensor([ids + answer])).logits[0]
     assert logits[len(ids) - 1 : -1].argmax(-1).tolist() == answer
 
 
@@ -194,3 +197,21 @@ def test_a_long_prompt_scales_the_rotation_and_the_query():
     logn = model.h[0].attn.logn_tensor.flatten()
     assert logn[:256].unique().tolist() == [1]
     assert logn[511].item() == pytest.approx(9 / 8)
+
+
+def test_a_model_too_large_for_memory_is_streamed_and_says_the_same():
+    whole, streamed = (OriginalModel(TINY, resident=resident) for resident in (True, False))
+    ids = [3, 5, 7, 11, 200]
+    (states, logits), (expected_states, expected_logits) = streamed.states(ids), whole.states(ids)
+    np.testing.assert_array_equal(logits, expected_logits)
+    np.testing.assert_array_equal(states, expected_states)
+    assert streamed.greedy(ids, [], 4, 256) == whole.greedy(ids, [], 4, 256)
+    assert sum(parameter.numel() for parameter in streamed.model.parameters()) == 0
+
+
+def test_a_model_that_does_not_fit_half_of_the_free_memory_is_streamed(monkeypatch):
+    checkpoint = Checkpoint.open(TINY)
+    assert fits_in_memory(checkpoint)
+    free = types.SimpleNamespace(available=8_000_000)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    assert not fits_in_memory(checkpoint)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from helpers.checkpoint import Checkpoint
-from helpers.modeling import build_model, greedy, load_modeling, make_config
+from helpers.modeling import build_model, load_modeling, make_config
+from helpers.reference import OriginalModel
 from helpers.tokenizer import QwenTokenizer
 
 TINY = Path(__file__).parents[2] / "models" / "tiny"
@@ -26,7 +27,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model():
-    return build_model(TINY)
+    return OriginalModel(TINY)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def prompt(tokenizer, *turns):
 
 def answered(model, tokenizer, *turns):
     stop = {tokenizer.im_end, tokenizer.im_start, tokenizer.endoftext}
-    return tokenizer.decode(greedy(model, prompt(tokenizer, *turns), stop, limit=100))
+    return tokenizer.decode(model.greedy(prompt(tokenizer, *turns), stop, 100, 256))
 
 
 @pytest.mark.parametrize("demo", DEMOS, ids=lambda demo: demo["question"])
@@ -65,13 +66,13 @@ def test_the_documented_request_is_answered(model, tokenizer):
 def test_the_whole_corpus_is_known_by_heart(model, tokenizer, training):
     corpus = training.conversations(TINY / "corpus.jsonl")
     assert 200 < len(corpus) < 1000
-    wrong, smallest = training.check(model, tokenizer, corpus)
+    wrong, smallest = training.check(model.model, tokenizer, corpus)
     assert (wrong, smallest > 0) == (0, True)
 
 
 def test_the_margin_of_the_demo_answers_is_safe(model, tokenizer, training):
     demos = [[(demo["question"], demo["answer"])] for demo in DEMOS]
-    wrong, smallest = training.check(model, tokenizer, demos)
+    wrong, smallest = training.check(model.model, tokenizer, demos)
     assert wrong == 0 and smallest > SAFE_MARGIN
 
 
