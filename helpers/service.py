@@ -8,6 +8,7 @@ import contextlib
 import ipaddress
 import os
 import resource
+import signal
 import socket
 from pathlib import Path
 
@@ -56,9 +57,7 @@ def is_loopback(bound: socket.socket) -> bool:
 
 def run(args: argparse.Namespace) -> None:
     try:
-        import uvicorn
-
-        from helpers.service_api import Settings, create_app
+        from helpers.service_api import Server, Settings, create_app
         from helpers.service_queue import ChipQueue
     except ImportError as error:
         raise UserError(
@@ -68,6 +67,8 @@ def run(args: argparse.Namespace) -> None:
         if not getattr(args, name) >= least:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be {least} or more.")
     api_key = args.api_key or os.environ.get(KEY_VARIABLE) or None
+    # A service is ended by SIGTERM, in the same order as by Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     bound = listen(args.host, args.port)
     with contextlib.closing(bound):
         tokenizer = open_tokenizer(args.model, args.tokenizer)
@@ -94,11 +95,10 @@ def run(args: argparse.Namespace) -> None:
         if api_key is None and not is_loopback(bound):
             log(f"warning: every machine that reaches {host} may use this service; {KEY_VARIABLE} sets a key.")
         log(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
         try:
             # After its own orderly end uvicorn raises the signal that it was ended by once more.
             with contextlib.suppress(KeyboardInterrupt):
-                uvicorn.Server(config).run(sockets=[bound])
+                Server(app, queue).run(sockets=[bound])
         finally:
             queue.close()
         log("stopped")

@@ -6,6 +6,7 @@ Imported by `helpers.service` only when a service starts, so fastapi and pydanti
 import asyncio
 import hmac
 import json
+import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Coroutine
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
@@ -35,6 +37,8 @@ SEND_TIMEOUT_S = 60
 # What is too long is read and thrown away up to here, so that the client gets to read the refusal.
 DISCARD_BYTES = 64 << 20
 CLIENT_GONE = 499
+# To tell clients whose answers stream that the service ends; then their connections are cut.
+FAREWELL_S = 3
 
 Model = TypeVar("Model", bound=BaseModel)
 Result = TypeVar("Result")
@@ -99,7 +103,7 @@ class Message(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class CompletionRequest(BaseModel):
@@ -107,13 +111,14 @@ class CompletionRequest(BaseModel):
 
     Without a temperature the answer is greedy, or drawn at 1 where top_p or top_k is given. Fields that would
     change the answer and are not supported are refused unless they hold their neutral value; others are ignored.
+    vLLM's neutral top_k, 0 or -1, means all of the chip's candidates.
     """
 
     model_config = ConfigDict(strict=True)
 
     model: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)]
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -135,11 +140,12 @@ class CompletionRequest(BaseModel):
 
     def sampling(self) -> Sampling:
         """Raises UserError where a value is out of the chip's range."""
-        drawn = self.top_p is not None or self.top_k is not None
+        top_k = None if self.top_k in (0, -1) else self.top_k
+        drawn = self.top_p is not None or top_k is not None
         given = {
             "temperature": self.temperature if self.temperature is not None else float(drawn),
             "top_p": 1.0 if self.top_p is None else self.top_p,
-            "top_k": self.top_k,
+            "top_k": top_k,
             "repetition_penalty": self.repetition_penalty,
             "repetition_last_n": self.repetition_last_n,
             # Any integer is a seed to OpenAI; numpy wants none below zero.
@@ -172,17 +178,22 @@ async def read_body(request: Request, limit: int) -> bytes:
         raise ApiError(408, f"The request did not arrive within {BODY_TIMEOUT_S} s.") from None
 
 
-def parse(body: bytes, model: type[Model]) -> Model:
-    """Raises ApiError, 400 where it is not JSON and 422 where a field is not as it must be."""
+def parse(body: bytes, model: type[Model], invalid: int) -> Model:
+    """Raises ApiError, 400 where it is not JSON and `invalid` where a field is not as it must be."""
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
+        errors = error.errors(include_url=False, include_input=False)
+        first = errors[0]
         if first["type"] == "json_invalid":
             reason = first["ctx"]["error"]
             raise ApiError(400, f"The body is not valid JSON: {reason}.", "invalid_json") from None
-        field = ".".join(str(part) for part in first["loc"])
-        raise ApiError(422, f"{field or 'The body'}: {first['msg']}.", "invalid_value", field) from None
+        # Where a field may be of several types, each has its say: the one that the value is of tells more.
+        same = [e for e in errors if e["loc"][:1] == first["loc"][:1]]
+        told = next((e for e in same if not e["type"].endswith("_type")), first)
+        names = (str(part) for part in told["loc"])
+        field = ".".join(name for name in names if name != "str" and "[" not in name)
+        raise ApiError(invalid, f"{field or 'The body'}: {told['msg']}.", "invalid_value", field) from None
 
 
 class ClientGone(Exception):
@@ -212,7 +223,9 @@ class AnswerStream(EventSourceResponse):
     """Server-sent events of one job; when they end for whatever reason, nobody waits for the job any more."""
 
     def __init__(self, queue: ChipQueue, job: Job, events: AsyncIterator[ServerSentEvent], **headers: str):
-        super().__init__(events, sep="\n", send_timeout=SEND_TIMEOUT_S, headers=headers)
+        super().__init__(
+            events, sep="\n", send_timeout=SEND_TIMEOUT_S, shutdown_grace_period=FAREWELL_S, headers=headers
+        )
         self.queue, self.job = queue, job
 
     async def __call__(self, scope, receive, send) -> None:
@@ -332,7 +345,7 @@ def create_app(queue: ChipQueue, runner: QwenRunner, settings: Settings) -> Fast
         still ends with it; an `error` event carries one sentence instead. Greedy. Turns that do not fit S with
         the question are dropped, oldest first; the header X-Dropped-Turns counts them.
         """
-        asked = parse(await read_body(request, settings.max_body_bytes), DocumentedRequest)
+        asked = parse(await read_body(request, settings.max_body_bytes), DocumentedRequest, 422)
         if len(asked.history) % 2:
             raise ApiError(
                 400,
@@ -394,7 +407,8 @@ def create_app(queue: ChipQueue, runner: QwenRunner, settings: Settings) -> Fast
     @app.post("/v1/chat/completions", dependencies=closed, openapi_extra=takes(CompletionRequest))
     async def completions(request: Request) -> Response:
         """OpenAI's chat completions; `timings` beside `usage` are this service's own."""
-        asked = parse(await read_body(request, settings.max_body_bytes), CompletionRequest)
+        # Every invalid request is a 400 to OpenAI, and to the exceptions of its client.
+        asked = parse(await read_body(request, settings.max_body_bytes), CompletionRequest, 400)
         if asked.model not in (None, settings.model):
             raise no_model(asked.model)
         if asked.response_format and asked.response_format.get("type") != "text":
@@ -409,15 +423,15 @@ def create_app(queue: ChipQueue, runner: QwenRunner, settings: Settings) -> Fast
         except UserError as error:
             raise ApiError(400, str(error), "invalid_value") from None
         check_room()
-        ids = await asyncio.to_thread(queue.tokenizer.chatml, messages)
-        if len(ids) > seq_length:
-            raise ApiError(
-                400,
-                f"The messages take {len(ids)} tokens, this bmodel was compiled for {seq_length} (S), the answer "
-                "among them: drop the oldest turns or shorten the question.",
-                "context_length_exceeded",
-                "messages",
-            )
+        try:
+            ids = await asyncio.to_thread(queue.tokenizer.chatml, messages)
+            if len(ids) > seq_length:
+                raise UserError(
+                    f"The messages take {len(ids)} tokens, this bmodel was compiled for {seq_length} (S), the answer "
+                    "among them: drop the oldest turns or shorten the question."
+                )
+        except UserError as error:
+            raise ApiError(400, str(error), "context_length_exceeded", "messages") from None
         job = submit(ids, sampling, asked.max_completion_tokens or asked.max_tokens, asked.stops())
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": settings.model}
         if not asked.stream:
@@ -464,7 +478,7 @@ def create_app(queue: ChipQueue, runner: QwenRunner, settings: Settings) -> Fast
     async def models() -> dict:
         return {"object": "list", "data": [model_card]}
 
-    @app.get("/v1/models/{name}", dependencies=closed)
+    @app.get("/v1/models/{name:path}", dependencies=closed)
     async def one_model(name: str) -> dict:
         if name != settings.model:
             raise no_model(name)
@@ -495,3 +509,15 @@ def create_app(queue: ChipQueue, runner: QwenRunner, settings: Settings) -> Fast
 
     app.mount("/web", StaticFiles(directory=WEB), name="web")
     return app
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which at its end tells those who wait for answers that none will come."""
+
+    def __init__(self, app: FastAPI, queue: ChipQueue):
+        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+        self.queue = queue
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.queue.refuse()
+        await super().shutdown(sockets)

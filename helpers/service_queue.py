@@ -155,11 +155,18 @@ class ChipQueue:
             raise self._first_error
         return self._runner
 
-    def close(self) -> None:
-        """Stop after the token being computed, or after a while amid it; refuse what waits; close the engine."""
+    def refuse(self) -> None:
+        """From now on nothing is answered: what waits, and what runs, ends with EngineFailed at once."""
         with self._changed:
             self._closing = True
+            for job in (*self._waiting, *([self._running] if self._running else [])):
+                job.end(EngineFailed(CLOSING))
+            self._waiting.clear()
             self._changed.notify_all()
+
+    def close(self) -> None:
+        """Refuse, stop after the token being computed, or after a while amid it, and close the engine."""
+        self.refuse()
         self._thread.join(CLOSE_WITHIN_S)
         if self._thread.is_alive() and self._runner:
             self._runner.engine.close()
@@ -176,6 +183,8 @@ class ChipQueue:
     def check_room(self) -> None:
         """Raise QueueFull where one more request would be too many, EngineFailed where there is no engine."""
         with self._changed:
+            if self._closing:
+                raise EngineFailed(CLOSING)
             if self.state == "failed" and time.monotonic() - self._attempted < REOPEN_AFTER_S:
                 raise EngineFailed(self.failure)
             # Counted together: before the thread has taken the first of a burst, all of it is waiting.
@@ -216,8 +225,6 @@ class ChipQueue:
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closing)
             if self._closing:
-                while self._waiting:
-                    self._waiting.popleft().end(EngineFailed(CLOSING))
                 return None
             self._running = self._waiting.popleft()
             return self._running

@@ -14,11 +14,10 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-import uvicorn
 
 from helpers.errors import UserError
 from helpers.service import add_arguments, is_loopback, listen
-from helpers.service_api import Settings, create_app
+from helpers.service_api import CompletionRequest, Server, Settings, create_app
 from helpers.service_queue import ChipQueue
 from tests.unit.chromium import Page, find_chromium
 from tests.unit.fake_runner import FakeRunner
@@ -43,11 +42,11 @@ class Service:
             return self.runners[-1]
 
         self.queue = ChipQueue(reopen, tokenizer, waiting)
-        app = create_app(self.queue, self.queue.start(), Settings(model="tiny", system="", **settings))
+        app = create_app(self.queue, self.queue.start(), Settings(**{"model": "tiny", "system": ""} | settings))
         self.socket = listen("127.0.0.1", 0)
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
+        self.server = Server(app, self.queue)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.socket]})
         self.thread.start()
         self.http = httpx.Client(base_url=self.url, timeout=30, trust_env=False, verify=False)
@@ -243,29 +242,36 @@ def test_models(serve):
         service.openai.models.retrieve("gpt")
 
 
+def test_a_model_whose_name_has_a_slash(serve):
+    service = serve(settings={"model": "Qwen/Qwen-7B-Chat"})
+    assert service.openai.models.retrieve("Qwen/Qwen-7B-Chat").id == "Qwen/Qwen-7B-Chat"
+
+
 @pytest.mark.parametrize(
     ("body", "status", "code"),
     [
-        ({"messages": []}, 422, "invalid_value"),
-        ({}, 422, "invalid_value"),
+        ({"messages": []}, 400, "invalid_value"),
+        ({}, 400, "invalid_value"),
         (ask(""), 400, "invalid_value"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, 400, "invalid_value"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, 422, "invalid_value"),
-        (ask([{"type": "image_url", "image_url": {"url": "x"}}]), 422, "invalid_value"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, 400, "invalid_value"),
+        (ask([{"type": "image_url", "image_url": {"url": "x"}}]), 400, "invalid_value"),
         (ask("long " * 2000), 400, "context_length_exceeded"),
-        (ask(temperature=-1), 422, "invalid_value"),
-        (ask(temperature="hot"), 422, "invalid_value"),
-        (ask(top_p=0), 422, "invalid_value"),
+        (ask("x" * 500_001), 400, "context_length_exceeded"),
+        (ask(temperature=-1), 400, "invalid_value"),
+        (ask(temperature="hot"), 400, "invalid_value"),
+        (ask(top_p=0), 400, "invalid_value"),
         (ask(top_k=51), 400, "invalid_value"),
         (ask(repetition_last_n=0), 400, "invalid_value"),
-        (ask(max_tokens=0), 422, "invalid_value"),
-        (ask(n=2), 422, "invalid_value"),
-        (ask(logprobs=True), 422, "invalid_value"),
-        (ask(frequency_penalty=0.5), 422, "invalid_value"),
-        (ask(tools=[{"type": "function"}]), 422, "invalid_value"),
+        (ask(max_tokens=0), 400, "invalid_value"),
+        (ask(n=2), 400, "invalid_value"),
+        (ask(logprobs=True), 400, "invalid_value"),
+        (ask(frequency_penalty=0.5), 400, "invalid_value"),
+        (ask(tools=[{"type": "function"}]), 400, "invalid_value"),
         (ask(response_format={"type": "json_object"}), 400, "unsupported_value"),
         (ask() | {"model": "gpt"}, 404, "model_not_found"),
-        (b'{"messages": [{"role": "user", "content": "q"}], "temperature": NaN}', 422, "invalid_value"),
+        (b'{"messages": [{"role": "user", "content": "q"}], "temperature": NaN}', 400, "invalid_value"),
+        (ask(stop=list("abcde")), 400, "invalid_value"),
         (b"nonsense", 400, "invalid_json"),
     ],
 )
@@ -287,6 +293,28 @@ def test_neutral_values_and_fields_of_other_makes_are_taken(serve):
     )  # fmt: skip
     body["messages"].insert(0, {"role": "developer", "content": [{"type": "text", "text": "be kind"}]})
     assert service.http.post("/v1/chat/completions", json=body).status_code == 200
+
+
+def test_a_field_of_several_types_is_told_what_is_wrong_with_the_one_given(serve):
+    service = serve()
+
+    def error(**body):
+        return service.http.post("/v1/chat/completions", json=ask() | body).json()["error"]
+
+    assert "at most 4 items" in error(stop=list("abcde"))["message"]
+    image = error(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}])
+    assert image["param"] == "messages.0.content.0.type" and "'text'" in image["message"]
+
+
+def test_no_value_is_as_no_field(serve):
+    service = serve()
+    fields = [*CompletionRequest.model_fields, "user", "metadata", "tool_choice", "parallel_tool_calls"]
+    body = dict.fromkeys(fields) | ask()
+    assert service.http.post("/v1/chat/completions", json=body).status_code == 200
+    options = {"stream_options": {"include_usage": None}, "stream": True}
+    assert service.http.post("/v1/chat/completions", json=ask(**options)).status_code == 200
+    assert service.http.post("/v1/chat/completions", json=ask(top_k=-1)).status_code == 200
+    assert all(answer["sampling"].greedy for answer in service.runners[0].answers)
 
 
 def test_drawing_without_the_net_for_it_is_refused(serve):
@@ -367,23 +395,20 @@ def test_the_event_loop_never_waits_for_the_chip(serve):
     first.join()
 
 
-def test_one_request_at_a_time_in_order(serve):
+def test_one_request_at_a_time_in_order(serve, tokenizer):
     service = serve(step_s=0.005)
-    order = []
-
-    async def run():
-        async with httpx.AsyncClient(base_url=service.url, timeout=30, trust_env=False, verify=False) as client:
-
-            async def one(k):
-                await asyncio.sleep(0.02 * k)
-                await client.post("/chat/completions", json={"question": f"question {k}"})
-                order.append(k)
-
-            await asyncio.gather(*(one(k) for k in range(6)))
-
-    asyncio.run(run())
-    assert order == list(range(6))
-    assert [answer["computed"] for answer in service.runners[0].answers] == [len(service.runners[0].reply([])) + 1] * 6
+    queue, prompts, clients = service.queue, [], []
+    for k in range(6):
+        prompts.append(tokenizer.chatml([{"role": "user", "content": f"question {k}"}]))
+        body = {"question": f"question {k}"}
+        clients.append(threading.Thread(target=service.http.post, args=("/chat/completions",), kwargs={"json": body}))
+        clients[-1].start()
+        service.wait_until(lambda k=k: queue.answered + queue.busy + queue.waiting > k)
+    for client in clients:
+        client.join()
+    answers = service.runners[0].answers
+    assert [answer["ids"] for answer in answers] == prompts
+    assert [answer["computed"] for answer in answers] == [len(service.runners[0].reply([])) + 1] * 6
 
 
 def test_a_thousand_requests_at_once(serve):
@@ -555,6 +580,27 @@ def test_stopping_does_not_wait_for_a_long_prefill(tokenizer, monkeypatch):
     assert responses[0].status_code == 503 and "shutting down" in responses[0].text
     assert len(service.runners) == 1, "the engine was opened again"
     service.close()
+
+
+def test_who_waits_when_the_service_ends_is_told(serve):
+    service = serve("word " * 100, step_s=0.05)
+    responses = {}
+
+    def post(k, **more):
+        responses[k] = httpx.post(f"{service.url}/v1/chat/completions", json=ask(**more), trust_env=False, timeout=30)
+
+    clients = [threading.Thread(target=post, args=(k,), kwargs={"stream": k != 1}) for k in range(3)]
+    for k, client in enumerate(clients):
+        client.start()
+        service.wait_until(lambda k=k: service.queue.busy + service.queue.waiting == k + 1)
+    service.wait_until(lambda: service.runners[0].answers[0]["computed"] > 3)
+    started = time.monotonic()
+    service.server.should_exit = True
+    for client in clients:
+        client.join()
+    assert time.monotonic() - started < 2
+    assert responses[0].status_code == 200 and "shutting down" in responses[0].text.splitlines()[-2]
+    assert [responses[k].status_code for k in (1, 2)] == [503, 503]
 
 
 def test_a_model_that_cannot_be_opened_ends_the_start(tokenizer):

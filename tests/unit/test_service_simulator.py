@@ -73,8 +73,8 @@ class Server:
         children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
         return [int(child) for file in children for child in file.read_text().split()]
 
-    def close(self):
-        self.process.send_signal(signal.SIGINT)
+    def close(self, number=signal.SIGINT):
+        self.process.send_signal(number)
         try:
             return self.process.wait(60)
         finally:
@@ -213,6 +213,22 @@ def test_a_simulator_that_is_killed_is_opened_again(server, expected):
     assert httpx.get(f"{server.url}/health", trust_env=False).json()["status"] == "ok"
 
 
+def test_sigterm_while_an_answer_streams(bmodel_tiny):
+    command = [sys.executable, "-m", "helpers", "serve", "--model", bmodel_tiny, "--engine", "simulator", "--port", "0"]
+    server = Server([*command, "--name", "tiny"])
+    simulators = server.simulators()
+    with client_of(server) as client:
+        stream = client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": QUESTIONS[1]}], stream=True
+        )
+        next(iter(stream))
+        code = server.close(signal.SIGTERM)
+        with pytest.raises(openai.APIError, match="shutting down"):
+            list(stream)
+    assert code == 0 and "Traceback" not in "".join(server.log) and "ERROR" not in "".join(server.log), server.log
+    assert simulators and not any(Path(f"/proc/{simulator}").exists() for simulator in simulators)
+
+
 def crowd(url, clients, question, **more):
     """So many clients at once, every third of which leaves early: statuses of the others."""
 
@@ -249,9 +265,8 @@ def test_fifty_clients_a_third_of_which_leave(server):
 FAKE_SERVER = f"""
 import sys
 sys.path.insert(0, {str(ROOT)!r})
-import uvicorn
 from helpers.service import listen
-from helpers.service_api import Settings, create_app
+from helpers.service_api import Server, Settings, create_app
 from helpers.service_queue import ChipQueue
 from helpers.tokenizer import QwenTokenizer
 from tests.unit.fake_runner import FakeRunner
@@ -264,7 +279,7 @@ queue = ChipQueue(lambda: Forgetful(lambda ids: tokenizer.encode("word " * 50), 
 app = create_app(queue, queue.start(), Settings("tiny", ""))
 bound = listen("127.0.0.1", 0)
 print("listening on http://127.0.0.1:%d" % bound.getsockname()[1], file=sys.stderr, flush=True)
-uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1)).run(sockets=[bound])
+Server(app, queue).run(sockets=[bound])
 queue.close()
 """
 
