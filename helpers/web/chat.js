@@ -5,12 +5,19 @@ const $ = (id) => document.getElementById(id);
 let messages = [];
 let request = null;
 
+// Changes the page and stays at its end, unless the reader has scrolled up.
+function change(edit) {
+  const page = document.documentElement;
+  const atEnd = innerHeight + scrollY > page.scrollHeight - 50;
+  edit();
+  if (atEnd) scrollTo(0, page.scrollHeight);
+}
+
 function show(kind, text) {
   const element = document.createElement("div");
   element.className = kind;
   element.textContent = text;
-  $("log").append(element);
-  element.scrollIntoView({ block: "end" });
+  change(() => $("log").append(element));
   return element;
 }
 
@@ -68,6 +75,9 @@ async function ask(question) {
   messages.push(asked);
   show("user", question);
   const element = show("assistant", "");
+  scrollTo(0, document.documentElement.scrollHeight);
+  // Read out when it is whole, not at every piece.
+  $("log").ariaBusy = "true";
   request = new AbortController();
   $("send").disabled = true;
   $("stop").disabled = false;
@@ -79,13 +89,15 @@ async function ask(question) {
       const chunk = JSON.parse(data);
       if (chunk.error) throw new Error(chunk.error.message);
       answer.content += chunk.choices[0]?.delta.content ?? "";
-      element.textContent = answer.content;
+      change(() => { element.textContent = answer.content; });
       if (chunk.timings) show("figures", figures(chunk.timings));
     }
     if (!finished) throw new Error("The service ended the answer early.");
   } catch (error) {
-    if (error.name === "AbortError") show("notice", "stopped");
-    else show("error", error.message);
+    // fetch and its body throw a TypeError where there is no connection (any more).
+    const lost = answer.content ? "The service ended the answer early." : "The service does not answer: is it running?";
+    if (error.name !== "AbortError") show("error", error instanceof TypeError ? lost : error.message);
+    else if (messages.at(-1) === asked) show("notice", "stopped");
     if (error.code === "invalid_api_key") {
       $("settings").open = true;
       $("key").focus();
@@ -95,8 +107,12 @@ async function ask(question) {
   // A turn without an answer would leave two questions in a row.
   if (messages.at(-1) === asked) {
     if (answer.content) messages.push(answer);
-    else messages.pop();
+    else {
+      messages.pop();
+      $("question").value ||= question;
+    }
   }
+  $("log").ariaBusy = "false";
   request = null;
   $("send").disabled = false;
   $("stop").disabled = true;

@@ -678,10 +678,33 @@ def test_the_page_says_what_went_wrong(serve, browse):
     assert "API key" in texts(page, "error")[0] and texts(page, "assistant") == []
     assert page.value("document.activeElement.id") == "key"
     page.type("#key", "secret")
-    page.type("#question", "hello")
+    # What got no answer is where it was typed.
+    assert page.value("document.querySelector('#question').value") == "hello"
     page.click("#send")
     page.wait_for("document.querySelector('#log .figures')")
     assert texts(page, "assistant")[-1] == TEXT
+    service.server.should_exit = True
+    service.thread.join()
+    page.type("#question", "anybody?")
+    page.click("#send")
+    page.wait_for("document.querySelectorAll('#log .error').length === 2")
+    assert texts(page, "error")[1] == "The service does not answer: is it running?"
+
+
+def test_the_page_stays_at_the_end_of_a_long_answer_unless_scrolled_up(serve, browse):
+    service = serve("word\n" * 400, step_s=0.01)
+    page = browse(service.url)
+    page.type("#question", "talk")
+    page.click("#send")
+    for _ in range(2):
+        page.value("window.past = document.documentElement.scrollHeight")
+        page.wait_for("document.documentElement.scrollHeight > innerHeight + window.past")
+        seen = "document.querySelector('#log').lastChild.getBoundingClientRect().bottom"
+        page.wait_for(f"{seen} <= document.querySelector('#form').getBoundingClientRect().top", 2)
+    page.value("scrollTo(0, 0)")
+    page.value("window.past = document.documentElement.scrollHeight")
+    page.wait_for("document.documentElement.scrollHeight > 50 + window.past")
+    assert page.value("scrollY") == 0
 
 
 def test_the_page_forgets_the_oldest_turn_when_the_conversation_outgrows_the_model(serve, browse):
