@@ -191,6 +191,14 @@ class EngineContract:
         assert not any(engine.read(other).any() for other in others)
         assert (engine.read(view) == 5).all()
 
+    def test_numpy_integers_are_as_good_as_pythons(self, engine):
+        base = engine.allocate(np.array([3, 4]), "int32", device=np.int64(0))
+        view = engine.view(base, np.int64(4), np.array([2, 2]))
+        assert view.shape == (2, 2)
+        engine.write(view, np.ones((2, 2), dtype=np.int32))
+        engine.copy(view, engine.view(base, np.uint8(0), (4,)))
+        assert engine.read(base).tolist() == [[1] * 4, [1] * 4, [0] * 4]
+
     def test_values_of_another_shape_or_dtype_are_refused(self, engine):
         tensor = engine.input_tensor("cache", 1)
         before = engine.read(tensor)

@@ -4,6 +4,7 @@ Nothing above this package knows which engine it has. Nothing in it needs torch,
 """
 
 import math
+import operator
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -159,16 +160,16 @@ def net_tensor(infos: Sequence[TensorInfo], index: int, what: str) -> TensorInfo
     return infos[index]
 
 
-def check_view(tensor: DeviceTensor, offset_elements: int, shape: Sequence[int]) -> tuple[int, ...]:
-    """The view's shape as a tuple; raises UserError where it does not lie within the tensor."""
-    shape = tuple(int(size) for size in shape)
+def check_view(tensor: DeviceTensor, offset_elements: int, shape: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+    """The view's offset and shape, as Python's ints; raises UserError where it does not lie within the tensor."""
+    offset_elements, shape = operator.index(offset_elements), tuple(int(size) for size in shape)
     count = math.prod(shape)
     if offset_elements < 0 or min(shape, default=1) < 1 or offset_elements + count > tensor.count:
         raise UserError(
             f"A view of shape {list(shape)} at element {offset_elements} does not lie within a tensor of shape "
             f"{list(tensor.shape)} ({tensor.count} elements)."
         )
-    return shape
+    return offset_elements, shape
 
 
 def check_allocation(shape: Sequence[int], dtype: str) -> tuple[int, ...]:

@@ -172,7 +172,7 @@ class SailEngine(Engine):
         return DeviceTensor(shape, dtype, device, memory)
 
     def view(self, tensor: DeviceTensor, offset_elements: int, shape: Sequence[int]) -> DeviceTensor:
-        shape = check_view(tensor, offset_elements, shape)
+        offset_elements, shape = check_view(tensor, offset_elements, shape)
         with self._told(f"No view {list(shape)} of {list(tensor.shape)}"):
             memory = self._sail.Tensor(tensor.memory, list(shape), offset_elements)
         return DeviceTensor(shape, tensor.dtype, tensor.device, memory, tensor)

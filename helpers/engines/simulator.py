@@ -121,7 +121,7 @@ class SimulatorEngine(Engine):
         return DeviceTensor(shape, dtype, 0, self._worker.call("allocate", size))
 
     def view(self, tensor: DeviceTensor, offset_elements: int, shape: Sequence[int]) -> DeviceTensor:
-        shape = check_view(tensor, offset_elements, shape)
+        offset_elements, shape = check_view(tensor, offset_elements, shape)
         address = tensor.memory + offset_elements * HOST_DTYPE[tensor.dtype].itemsize
         return DeviceTensor(shape, tensor.dtype, tensor.device, address, tensor)
 

@@ -109,7 +109,7 @@ class NumpyEngine(Engine):
         return DeviceTensor(shape, dtype, 0, np.zeros(shape, HOST_DTYPE[dtype]).reshape(-1))
 
     def view(self, tensor, offset_elements, shape):
-        shape = check_view(tensor, offset_elements, shape)
+        offset_elements, shape = check_view(tensor, offset_elements, shape)
         memory = tensor.memory[offset_elements : offset_elements + int(np.prod(shape))]
         return DeviceTensor(shape, tensor.dtype, 0, memory, tensor)
 
