@@ -112,6 +112,8 @@ class SailContract:
                 use()
         with pytest.raises(sail.SailTensorError, match="invalid Tensor"):
             sail.Tensor(tensor, [2], 0)
+        for shape in ([], [2, 0], [-1]):
+            assert not sail.Tensor(handle, shape, sail.Dtype.BM_INT32, False, True).is_dev_data_valid()
 
     def test_views(self, sail, io_alone, handle):
         tensor = sail.Tensor(handle, [2, 6], sail.Dtype.BM_INT32, False, True)
@@ -131,6 +133,10 @@ class SailContract:
                 sail.Tensor(tensor, shape, offset)
         with pytest.raises(sail.SailTensorError, match="not supported"):
             sail.Tensor(tensor, [1], 0, False)
+        for offset in (-1, 1.0):
+            with pytest.raises(TypeError):
+                sail.Tensor(tensor, [1], offset)
+        assert sail.Tensor(tensor, [2], np.int64(10)).asnumpy().tolist() == [10, 11]
 
     @pytest.mark.parametrize(
         "dtype, taken, refused",
@@ -165,6 +171,8 @@ class SailContract:
         source.update_data(np.arange(8, dtype=np.int32))
         target.sync_d2d(source, 5, 1, 3)
         assert target.asnumpy().tolist() == [[0, 5], [6, 7]]
+        target.sync_d2d(source, *np.array([1, 0, 2]))
+        assert target.asnumpy().tolist() == [[1, 2], [6, 7]]
         for arguments in ((source, 6, 0, 3), (source, 0, 2, 3)):
             with pytest.raises(sail.SailTensorError, match="size out of range"):
                 target.sync_d2d(*arguments)

@@ -1,6 +1,6 @@
 """The chip: sophon-sail's `EngineLLM` behind the engine's interface. PCIe cards and SoC, one device or several.
 
-The calls used are those of sophon-sail 3.8 to 3.10.7 as its C++ source has them; its `.pyi` stubs differ in places.
+The calls used are those of sophon-sail 3.9.1 to 3.10.7 as its C++ source has them; its `.pyi` stubs differ in places.
 """
 
 import contextlib
@@ -33,6 +33,8 @@ from helpers.toolchain import sophon_sail
 
 # sail.Dtype's names are bm_data_type_t's.
 SAIL_DTYPES = {f"BM_{name.upper()}": name for name in HOST_DTYPE}
+# Public sources before it (3.9.0) have EngineLLM, but no views of tensors.
+OLDEST = "3.9.1"
 SDK = "it comes with Sophgo's SDK (sophon-sail), not from PyPI"
 
 
@@ -54,7 +56,7 @@ def load_sail() -> ModuleType:
             "release, and have their lib folders in LD_LIBRARY_PATH."
         ) from error
     if not hasattr(sail, "EngineLLM"):
-        raise UserError(f"This sophon.sail ({where}) has no EngineLLM: install sophon-sail 3.8 or newer.")
+        raise UserError(f"This sophon.sail ({where}) has no EngineLLM: install sophon-sail {OLDEST} or newer.")
     return sail
 
 
@@ -84,7 +86,7 @@ class SailEngine(Engine):
         self._sail = sail = load_sail()
         count = count_devices(sail)
         if missing := [number for number in devid if not 0 <= number < count]:
-            there = "0" if count == 1 else f"0 to {count - 1}"
+            there = "only number 0" if count == 1 else f"0 to {count - 1}"
             raise UserError(f"There is no device {missing[0]}: this machine has {there}. Choose with --devid.")
         if len(set(devid)) != len(devid) or not devid:
             raise UserError(f"--devid {','.join(map(str, devid))}: name each device once.")
@@ -99,6 +101,19 @@ class SailEngine(Engine):
         super().__init__(devid, nets)
         if _libraries_are_the_simulators():
             self.kind_of_time = "simulator wall"
+        self._check_views()
+
+    def _check_views(self) -> None:
+        """Raise UserError where sail is too old to make views, now and not in the middle of the first answer."""
+        memory = self.allocate((1,), "int32").memory
+        try:
+            self._sail.Tensor(memory, [1], 0)
+        except TypeError:
+            self.close()
+            raise UserError(
+                "This sophon.sail makes no views of tensors, and keys and values are written through them: install "
+                f"sophon-sail {OLDEST} or newer."
+            ) from None
 
     @contextlib.contextmanager
     def _told(self, subject: str | Callable[[], str]) -> Iterator[None]:

@@ -498,6 +498,24 @@ def test_a_sail_that_is_none(bmodels, sail, tmp_path, content, said):
         open_engine(bmodels["basic"], engine="chip")
 
 
+def test_a_sail_that_is_too_old(bmodels, sail):
+    import sophon.sail
+
+    def before_views(tensor, first, *arguments, make=sophon.sail.Tensor.__init__):
+        if isinstance(first, sophon.sail.Tensor):
+            raise TypeError("incompatible constructor arguments")
+        make(tensor, first, *arguments)
+
+    sail.setattr(sophon.sail.Tensor, "__init__", before_views)
+    with pytest.raises(UserError, match=r"makes no views .* install sophon-sail 3\.9\.1 or newer\.$"):
+        open_engine(bmodels["io_alone"], engine="chip")
+
+
+def test_the_one_device_is_not_said_to_be_none(bmodels, sail):
+    with pytest.raises(UserError, match="There is no device 5: this machine has only number 0"):
+        open_engine(bmodels["basic"], engine="chip", devid=(5,))
+
+
 def test_what_sail_cannot_load_is_told(bmodels, sail):
     import sophon.sail
 

@@ -1,5 +1,5 @@
-"""A double of sophon-sail for machines that cannot have it: the calls of its C++ source (3.8 to 3.10.7) that an engine
-uses, over the simulator's process. It refuses what the source refuses, in the source's words and exception types.
+"""A double of sophon-sail for machines that cannot have it: the calls of its C++ source (3.9.1 to 3.10.7) that an
+engine uses, over the simulator's process. It refuses what 3.10.7 refuses, in its words and exception types.
 
 Where the source would read freed or missing memory, this raises AssertionError. SAIL_DOUBLE_DEVICES devices
 (1 if unset) stand for the one simulated chip; one EngineLLM can be open at a time. Given several devices it says of a
@@ -91,8 +91,8 @@ class Tensor:
         if not isinstance(shape, list) or not all(isinstance(size, int) for size in shape):
             raise TypeError("incompatible constructor arguments: shape is a list of int")
         self._shape = list(shape)
-        if isinstance(first, Tensor):
-            self._init_view(first, third, *rest, **named)
+        if isinstance(first, Tensor) and isinstance(third, (int, np.integer)) and third >= 0:
+            self._init_view(first, int(third), *rest, **named)
         elif isinstance(first, Handle) and isinstance(third, Dtype):
             self._init_own(first, third, *rest, **named)
         else:
@@ -101,6 +101,7 @@ class Tensor:
     def _init_own(self, handle, dtype, own_sys_data=False, own_dev_data=False):
         self._device, self._dtype = handle.get_device_id(), dtype
         self._system = np.zeros(self._shape, dtype=NUMPY[dtype]) if own_sys_data else None
+        own_dev_data = own_dev_data and bool(self._shape) and min(self._shape) > 0
         self._own = _Memory(_ask("allocate", self.nbytes())) if own_dev_data else None
         self._memory = weakref.ref(self._own) if own_dev_data else None
         self._offset = 0
@@ -190,6 +191,7 @@ class Tensor:
             raise SailTensorError("size out of range")
         assert self._device == src._device, "sync_d2d stays on one device"
         item = ITEM_BYTES[self._dtype]
+        offset_src, offset_dst, len = int(offset_src), int(offset_dst), int(len)
         _ask("copy", src._address() + offset_src * item, self._address() + offset_dst * item, len * item)
 
 
