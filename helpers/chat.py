@@ -5,6 +5,7 @@ numpy and tiktoken are all it needs (and `sophon.sail` on a chip): neither torch
 """
 
 import argparse
+import atexit
 import contextlib
 import ctypes
 import json
@@ -378,6 +379,12 @@ def _stdout_to_stderr() -> Iterator[None]:
         os.close(kept)
 
 
+def _print_object(value: dict) -> None:
+    """Print a JSON object; what libraries print as the process ends goes to standard error."""
+    print(json.dumps(value, ensure_ascii=False), flush=True)
+    atexit.register(os.dup2, 2, 1)
+
+
 def answer_object(answer: Answer, engine) -> dict:
     """What `chat --json` prints: tokens, text, engine, first_token_s, tokens_per_s, and the kind of time."""
     return {
@@ -474,4 +481,4 @@ def run(args: argparse.Namespace) -> None:
                 return
             for _ in pieces:
                 pass
-    print(json.dumps(answer_object(session.last, engine), ensure_ascii=False))
+    _print_object(answer_object(session.last, engine))

@@ -247,11 +247,14 @@ def test_device_ids():
 
 def test_what_libraries_print_does_not_reach_standard_output(tmp_path):
     script = (
-        "import ctypes, json\nfrom helpers.chat import _stdout_to_stderr\n"
-        "with _stdout_to_stderr():\n    print('python'); ctypes.CDLL(None).puts(b'library')\nprint(json.dumps({}))\n"
+        "import ctypes\nfrom helpers.chat import _print_object, _stdout_to_stderr\nlibc = ctypes.CDLL(None)\n"
+        "libc.strdup.restype = ctypes.c_void_p\n"
+        "libc.__cxa_atexit(libc.puts, ctypes.c_void_p(libc.strdup(b'at exit')), None)\n"
+        "with _stdout_to_stderr():\n    print('python'); libc.puts(b'library')\n_print_object({})\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "{}\n" and "library" in done.stderr and "python" in done.stderr
+    assert done.stdout == "{}\n"
+    assert all(text in done.stderr for text in ("library", "python", "at exit"))
 
 
 def test_chat_imports_without_torch_and_the_tool_chain():
