@@ -1,5 +1,8 @@
 """Lookahead decoding gives the tokens of plain greedy decoding, whatever the model, the sizes, the limits."""
 
+import itertools
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -260,6 +263,22 @@ def test_a_run_is_accepted_whole():
     assert state.statistics.accepted[10:12] == [3, 3]
 
 
+def test_columns_that_the_answer_overtakes_go():
+    state = LookaheadState([20], 10, 64)
+    given = 0
+    while given < 3:
+        before = state.window
+        given = len(state.verify(state.step().ids[0] + 1).tokens)
+    assert state.window == [before[2] + 1, 20, 20]
+
+
+def test_the_longest_of_several_guesses_is_taken():
+    state = LookaheadState([20], 10, 64)
+    for tail in [(50, 51), (11, 51), (11, 12)]:
+        state.pool.add((10, *tail))
+    assert state.verify(state.step().ids[0] + 1).tokens == [11, 12, 13]
+
+
 def test_a_stop_token_inside_an_accepted_run_ends_the_answer():
     state = count_upwards(stop=[22])
     assert state.finished and state.tokens == list(range(10, 23))
@@ -344,6 +363,14 @@ def test_runner_counts_steps_and_shows_them():
     assert [len(accepted.tokens) for _, accepted in steps] == runner.statistics.accepted
     assert 1 + sum(runner.statistics.accepted) == len(tokens) == len(runner.timings.decode_s) + 1
     assert max(runner.statistics.accepted) > 1
+
+
+def test_the_time_of_a_step_is_shared_by_its_tokens(monkeypatch):
+    runner = LookaheadRunner(NumpyEngine(RandomModel(4, 1), 48, LookaheadSizes().rows))
+    monkeypatch.setattr("helpers.lookahead.time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    list(runner.generate([1, 2, 3]))
+    assert max(runner.statistics.accepted) > 1
+    assert sum(runner.timings.decode_s) == pytest.approx(runner.statistics.steps)
 
 
 def test_no_key_or_value_visits_the_host():
