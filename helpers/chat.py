@@ -287,9 +287,15 @@ class _Terminal:
             print(text, flush=True)
 
     def question(self) -> str:
-        if self.console and self.console.is_terminal:
-            return self.console.input("[bold green]question ❯[/] ")
-        return input()
+        if not (self.console and self.console.is_terminal):
+            return input()
+        # With it input() has a history, and arrows move in the line instead of joining the question.
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401
+
+            # What does not take room is between \1 and \2: readline has to know where the line begins.
+            return input("\1\x1b[1;32m\2question ❯\1\x1b[0m\2 ")
+        return self.console.input("[bold green]question ❯[/] ")
 
     def answer(self, pieces: Iterator[str]) -> None:
         """Stream an answer; until its first piece, show that work is under way."""

@@ -1,6 +1,8 @@
+import contextlib
 import io
 import json
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -220,6 +222,31 @@ def test_ctrl_c_stops_the_answer_not_the_program(tokenizer, bmodel_tiny, monkeyp
     out = talk(session, bmodel_tiny, ["count", "again"], monkeypatch)
     assert "(stopped)" in out and "one two three four five six" in out
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_arrows_move_in_the_question():
+    pytest.importorskip("readline")
+    ours, theirs = pty.openpty()
+    script = "from helpers.chat import _Terminal; print('asked', _Terminal().question().encode())"
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=os.environ | {"TERM": "xterm", "PYTHONUTF8": "1", "LC_ALL": "C.UTF-8"},
+    ):
+        os.close(theirs)
+        seen = b""
+        while "❯".encode() not in seen:
+            seen += os.read(ours, 1000)
+        os.write(ours, "深的\x1b[D圳\n".encode())
+        # When the last of the other side closes, Linux ends the reading with an error.
+        with contextlib.suppress(OSError):
+            while piece := os.read(ours, 1000):
+                seen += piece
+    os.close(ours)
+    assert f"asked {'深圳的'.encode()}" in seen.decode(errors="replace")
 
 
 # Command line

@@ -306,6 +306,17 @@ def test_a_field_of_several_types_is_told_what_is_wrong_with_the_one_given(serve
     assert image["param"] == "messages.0.content.0.type" and "'text'" in image["message"]
 
 
+def test_the_system_prompt_of_the_service_stands_in_for_none(serve, tokenizer):
+    service = serve(settings={"system": "be kind"})
+    own = [{"role": "system", "content": "be short"}]
+    service.http.post("/v1/chat/completions", json=ask("q"))
+    service.http.post("/v1/chat/completions", json={"messages": own + ask("q")["messages"]})
+    service.http.post("/chat/completions", json={"question": "q"})
+    kind, short = ([{"role": "system", "content": f"be {how}"}, *ask("q")["messages"]] for how in ("kind", "short"))
+    prompts = [answer["ids"] for answer in service.runners[0].answers]
+    assert prompts == [tokenizer.chatml(messages) for messages in (kind, short, kind)]
+
+
 def test_no_value_is_as_no_field(serve):
     service = serve()
     fields = [*CompletionRequest.model_fields, "user", "metadata", "tool_choice", "parallel_tool_calls"]
