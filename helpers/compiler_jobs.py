@@ -27,6 +27,8 @@ MEMORY_PER_WEIGHT_BYTE = 3.3
 # Left to everything else on the machine.
 MEMORY_SHARE = 0.9
 SCHEDULER_TIMEOUT = "10s"
+# A net that failed on a disk with less than this, and its weights once more, is taken to have failed for want of space.
+SPACE_LEFT_BYTES = 16_000_000
 RESULT = "result.json"
 
 
@@ -133,8 +135,8 @@ def compile_net(task: dict) -> dict:
 
     task: net, onnx and files (paths of the ONNX file and of its outside weights), recorded {file name: sha256 that
     the export wrote down}, folder (of all nets of this mode), settings (helpers.compiler_worker), memory (bytes),
-    shapes (of its inputs), threads. Returns {net, bmodel, sha256, bytes (weights and
-    instructions), cycles, ms, ddr_bw, flops, seconds, made: bool}; the figures of the
+    weights (bytes of its ONNX with its weights), shapes (of its inputs), threads. Returns {net, bmodel, sha256, bytes
+    (weights and instructions), cycles, ms, ddr_bw, flops, seconds, made: bool}; the figures of the
     profile are None where the compiler has none (helpers.compiler_profile).
     Raises UserError with the net's own error and the path of its log.
     """
@@ -185,6 +187,13 @@ def _build(task: dict, artefact: Path, inputs: dict) -> None:
         status = server.run(job)
         if status:
             text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
+            # The tools say of a full disk whatever they fail at because of it; what they wrote is still there.
+            if (free := artefacts.free_bytes(partial)) < task["weights"] + SPACE_LEFT_BYTES:
+                raise UserError(
+                    f"{net} did not compile, and the disk that holds {artefact.parent} has only {free / 1e6:.0f} MB "
+                    f"left: free some, or choose another --out, and run the same command again; what was finished is "
+                    f"kept (its log is {log})."
+                )
             raise UserError(f"{net} did not compile: {own_error(text, status)} (its log is {log})")
         result = partial / RESULT
         extra.update(json.loads(result.read_text(encoding="utf-8")))

@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ RESULT = "result.json"
 KERNELS = "kernels"
 # <sys/personality.h>
 _ADDR_NO_RANDOMIZE = 0x0040000
+_ENVIRONMENT_BYTES = 1 << 15
 
 
 def preload() -> None:
@@ -94,17 +96,24 @@ def _kernels(cache: Path):
 
     It is not the one of the home folder: the compiler remembers there for good that a kernel could not be built (for
     want of cmake, say), and goes without; and two of its processes that build one kernel spoil each other's. So the
-    first net of a kind has the cache for itself, and those after it, which find their kernels in it, share it.
+    first net of a kind builds them alone, in a folder that is moved in whole: one that was killed, or found the disk
+    full, leaves kernels half built, which the compiler would take and stop at. Those after it share what is there.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    built = cache / "built"
+    whole, building = cache / "whole", cache / f"building.{os.getpid()}"
     with open(cache / "lock", "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH if built.exists() else fcntl.LOCK_EX)
-        if built.exists():
+        fcntl.flock(lock, fcntl.LOCK_SH if whole.exists() else fcntl.LOCK_EX)
+        if whole.exists():
             fcntl.flock(lock, fcntl.LOCK_SH)
-        Path(KERNELS).symlink_to(cache)
+            Path(KERNELS).symlink_to(whole)
+            yield
+            return
+        for abandoned in cache.glob("building.*"):
+            shutil.rmtree(abandoned)
+        building.mkdir()
+        Path(KERNELS).symlink_to(building)
         yield
-        built.touch()
+        building.rename(whole)
 
 
 def _in_child(function) -> int:
@@ -150,8 +159,12 @@ def _run_tool(command: list[str]) -> int:
     """Run a program of the wheel; its peak memory in bytes. Raises RuntimeError naming how it ended."""
     print("[Running]:", shlex.join(command), flush=True)
     env = {name: os.environ[name] for name in toolchain.VARIABLES if name in os.environ}
-    # Without PWD and HOME it aborts; a path would make the environment another length in another folder.
+    # Without PWD and HOME it aborts.
     env |= {"PWD": ".", "HOME": ".", "PPL_CACHE_PATH": f"./{KERNELS}/"}
+    # Always as long, whatever the PATH is and wherever the program: see _prepare_tool.
+    program = shutil.which(command[0], path=env.get("PATH")) or command[0]
+    length = len(program) + sum(len(name) + len(value) for name, value in env.items())
+    env["PADDING"] = "." * (_ENVIRONMENT_BYTES - length)
     process = subprocess.run(command, env=env, preexec_fn=_prepare_tool, check=False)
     if process.returncode < 0:
         # The program's own last words are above in the log.

@@ -52,6 +52,12 @@ class Plan:
         """The ONNX file of a net. With several devices lm_head gives the token, as documented."""
         return self.folder / f"{TOPK_HEAD if net == 'lm_head' and self.num_device > 1 else net}.onnx"
 
+    @property
+    def vocabulary(self) -> Path | None:
+        """The vocabulary that goes with the nets, beside them; None where their manifest names none."""
+        name = self.manifest.get("tokenizer")
+        return self.folder / Path(name).name if name else None
+
 
 def plan_nets(onnx: str | Path, num_device: int = 1) -> Plan:
     """Look at a folder of ONNX nets without reading weights.
@@ -110,6 +116,11 @@ def check(plan: Plan, mode: str, num_device: int, addr_mode: str) -> None:
             f"int4 quantises in groups of {Q_GROUP_SIZE} weights, which does not divide the hidden size "
             f"{plan.hidden_size}: take int8 or bf16."
         )
+    if (vocabulary := plan.vocabulary) is not None and not vocabulary.is_file():
+        raise UserError(
+            f"{plan.folder} lacks {vocabulary.name}, the vocabulary that its manifest names: export again with `python "
+            "-m helpers export`, which brings it back."
+        )
     expected = {
         f"block_{i}": (1, plan.seq_length, plan.hidden_size) for i in range(plan.layers)
     } | {f"block_cache_{i}": (1, 1, plan.hidden_size) for i in range(plan.layers)}
@@ -120,6 +131,14 @@ def check(plan: Plan, mode: str, num_device: int, addr_mode: str) -> None:
                 f"{plan.source(net)} takes states {list(found)}, the other blocks say {list(shape)}: the folder mixes "
                 "two exports; export again into an empty folder."
             )
+
+
+def check_name(name: str) -> None:
+    """Raises UserError where a name cannot begin a file's name: the file would be elsewhere, or nowhere."""
+    if not name.strip() or name.startswith(".") or "/" in name or "\0" in name or len(name.encode()) > 100:
+        raise UserError(
+            f"The name {name[:120]!r} cannot begin a file's name: give a short one without slashes, such as qwen-7b."
+        )
 
 
 def net_settings(net: str, mode: str, num_device: int, addr_mode: str, dynamic: bool) -> dict:
@@ -167,6 +186,9 @@ def compile_model(
     decode_ms} (the compiler's cycle model, None where a net is dynamic), config, seq_length, tokenizer.
     Raises UserError for everything a user can cause, with a failing net's own error and the path of its log.
     """
+    check_name(name)
+    if jobs is not None and jobs < 1:
+        raise UserError(f"jobs is {jobs}, it must be 1 or more.")
     plan = plan_nets(onnx, num_device)
     check(plan, mode, num_device, addr_mode)
     jobs = jobs or compiler_jobs.cores()
@@ -189,6 +211,7 @@ def compile_model(
             "folder": str(folder),
             "settings": net_settings(net, mode, num_device, addr_mode, dynamic),
             "memory": compiler_jobs.needed_memory(sig.weights_bytes),
+            "weights": sig.weights_bytes,
             "shapes": sorted(sig.inputs.items()),
             "threads": max(1, compiler_jobs.cores() // jobs),
         }
@@ -222,10 +245,9 @@ def compile_model(
 
 def _bring_vocabulary(plan: Plan, out: Path) -> str | None:
     """Copy the vocabulary beside the bmodel, so that both go to the chip's machine together; its name there."""
-    name = plan.manifest.get("tokenizer")
-    if not name:
+    if (source := plan.vocabulary) is None:
         return None
-    source, target = plan.folder / name, out / Path(name).name
+    target = out / source.name
     if not target.exists() or artefacts.sha256_file(source) != artefacts.sha256_file(target):
         partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
         shutil.copyfile(source, partial)
@@ -313,7 +335,7 @@ def run(args) -> int:
 
         if not args.model_path:
             raise UserError("--via llm_convert needs --model_path DIR, the folder of the checkpoint.")
-        seq_length = args.seq_length or SEQ_LENGTH
+        seq_length = SEQ_LENGTH if args.seq_length is None else args.seq_length
         target = llm_convert.convert(args.model_path, args.out, args.name, args.mode, seq_length, **common)
     else:
         if not args.onnx:

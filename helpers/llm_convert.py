@@ -20,6 +20,7 @@ from helpers import artefacts, bmodel, toolchain
 from helpers.checkpoint import Checkpoint
 from helpers.compiler_jobs import own_error
 from helpers.compiler_profile import PROFILE, estimates, read_profile
+from helpers.compiling import check_name
 from helpers.errors import UserError
 from helpers.tokenizer import VOCABULARY, QwenTokenizer
 
@@ -134,8 +135,11 @@ def convert(
     lm_head gives the token. The cache nets are io_alone; high precision is on, as the converter has it.
     Raises UserError where GNU parallel or the tool chain is missing, or the converter fails, with the path of its log.
     """
+    check_name(name)
     if mode not in QUANTIZE:
         raise UserError(f"mode is {mode!r}, it must be one of {', '.join(QUANTIZE)}.")
+    if seq_length < 1:
+        raise UserError(f"seq_length is {seq_length}, it must be a whole number from 1 on (the documented one is 512).")
     toolchain.require()
     toolchain.require_parallel()
     checkpoint = Checkpoint.open(model_path)
@@ -179,11 +183,11 @@ def convert(
 
 def _bring_vocabulary(checkpoint: Checkpoint, out: Path) -> str | None:
     try:
-        vocabulary = QwenTokenizer.open(checkpoint.path).path
+        vocabulary = QwenTokenizer.open(checkpoint.path).vocabulary
     except UserError:
         # The bmodel is of use without: the chat asks for --tokenizer.
         return None
-    shutil.copyfile(vocabulary, out / VOCABULARY)
+    (out / VOCABULARY).write_bytes(vocabulary)
     return VOCABULARY
 
 

@@ -138,6 +138,8 @@ def read_signature(path: str | Path) -> Signature:
                         (signature.inputs if number == _GRAPH_INPUT else signature.outputs)[name] = described
                     if b >= 0:
                         file.seek(b)
+    except PermissionError:
+        raise UserError(f"{path} may not be read: give yourself the right to read it.") from None
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path} is not there: export the nets with `python -m helpers export`.") from None
     except (_Malformed, TypeError, ValueError, OverflowError):

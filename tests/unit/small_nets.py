@@ -120,6 +120,7 @@ def task(nets, folder, net, settings):
         "folder": str(folder),
         "settings": settings,
         "memory": 1,
+        "weights": 0,
         "shapes": [],
         "threads": 1,
     }

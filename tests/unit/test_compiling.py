@@ -1,8 +1,10 @@
 """The real tool chain on a Qwen of one layer (tests.unit.small_nets)."""
 
+import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -229,11 +231,16 @@ def test_weights_that_are_computed_with_go_through_the_simplifier(tmp_path):
         ({"addr_mode": "io_together"}, "must be one of basic, io_alone"),
         ({"num_device": 0}, "must be 1 or more"),
         ({"num_device": 2}, "lacks lm_head_with_topk.onnx"),
+        ({"jobs": -1}, "jobs is -1, it must be 1 or more"),
+        ({"name": "a/b"}, "cannot begin a file's name"),
+        ({"name": ".."}, "cannot begin a file's name"),
+        ({"name": ""}, "cannot begin a file's name"),
+        ({"name": "x" * 300}, "cannot begin a file's name"),
     ],
 )
 def test_a_wrong_setting_is_refused_at_once(nets, tmp_path, arguments, message):
     with pytest.raises(UserError, match=message):
-        compiling.compile_model(nets, tmp_path, "small", **{"mode": "int8", **arguments})
+        compiling.compile_model(nets, tmp_path, **{"name": "small", "mode": "int8", **arguments})
     assert not any(tmp_path.iterdir())
 
 
@@ -295,6 +302,57 @@ def test_a_net_changed_after_its_export_is_refused(nets, tmp_path):
     (folder / "manifest.json").write_text(json.dumps({"outputs": outputs}))
     with pytest.raises(UserError, match="block_0.onnx is not what the export wrote"):
         compiling.compile_model(folder, tmp_path / "out", "small", "int8")
+
+
+def test_a_missing_vocabulary_is_said_before_anything_runs(nets, tmp_path):
+    folder = linked_copy(nets, tmp_path / "onnx")
+    (folder / "manifest.json").write_text(json.dumps({"tokenizer": "qwen.tiktoken"}))
+    with pytest.raises(UserError, match="lacks qwen.tiktoken, the vocabulary"):
+        compiling.compile_model(folder, tmp_path / "out", "small", "int8")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_net_that_fails_on_a_full_disk_says_so(nets, tmp_path, monkeypatch):
+    broken = task(nets, tmp_path / "out", "lm_head", {"recipe": "none of the settings that it needs"})
+    with pytest.raises(UserError, match="lm_head did not compile: KeyError"):
+        compiler_jobs.compile_net(broken)
+    monkeypatch.setattr(artefacts, "free_bytes", lambda path: 3_000_000)
+    with pytest.raises(UserError, match="the disk that holds .*out has only 3 MB left: free some.*lm_head.log"):
+        compiler_jobs.compile_net(broken)
+
+
+def test_kernels_that_were_left_half_built_are_built_anew(tmp_path, monkeypatch):
+    from helpers.compiler_worker import KERNELS, _kernels
+
+    monkeypatch.chdir(tmp_path)
+    cache, kernels = tmp_path / "cache", tmp_path / KERNELS
+    for full in (True, False):
+        with contextlib.suppress(OSError):
+            with _kernels(cache):
+                assert not list(kernels.iterdir())
+                (kernels / "kernel").write_text("ha")
+                if full:
+                    raise OSError("no space left: as where the process is killed, what was written stays")
+                (kernels / "kernel").write_text("half and half")
+        kernels.unlink()
+    with _kernels(cache):
+        assert (kernels / "kernel").read_text() == "half and half"
+    assert sorted(path.name for path in cache.iterdir()) == ["lock", "whole"]
+
+
+def test_bytes_do_not_depend_on_the_path(nets, tmp_path, monkeypatch):
+    """The compiler leaves bytes of a dynamic net's code unset: they are what its memory's layout makes of them."""
+    settings = compiling.net_settings("penalty_sample_head", "int8", 1, "basic", False)
+    made = set()
+    for number, more in enumerate(["", ":/nowhere", ":/" + "nowhere" * 9]):
+        monkeypatch.setenv("PATH", os.environ["PATH"] + more)
+        compiler_jobs.machine.close()  # a server has the PATH of its start
+        record = compiler_jobs.compile_net(
+            task(nets, tmp_path / str(number), "penalty_sample_head", settings)
+        )
+        made.add(record["sha256"])
+    compiler_jobs.machine.close()
+    assert len(made) == 1
 
 
 def test_a_failing_net_gives_its_own_error_and_its_log_and_the_others_stay(nets, tmp_path):
@@ -402,12 +460,29 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(nets, compiled, tm
     print(f"seed {seed}")
     moments = random.Random(seed)
     out = tmp_path / "out"
-    for _ in range(10):
+
+    def made():
+        return len(list(out.glob("*/*/manifest.json")))
+
+    kills, progress = 0, []
+    while kills < 10:
+        # In the middle of the work, however fast the machine is: a few nets more are made, another has begun.
+        enough = made() + moments.randint(0, 3)
+        if enough >= len(NETS):
+            shutil.rmtree(out)
+            enough = 0
         process = subprocess.Popen(command(nets, out), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        time.sleep(moments.uniform(0.2, 2.5))
+        while process.poll() is None and not (made() >= enough and list(out.glob("*/.*partial"))):
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 1))
+        progress.append(made())
         process.send_signal(signal.SIGKILL)
-        process.wait()
+        if process.wait() == 0:
+            assert (out / compiled.name).read_bytes() == compiled.read_bytes()  # it was done before
+        else:
+            kills += 1
         assert_nothing_left_running(tmp_path)
+    print(f"nets that were made at each moment: {progress}")
     subprocess.run(command(nets, out), check=True, capture_output=True)
     assert (out / compiled.name).read_bytes() == compiled.read_bytes()
     assert not list(out.rglob(".*partial"))
