@@ -24,6 +24,8 @@ FLOAT32_BYTES = 4
 _COPY_BYTES = 64 << 20
 # torch, its exporter and one traced layer's activations; measured with benchmarks/export_memory.py.
 _BASE_MEMORY = 1_000_000_000
+# Of a block's attention scores, that are there at once while it is traced; measured for S from 2048 to 6000.
+_SCORE_COPIES = 4
 
 
 def rotary_tables(head_dim: int, base: float, seq_length: int):
@@ -364,32 +366,39 @@ def checkpoint_prefixes(group: str) -> dict[str, str]:
     }.get(group, {})
 
 
-def needed_bytes(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Bytes of memory and of disk that an export of the whole model needs."""
+def needed_bytes(checkpoint: Checkpoint, seq_length: int = 0, rows: int = 1) -> tuple[int, int]:
+    """Bytes of memory and of disk that an export of the whole model needs; without S, those of its weights."""
     h, vocab = checkpoint.hidden_size, checkpoint.vocab_size
     block = 4 * h * h + 3 * h * checkpoint.intermediate_size
     disk = FLOAT32_BYTES * (checkpoint.layers * block + 2 * vocab * h)
     # The exporter copies what it traces, filled in or not: twice the weights of one net, in float32, for a moment.
     memory = _BASE_MEMORY + 2 * FLOAT32_BYTES * max(block, vocab * h)
-    return memory, disk
+    # Tracing runs the block once: the mask and the scores of all heads grow with the square of S.
+    seen = max(seq_length * seq_length, rows * (seq_length + rows))
+    return memory + _SCORE_COPIES * FLOAT32_BYTES * (checkpoint.heads + 1) * seen, disk
 
 
-def check_room(checkpoint: Checkpoint, out: Path) -> str:
+def check_room(checkpoint: Checkpoint, out: Path, seq_length: int, rows: int = 1) -> str:
     """One line saying what the export will need. Raises UserError, with the remedy, where that is not there."""
     import psutil
 
-    memory, disk = needed_bytes(checkpoint)
+    memory, disk = needed_bytes(checkpoint, seq_length, rows)
     free_memory, free_disk = psutil.virtual_memory().available, artefacts.free_bytes(out)
     giga = 1e9
     if free_memory < memory:
+        scores = memory - needed_bytes(checkpoint)[0]
         raise UserError(
-            f"The export needs {memory / giga:.1f} GB of memory, {free_memory / giga:.1f} GB are free: close other "
-            "programs or add swap; a GPU does not help, since one net at a time is written."
+            f"The export needs {memory / giga:.1f} GB of memory, {free_memory / giga:.1f} GB are free: "
+            + (
+                f"take a smaller --seq_length, {scores / giga:.1f} GB are for attention over {seq_length} tokens."
+                if scores > memory / 2
+                else "close other programs or add swap; a GPU does not help, since one net at a time is written."
+            )
         )
     done = sum(p.stat().st_size for p in out.glob("*.weights")) if out.is_dir() else 0
     if free_disk + done < disk:
         raise UserError(
-            f"The export needs {disk / giga:.1f} GB of disk, {free_disk / giga:.1f} GB are free on the disk that holds "
+            f"The export needs {disk / giga:.3f} GB of disk, {free_disk / giga:.3f} GB are free on the disk that holds "
             f"{out}: free some or choose another --out."
         )
     minutes = max(1, round(disk / 150e6 / 60))
@@ -430,7 +439,7 @@ def export(
             f"warning: seq_length {seq_length} is more than the {trained} this model was trained for; beyond that "
             "Qwen scales its rotary embedding, which these nets do not: expect worse answers there."
         )
-    log(check_room(checkpoint, out))
+    log(check_room(checkpoint, out, seq_length, rows))
     code = {
         name: artefacts.sha256_file(checkpoint.path / name)
         for name in ("config.json", "modeling_qwen.py", "configuration_qwen.py")
@@ -532,8 +541,6 @@ def _write_folder_manifest(out: Path, checkpoint: Checkpoint, code: dict, settin
 
 def _copy_vocabulary(checkpoint: Checkpoint, out: Path) -> str | None:
     """Put the vocabulary beside the nets, where the bmodel takes it along to a machine without the checkpoint."""
-    import shutil
-
     from helpers.tokenizer import VOCABULARY, QwenTokenizer
 
     try:
@@ -541,7 +548,7 @@ def _copy_vocabulary(checkpoint: Checkpoint, out: Path) -> str | None:
     except UserError as error:
         artefacts.log(f"warning: {error} The nets are exported all the same; chatting will want --tokenizer.")
         return None
-    shutil.copyfile(tokenizer.path, out / VOCABULARY)
+    (out / VOCABULARY).write_bytes(tokenizer.vocabulary)
     return VOCABULARY
 
 

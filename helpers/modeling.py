@@ -57,6 +57,8 @@ def load_modeling(folder: str | Path) -> types.ModuleType:
     try:
         with _found_in(folder, package), _absent_modules():
             module = importlib.import_module(name)
+        for needed in ("QWenPreTrainedModel", "QWenConfig", "QWenBlock"):
+            getattr(module, needed)
     except Exception as error:
         for loaded in [other for other in sys.modules if other.split(".")[0] == package]:
             del sys.modules[loaded]
@@ -81,14 +83,27 @@ def make_config(module: types.ModuleType, checkpoint: Checkpoint) -> object:
     }
     for key in ("architectures", "auto_map", "model_type", "transformers_version"):
         settings.pop(key, None)
-    return module.QWenConfig(**settings)
+    try:
+        return module.QWenConfig(**settings)
+    except Exception as error:
+        raise _unbuildable(checkpoint.path, error) from error
 
 
 def make_block(module: types.ModuleType, config: object) -> torch.nn.Module:
     """A QWenBlock of the module, its weights as torch makes them."""
     # The constructor of August 2023 does not work without the number of the layer, for which it has no use.
     wants_number = "layer_idx" in inspect.signature(module.QWenBlock).parameters
-    return module.QWenBlock(config, **({"layer_idx": 1} if wants_number else {}))
+    try:
+        return module.QWenBlock(config, **({"layer_idx": 1} if wants_number else {}))
+    except Exception as error:
+        raise _unbuildable(Path(module.__file__).parent, error) from error
+
+
+def _unbuildable(folder: Path, error: Exception) -> UserError:
+    return UserError(
+        f"The code in {folder} cannot build a block from its config.json ({type(error).__name__}: {error}): take both "
+        "from the checkpoint's repository again, of one revision."
+    )
 
 
 def build_block(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import binascii
 import codecs
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -42,14 +43,16 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 class QwenTokenizer:
     """Text to ids and back. Make it with `QwenTokenizer.open`.
 
-    endoftext, im_start, im_end: ids of the special tokens. path: the vocabulary file.
+    endoftext, im_start, im_end: ids of the special tokens. path: the vocabulary file. vocabulary: its contents.
     """
 
-    def __init__(self, ranks: dict[bytes, int], path: Path):
+    def __init__(self, vocabulary: bytes, path: Path):
         import tiktoken
 
+        ranks = _parse(vocabulary, path)
+
         specials = CHATML_SPECIALS + (EXTRA_SPECIALS if len(ranks) == GENUINE_RANKS else ())
-        self.path = path
+        self.path, self.vocabulary = path, vocabulary
         self.specials = {name: len(ranks) + i for i, name in enumerate(specials)}
         self.endoftext, self.im_start, self.im_end = (self.specials[name] for name in CHATML_SPECIALS)
         self._encoding = tiktoken.Encoding(
@@ -69,13 +72,15 @@ class QwenTokenizer:
         cut = _cut(folder) if path.is_dir() or path.name == VOCABULARY else None
         file = path / VOCABULARY if path.is_dir() else path
         if cut is not None and _contents(file) != cut:
-            _write(file, cut)
+            # What is cut can be cut again: a folder that may not be written to is as good.
+            with contextlib.suppress(OSError):
+                _write(file, cut)
         contents = cut if cut is not None else _contents(file)
         if contents is None:
             raise UserError(
                 f"There is no vocabulary at {file}: give a qwen.tiktoken, or the checkpoint folder that holds one."
             )
-        return cls(_parse(contents, file), file)
+        return cls(contents, file)
 
     def __len__(self) -> int:
         """How many ids mean something: ranks and special tokens, without the padding of the model's vocab_size."""
@@ -185,8 +190,11 @@ def _contents(file: Path) -> bytes | None:
 
 def _write(file: Path, contents: bytes) -> None:
     partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    partial.write_bytes(contents)
-    os.replace(partial, file)
+    try:
+        partial.write_bytes(contents)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _parse(contents: bytes, file: Path) -> dict[bytes, int]:

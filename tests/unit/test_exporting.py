@@ -121,3 +121,22 @@ def test_weights_that_are_equal_stay_apart(patched_tiny, tmp_path):
     module = builder.block_net()
     graph = exporting.trace(module, "block", builder.example("block"))
     assert {name for name, _ in module.named_parameters()} <= {value.name for value in graph.graph.input}
+
+
+def test_a_sequence_length_beyond_the_memory_is_refused(patched_tiny, tmp_path):
+    with pytest.raises(UserError, match="take a smaller --seq_length, [0-9.]+ GB are for attention over 1000000"):
+        exporting.export(patched_tiny, tmp_path / "onnx", 1_000_000)
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_code_that_lacks_a_class_is_one_sentence(patched_tiny, tmp_path):
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(patched_tiny, folder)
+    (folder / "patches.json").unlink()
+    code = (folder / "modeling_qwen.py").read_text()
+    (folder / "modeling_qwen.py").write_text(code.replace("class RMSNorm(", "class Norm("))
+    with pytest.raises(UserError, match="cannot build a block from its config.json .NameError"):
+        exporting.export(folder, tmp_path / "onnx", 64)
+    (folder / "modeling_qwen.py").write_text(code.replace("class QWenPreTrainedModel(", "class Pre("))
+    with pytest.raises(UserError, match="cannot be imported"):
+        exporting.export(folder, tmp_path / "onnx", 64)

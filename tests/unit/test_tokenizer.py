@@ -207,3 +207,14 @@ def test_it_needs_neither_torch_nor_transformers():
 def test_more_text_than_any_model_takes_is_one_sentence():
     with pytest.raises(UserError, match="shorten"):
         QwenTokenizer.open(TINY).encode(" " * 1_000_000)
+
+
+def test_a_folder_that_may_not_be_written_to_is_as_good(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("helpers.tokenizer._write", refuse)
+    (tmp_path / "tokenizer_config.json").write_text('{"qwen_tokenizer_ranks": 300}')
+    tokenizer = QwenTokenizer.open(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("S = 256")) == "S = 256"
+    assert len(tokenizer.vocabulary.splitlines()) == 300 and not (tmp_path / "qwen.tiktoken").exists()
