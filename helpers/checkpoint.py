@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,9 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
     "pytorch_model.bin",
 )
+
+# Others hold numbers that are not the weights' own values: they are quantised, and the scales are elsewhere.
+WEIGHT_DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 # The August 2023 revisions of Qwen call four keys otherwise.
 OLD_KEYS = {
@@ -70,14 +75,20 @@ class Checkpoint:
         path = Path(folder)
         config = _read_config(path)
 
-        def size(key: str) -> int:
-            value = config.get(key, config.get(OLD_KEYS.get(key)))
-            if not isinstance(value, int) or value < 1:
+        def number(key: str, kinds: tuple[type, ...], needed: str, default: object = None):
+            value = config.get(key, config.get(OLD_KEYS.get(key), default))
+            if type(value) not in kinds or not 0 < value < math.inf:
                 raise UserError(
-                    f"{path / 'config.json'} says {key} = {value!r} where a positive whole number was needed: take "
-                    "config.json from the checkpoint's own repository again."
+                    f"{path / 'config.json'} says {key} = {value!r} where {needed} was needed: take config.json from "
+                    "the checkpoint's own repository again."
                 )
             return value
+
+        def size(key: str, default: int | None = None) -> int:
+            return number(key, (int,), "a positive whole number", default)
+
+        def positive(key: str, default: float) -> float:
+            return number(key, (int, float), "a positive number", default)
 
         sizes = {
             "layers": size("num_hidden_layers"),
@@ -86,16 +97,25 @@ class Checkpoint:
             "intermediate_size": size("intermediate_size") // 2,
             "vocab_size": size("vocab_size"),
         }
+        if (part := config.get("rotary_pct", 1.0)) != 1.0:
+            raise UserError(
+                f"{path / 'config.json'} says rotary_pct = {part!r}: these nets rotate whole heads (1.0), as every "
+                "published Qwen does."
+            )
         checkpoint = cls(
             path=path,
             config=config,
             files=_find_weights(path),
-            head_dim=config.get("kv_channels", sizes["hidden_size"] // sizes["heads"]),
-            eps=config.get("layer_norm_epsilon", 1e-6),
-            rotary_base=config.get("rotary_emb_base", 10000),
+            head_dim=size("kv_channels", sizes["hidden_size"] // sizes["heads"]),
+            eps=positive("layer_norm_epsilon", 1e-6),
+            rotary_base=positive("rotary_emb_base", 10000),
             **sizes,
         )
-        missing = [name for name in checkpoint.shapes() if name not in checkpoint.files]
+        if checkpoint.layers > len(checkpoint.files):
+            # A number of layers that is nonsense would have no end of names.
+            missing = [f"transformer.h.{checkpoint.layers - 1}.ln_1.weight"]
+        else:
+            missing = [name for name in checkpoint.shapes() if name not in checkpoint.files]
         if missing:
             raise UserError(
                 f"The weights in {path} lack {_listed(missing)}, which a first-generation Qwen of {checkpoint.layers} "
@@ -151,6 +171,12 @@ class Checkpoint:
         shapes = self.shapes()
         for file in dict.fromkeys(self.files[name] for name in wanted):
             for name, tensor in _read(file, [name for name in wanted if self.files[name] == file]):
+                dtype = getattr(tensor, "dtype", type(tensor))
+                if str(dtype).removeprefix("torch.") not in WEIGHT_DTYPES:
+                    raise UserError(
+                        f"{file} has {name} as {dtype}, not as one of {', '.join(WEIGHT_DTYPES)}: take the checkpoint "
+                        "whose weights are not quantised, TPU-MLIR quantises them."
+                    )
                 if name in shapes and tuple(tensor.shape) != shapes[name]:
                     raise UserError(
                         f"{file} has {name} of shape {list(tensor.shape)}, but {self.path / 'config.json'} asks for "
@@ -182,13 +208,15 @@ def _read_config(path: Path) -> dict:
             f"{path} has no config.json, so it is not a checkpoint: give the folder that holds config.json, "
             "modeling_qwen.py and the weights."
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except PermissionError:
+        raise UserError(f"{file} may not be read: give yourself the right to read it.") from None
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{file} is not readable JSON ({error}): download it again.") from None
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != "qwen":
         remedy = (
             "TPU-MLIR's llm_convert.py takes this one."
-            if kind in LLM_CONVERT_TYPES
+            if str(kind) in LLM_CONVERT_TYPES
             else "take Qwen-1.8B-Chat, Qwen-7B-Chat or Qwen-14B-Chat, or models/tiny."
         )
         raise UserError(f"{file} says model_type {kind!r}; first-generation Qwen ('qwen') was needed: {remedy}")
@@ -208,6 +236,8 @@ def _find_weights(path: Path) -> dict[str, Path]:
         if name.endswith(".index.json"):
             try:
                 shards = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+                if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+                    raise TypeError("weight_map does not name a file for each tensor")
             except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
                 raise UserError(f"{file} is not a readable index ({error!r}): download it again.") from None
             missing = sorted({shard for shard in shards.values() if not (path / shard).is_file()})
@@ -268,6 +298,8 @@ def _bin(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _damaged(file: Path, error: Exception) -> UserError:
+    if not os.access(file, os.R_OK):
+        return UserError(f"{file} may not be read: give yourself the right to read it.")
     with open(file, "rb") as start:
         if start.read(40).startswith(b"version https://git-lfs"):
             return UserError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` in {file.parent}.")

@@ -200,3 +200,44 @@ def test_truncated_weights_are_said_to_be(tmp_path, weights):
 def test_an_absent_prefix_is_an_error():
     with pytest.raises(UserError, match="no tensor 'transformer.h.9'"):
         Checkpoint.open(TINY).load("transformer.h.9")
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("model_type", ["qwen"]), ("hidden_size", True), ("kv_channels", "x"), ("kv_channels", None),
+        ("layer_norm_epsilon", None), ("layer_norm_epsilon", float("nan")), ("rotary_emb_base", "x"),
+        ("rotary_emb_base", 0), ("rotary_pct", 0.5),
+    ],
+)  # fmt: skip
+def test_a_value_that_makes_no_sense_is_named(tmp_path, weights, key, value):
+    folder = write(tmp_path / "c", weights, "safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(UserError, match=key):
+        Checkpoint.open(folder)
+
+
+def test_more_layers_than_there_are_tensors_are_not_looked_for_one_by_one(tmp_path, weights):
+    folder = write(tmp_path / "c", weights, "safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
+    with pytest.raises(UserError, match="lack transformer.h.999999999.ln_1.weight"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_weights_that_are_quantised_without_saying_so_are_refused(tmp_path, weights, dtype):
+    name = f"{BLOCK}.mlp.w1.weight"
+    changed = weights | {name: weights[name].to(getattr(torch, dtype))}
+    checkpoint = Checkpoint.open(write(tmp_path / "c", changed, "safetensors"))
+    with pytest.raises(UserError, match=f"{name} as torch.{dtype}.*not quantised"):
+        checkpoint.load(BLOCK)
+
+
+@pytest.mark.parametrize("index", ["[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}'])
+def test_an_index_that_names_no_files_is_refused(tmp_path, index):
+    shutil.copy(TINY / "config.json", tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match="not a readable index"):
+        Checkpoint.open(tmp_path)
