@@ -120,8 +120,8 @@ def apply(
     length = seq_length or record.get("seq_length") or min(SEQ_LENGTH, _trained(source, originals))
     steps = plan(originals, length, chosen)
     _check_plan(source, steps)
-    changed = _write(target, originals, steps, length)
-    return Report(target, steps, changed, _warnings(_trained(source, originals), length))
+    warnings = _warnings(_trained(source, originals), length)
+    return Report(target, steps, _write(target, originals, steps, length), warnings)
 
 
 def revert(model_path: str | Path, only: Iterable[str] | None = None) -> Report:
@@ -204,7 +204,7 @@ def trained_seq_length(model_path: str | Path) -> int:
 
 def _trained(folder: Path, originals: dict[str, str]) -> int:
     length = _config(folder, originals).get("seq_length")
-    if not isinstance(length, int) or length < 1:
+    if type(length) is not int or length < 1:
         raise UserError(f"{folder / 'config.json'} says seq_length = {length!r}; the trained length was needed there.")
     return length
 
@@ -214,7 +214,9 @@ def _config(folder: Path, texts: dict[str, str]) -> dict:
         config = json.loads(texts["config.json"])
     except json.JSONDecodeError as error:
         raise UserError(f"{folder / 'config.json'} is not readable JSON ({error}): download it again.") from None
-    return config if isinstance(config, dict) else {}
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / 'config.json'} is JSON, but not a configuration (no object): download it again.")
+    return config
 
 
 def _warnings(trained: int, seq_length: int) -> list[str]:
@@ -251,11 +253,13 @@ def _check_plan(folder: Path, steps: list[Step]) -> None:
 def _text(path: Path) -> str:
     try:
         return path.read_bytes().decode()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{path.parent} has no {path.name}: a folder with a first-generation Qwen checkpoint (config.json, "
             "modeling_qwen.py, the weights) was needed."
         ) from None
+    except PermissionError:
+        raise UserError(f"{path} may not be read: give yourself the right to read it.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}): download it again.") from None
 
@@ -271,21 +275,26 @@ def _read(folder: Path) -> tuple[dict[str, str], dict]:
     """
     record_path = folder / RECORD
     if not record_path.exists():
-        return {name: _text(folder / name) for name in FILES}, {}
+        originals = {name: _text(folder / name) for name in FILES}
+        _config(folder, originals)
+        return originals, {}
     try:
         record = json.loads(record_path.read_text(encoding="utf-8"))
         kept = {name: record["files"][name] for name in FILES}
         originals = {name: entry["original"] for name, entry in kept.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        known = {name: {_sha256(entry["original"]), *entry["patched_sha256"]} for name, entry in kept.items()}
+        if not isinstance(record["patches"], list) or not isinstance(record["seq_length"], int):
+            raise TypeError("its patches or its seq_length are not what they should be")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{record_path} is not a readable record of patches ({error}): take modeling_qwen.py and config.json from "
             f"the checkpoint's repository again, delete {RECORD} and patch again."
         ) from None
-    for name, entry in kept.items():
+    for name, accepted in known.items():
         # A file that is missing is one to restore.
         if not (folder / name).exists():
             continue
-        if _sha256(_text(folder / name)) not in (_sha256(entry["original"]), *entry["patched_sha256"]):
+        if _sha256(_text(folder / name)) not in accepted:
             raise UserError(
                 f"{folder / name} was edited after it was patched, and was left as it is. To go back to the original, "
                 f"move the edited file away and run `python -m helpers patch --revert`, which restores it; to keep the "

@@ -837,3 +837,39 @@ def test_source_edits_count_bytes_not_characters():
     source = Source("x = '深圳'; y = 1 + 2\n")
     node = source.tree.body[1].value
     assert source.replace_expression(node, "3").text == "x = '深圳'; y = 3\n"
+
+
+@pytest.mark.parametrize(
+    "text, told",
+    [("", "not readable JSON"), ('{"a":', "not readable JSON"), ("null", "no object"), ("[]", "no object")],
+)
+def test_a_config_that_is_none_is_one_sentence(folder, text, told):
+    (folder / "config.json").write_text(text)
+    with pytest.raises(UserError, match=told):
+        patching.apply(folder, seq_length=64)
+    assert not (folder / patching.RECORD).exists()
+
+
+@pytest.mark.parametrize("value", [0, -1, True])
+def test_a_trained_length_that_is_none_leaves_every_file_as_it_was(folder, value):
+    config = json.loads((folder / "config.json").read_text()) | {"seq_length": value}
+    (folder / "config.json").write_text(json.dumps(config))
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(UserError, match="the trained length was needed"):
+        patching.apply(folder, seq_length=64)
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("change", [{"patches": 3}, {"seq_length": "64"}, {"files": {}}])
+def test_a_record_that_is_none_is_one_sentence(folder, change):
+    patching.apply(folder, seq_length=64)
+    record = json.loads((folder / patching.RECORD).read_text())
+    (folder / patching.RECORD).write_text(json.dumps(record | change))
+    with pytest.raises(UserError, match="not a readable record"):
+        patching.revert(folder)
+
+
+def test_a_file_is_not_a_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="a folder with a first-generation Qwen checkpoint"):
+        patching.apply(tmp_path / "file")
