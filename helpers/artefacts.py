@@ -70,15 +70,30 @@ def read_manifest(artefact: str | Path) -> dict:
     """
     path = manifest_path(artefact)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if not _is_manifest(manifest):
+            raise ValueError("it does not say what a manifest says")
+        return manifest
     except FileNotFoundError:
         raise UserError(
             f"{artefact} has no manifest ({path.name}): make it again with `python -m helpers`."
         ) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise UserError(
             f"{path} is not a readable manifest ({error}): delete it and make the artefact again."
         ) from None
+
+
+def _is_manifest(value: object) -> bool:
+    """Whether the parts that every reader relies on are of their types, where they are there at all."""
+    if not isinstance(value, dict) or not all(isinstance(value.get(key, {}), dict) for key in ("inputs", "settings")):
+        return False
+    outputs = value.get("outputs", {})
+    return (
+        isinstance(outputs, dict)
+        and all(isinstance(entry, dict) and "sha256" in entry for entry in outputs.values())
+        and isinstance(value.get("tokenizer", ""), str | None)
+    )
 
 
 def write_json(path: str | Path, value: object) -> None:
@@ -105,7 +120,7 @@ def is_whole(artefact: str | Path, manifest: dict) -> bool:
     outputs = manifest.get("outputs") or {}
     return bool(outputs) and all(
         (root / name).is_file()
-        and (root / name).stat().st_size == described["bytes"]
+        and (root / name).stat().st_size == described.get("bytes")
         and sha256_file(root / name) == described["sha256"]
         for name, described in outputs.items()
     )
@@ -164,6 +179,8 @@ def building(
             write_json(partial / MANIFEST, manifest)
             _move_folder(partial, artefact)
         else:
+            if artefact.is_dir():
+                raise UserError(f"{artefact} is a folder; a file is to be written there: name another.")
             # The manifest goes first: files that do not fit their manifest are made again, never trusted.
             write_json(manifest_path(artefact), manifest)
             for name in manifest["outputs"]:

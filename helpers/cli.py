@@ -4,7 +4,9 @@ Each command lives in the module of its step, as `add_arguments(parser)` and `ru
 """
 
 import argparse
+import errno
 import importlib
+import os
 import sys
 
 from helpers.errors import UserError
@@ -24,7 +26,50 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
-    argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        # Whatever the locale: a character that it lacks, or a byte that is none, is a question mark, not the end.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        _let_go_of_stdout()
+        if isinstance(error, BrokenPipeError):
+            return 1  # whoever read the output has enough: `… | head`
+        if (remedy := _remedy(error)) is None:
+            raise
+        print(f"error: {error.filename or 'A file'}: {error.strerror}. {remedy}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: what was finished is kept; the same command goes on from there.", file=sys.stderr)
+        return 130
+
+
+def _let_go_of_stdout() -> None:
+    """Where standard output cannot be written to, drop what is still buffered: Python would try again at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _remedy(error: OSError) -> str | None:
+    """What to do where the system refuses a file; None for what no user can cause."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "Free some space, or write to another disk, and run the same command again; what was finished is kept."
+    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
+        return "Give yourself the right to it, or name a file or folder that you may read, and for --out write."
+    if isinstance(error, FileExistsError | IsADirectoryError | NotADirectoryError):
+        return "A file was found where a folder was needed, or a folder for a file: name another."
+    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+        return "Give it another name."
+    return None
+
+
+def _run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m helpers", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     asked = next((word for word in argv if not word.startswith("-")), None)
@@ -35,11 +80,7 @@ def main(argv: list[str] | None = None) -> int:
             implementation = importlib.import_module(module)
             implementation.add_arguments(command)
     args = parser.parse_args(argv)
-    try:
-        return implementation.run(args) or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: what was finished is kept; the same command goes on from there.", file=sys.stderr)
-        return 130
+    code = implementation.run(args) or 0
+    # What does not reach its reader must not end as success.
+    sys.stdout.flush()
+    return code

@@ -66,10 +66,11 @@ class Sampling:
 
     def __post_init__(self):
         checks = (
-            (self.temperature >= 0, "temperature", "0 or more", self.temperature),
+            # Beyond these bounds the head, in float32, divides by zero or infinity and has no probabilities left.
+            (0 <= self.temperature <= 1000, "temperature", "0 to 1000", self.temperature),
             (0 < self.top_p <= 1, "top_p", "over 0, at most 1", self.top_p),
             (1 <= self.top_k <= CANDIDATES, "top_k", f"1 to {CANDIDATES}", self.top_k),
-            (self.repetition_penalty > 0, "repetition_penalty", "over 0", self.repetition_penalty),
+            (0.001 <= self.repetition_penalty <= 1000, "repetition_penalty", "0.001 to 1000", self.repetition_penalty),
             (self.repetition_last_n >= 1, "repetition_last_n", "1 or more", self.repetition_last_n),
             (self.seed is None or self.seed >= 0, "seed", "0 or more", self.seed),
         )

@@ -15,6 +15,7 @@ import ast
 import contextlib
 import fcntl
 import json
+import math
 import os
 import signal
 import struct
@@ -597,7 +598,12 @@ def record(out: str | Path, section: dict) -> dict:
     path = out / "summary.json"
     with open(out / ".summary.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        try:
+            summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            if not isinstance(summary, dict):
+                raise ValueError("no object")
+        except ValueError as error:
+            raise UserError(f"{path} is not a summary ({error}): delete it, the notebooks write it anew.") from None
         _merge(summary, json.loads(json.dumps(section)))
         write_json(path, summary)
     return summary
@@ -682,7 +688,7 @@ def _chosen(args) -> list[Path]:
     every = sorted(NOTEBOOKS.glob("[0-9][0-9]*.ipynb"))
     chosen = args.notebooks or every
     if args.only:
-        chosen = [path for path in chosen if any(path.name.startswith(start) for start in args.only)]
+        chosen = [path for path in chosen if any(start and path.name.startswith(start) for start in args.only)]
     if args.first:
         chosen = [path for path in chosen if path.name[: len(args.first)] >= args.first]
     if not chosen:
@@ -729,6 +735,8 @@ def _share(settings: dict[str, object], notebooks: list[Path]) -> dict[Path, dic
 
 def run(args) -> int:
     """Run the chosen notebooks in order; stop at the first that fails. Exit code 0 or 1."""
+    if args.cell_seconds is not None and not 0 < args.cell_seconds < math.inf:
+        raise UserError(f"--cell-seconds is {args.cell_seconds:g}, it must be a number over 0.")
     notebooks = _chosen(args)
     shares = _share(_settings(args.set), notebooks)
     whole = not (args.notebooks or args.only or args.first)

@@ -101,3 +101,22 @@ def test_seconds_are_measured(tmp_path):
         partial.write_text("x")
         time.sleep(0.05)
     assert artefacts.read_manifest(tmp_path / "x")["seconds"] >= 0.05
+
+
+@pytest.mark.parametrize("text", ["null", "[]", '{"outputs": 3}', '{"outputs": {"a": "b"}}', '{"tokenizer": 3}'])
+def test_json_that_is_no_manifest_says_so(tmp_path, text):
+    path = tmp_path / "file.bin"
+    build(path)
+    artefacts.manifest_path(path).write_text(text)
+    with pytest.raises(UserError, match="not a readable manifest"):
+        artefacts.read_manifest(path)
+    assert not artefacts.up_to_date(path, {"a": "1"}, {"s": 1})
+
+
+def test_a_folder_is_not_replaced_by_a_file(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "manifest.json").write_text("mine")
+    with pytest.raises(UserError, match="is a folder"):
+        build(folder)
+    assert [(p.name, p.read_text()) for p in folder.iterdir()] == [("manifest.json", "mine")]

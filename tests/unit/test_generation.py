@@ -110,8 +110,12 @@ def test_cancelling_stops_between_tokens(runner, chat_prompt, demo_questions):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": 0}, {"top_k": 51}, {"repetition_penalty": 0}]
-)
+    "wrong",
+    [
+        {"temperature": -1}, {"temperature": float("inf")}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": 0}, {"top_k": 51},
+        {"repetition_penalty": 0}, {"repetition_penalty": 1e-39}, {"repetition_penalty": 1e39},
+    ],
+)  # fmt: skip
 def test_sampling_outside_its_range_is_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         Sampling(**wrong)

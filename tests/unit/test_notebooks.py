@@ -418,6 +418,9 @@ def test_whole_set_wants_a_whole_summary(tutorial_folder, tmp_path, capsys):
         (["--set", "seq_length=long"], "a value like 64 is needed"),
         (["--set", "seq_length"], "needed is NAME=VALUE"),
         (["--only", "07"], "No notebook was chosen; there are 00_first.ipynb"),
+        (["--only", ""], "No notebook was chosen"),
+        (["--cell-seconds", "-1"], "--cell-seconds is -1, it must be a number over 0"),
+        (["--cell-seconds", "nan"], "--cell-seconds is nan, it must be a number over 0"),
         (["nonesuch.ipynb"], "does not exist"),
     ],
 )
@@ -489,3 +492,10 @@ def test_stopped_runner_leaves_no_kernel(number, code, write, tmp_path):
     _, said = runner.communicate(timeout=30)
     assert runner.returncode == code and "Traceback" not in said, said
     kernel.wait(10)
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_summary_that_is_none_is_one_sentence(tmp_path, text):
+    (tmp_path / "summary.json").write_text(text)
+    with pytest.raises(UserError, match="is not a summary"):
+        record(tmp_path, {"model": "tiny"})
