@@ -22,6 +22,8 @@ from helpers.latency import KINDS
 PORT = 8000  # as documented
 WAITING = 16
 BACKLOG = 2048
+# A connection whose client takes nothing for this long is cut: closing it would wait for the client for ever.
+STALLED_S = 60
 KEY_VARIABLE = "QWEN_SERVICE_API_KEY"
 
 
@@ -44,6 +46,7 @@ def listen(host: str, port: int) -> socket.socket:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, proto)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * STALLED_S)  # those it accepts inherit it
         bound.bind(address)
         bound.listen(BACKLOG)
     except OSError as error:

@@ -32,7 +32,7 @@ from helpers.service_queue import ChipQueue, EngineFailed, Job, QueueFull, TimeL
 
 WEB = Path(__file__).with_name("web")
 BODY_TIMEOUT_S = 30
-# A client that takes nothing for this long is disconnected; the chip has long been free.
+# Nothing more is sent to a client that takes nothing for this long; the chip has long been free.
 SEND_TIMEOUT_S = 60
 # What is too long is read and thrown away up to here, so that the client gets to read the refusal.
 DISCARD_BYTES = 64 << 20
@@ -232,7 +232,7 @@ class AnswerStream(EventSourceResponse):
         try:
             await super().__call__(scope, receive, send)
         except SendTimeoutError:
-            log(f"a client took nothing for {SEND_TIMEOUT_S} s: disconnected")
+            log(f"a client took nothing for {SEND_TIMEOUT_S} s: given up")
         finally:
             self.queue.cancel(self.job)
 

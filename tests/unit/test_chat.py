@@ -122,6 +122,8 @@ def test_the_oldest_turns_are_dropped_and_it_says_so(tokenizer):
     assert "oldest" in session.notice and "120" in session.notice
     assert session.history[-1][0] == "question 3"
     assert len(session.history) < 4
+    session.clear()
+    assert session.notice is None and session.history == []
 
 
 def test_max_turns_limits_what_is_remembered(tokenizer):

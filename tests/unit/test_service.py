@@ -15,10 +15,11 @@ import httpx
 import openai
 import pytest
 
+from helpers.chat import MAX_TURNS
 from helpers.errors import UserError
 from helpers.service import add_arguments, is_loopback, listen
 from helpers.service_api import CompletionRequest, Server, Settings, create_app
-from helpers.service_queue import ChipQueue
+from helpers.service_queue import ChipQueue, EngineFailed
 from tests.unit.chromium import Page, find_chromium
 from tests.unit.fake_runner import FakeRunner
 
@@ -144,6 +145,9 @@ def test_long_histories_lose_their_oldest_turns_and_it_says_so(serve):
     response = service.http.post("/chat/completions", json={"question": "q", "history": history})
     assert response.json() == {"data": TEXT}
     assert 10 < int(response.headers["X-Dropped-Turns"]) < 20
+    roomy = serve(seq_length=4096)
+    response = roomy.http.post("/chat/completions", json={"question": "q", "history": ["a", "b"] * (MAX_TURNS + 2)})
+    assert response.headers["X-Dropped-Turns"] == "2"
 
 
 @pytest.mark.parametrize(
@@ -217,6 +221,7 @@ def test_limits_and_stop_strings(serve, stream):
         return "".join(c.delta.content or "" for c in chunks), chunks[-1].finish_reason
 
     assert answer(stop=[" three", "never"]) == ("one two", "stop")
+    assert answer(stop="five hundred") == ("one two three four five", "stop")
     text, reason = answer(max_tokens=2)
     assert "one two three four five".startswith(text) and reason == "length"
     assert answer(max_completion_tokens=2) == (text, reason)
@@ -449,7 +454,8 @@ def test_a_thousand_requests_at_once(serve):
 
 def test_the_openai_client_sees_a_full_queue_as_a_rate_limit(serve):
     service = serve(waiting=0, step_s=0.2)
-    with service.http.stream("POST", "/v1/chat/completions", json=ask(stream=True)):
+    with service.http.stream("POST", "/v1/chat/completions", json=ask(stream=True)) as response:
+        assert response.status_code == 200
         with pytest.raises(openai.RateLimitError, match="waiting"):
             service.openai.chat.completions.create(**ask())
 
@@ -494,6 +500,20 @@ def test_a_slow_reader_does_not_hold_the_chip(serve):
         response.begin()
         *_, last, end = response.read().decode().split("\n\n")
         assert last == f"event: done\ndata: {'word ' * 4000}" and end == ""
+
+
+def test_a_client_that_reads_nothing_is_disconnected(serve, monkeypatch):
+    monkeypatch.setattr("helpers.service_api.SEND_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("helpers.service.STALLED_S", 1)
+    service = serve("word " * 30_000, seq_length=40_000)
+    service.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    body = json.dumps({"question": "q", "stream": True}).encode()
+    with socket.socket() as silent:
+        silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        silent.connect(("127.0.0.1", service.port))
+        silent.sendall(b"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        service.wait_until(lambda: service.runners[0].answers)
+        service.wait_until(lambda: not service.server.server_state.connections)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -612,6 +632,8 @@ def test_who_waits_when_the_service_ends_is_told(serve):
     assert time.monotonic() - started < 2
     assert responses[0].status_code == 200 and "shutting down" in responses[0].text.splitlines()[-2]
     assert [responses[k].status_code for k in (1, 2)] == [503, 503]
+    with pytest.raises(EngineFailed, match="shutting down"):
+        service.queue.check_room()
 
 
 def test_a_model_that_cannot_be_opened_ends_the_start(tokenizer):
