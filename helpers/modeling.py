@@ -126,25 +126,19 @@ def build_model(folder: str | Path, dtype: torch.dtype | str = "float32") -> tor
     [1, T, heads, head_dim], per layer.
     """
     checkpoint = Checkpoint.open(folder)
-    module = load_modeling(folder)
-    config = make_config(module, checkpoint)
-    with _uninitialised():
-        model = module.QWenLMHeadModel(config)
-    return _filled(model, checkpoint, "", dtype)
+    return _filled(_empty_model(checkpoint), checkpoint, "", dtype)
 
 
 def build_streamed_model(folder: str | Path) -> torch.nn.Module:
     """As `build_model`, in float32, with the weights of one part at a time in memory.
 
     Each block, the embedding, the last norm and the head read theirs just before their own forward and give them up
-    after it: slow, but 7B answers in 8 GB of memory where all its weights in float32 are 31 GB.
+    after it: slow, but in float32 the largest part of a 7B model is 2.5 GB, and all of it 31 GB.
     """
     import torch
 
     checkpoint = Checkpoint.open(folder)
-    module = load_modeling(folder)
-    with _uninitialised():
-        model = module.QWenLMHeadModel(make_config(module, checkpoint))
+    model = _empty_model(checkpoint)
     transformer = model.transformer
     parts = {f"transformer.h.{i}.": block for i, block in enumerate(transformer.h)}
     parts |= {"transformer.wte.": transformer.wte, "transformer.ln_f.": transformer.ln_f, "lm_head.": model.lm_head}
@@ -158,6 +152,14 @@ def build_streamed_model(folder: str | Path) -> torch.nn.Module:
         part.register_forward_pre_hook(lambda part, _, prefix=prefix: _fill(part, checkpoint, prefix, torch.float32))
         part.register_forward_hook(give_up)
     return model.float().eval().requires_grad_(False)
+
+
+def _empty_model(checkpoint: Checkpoint) -> torch.nn.Module:
+    """The checkpoint's QWenLMHeadModel, its weights not filled in."""
+    module = load_modeling(checkpoint.path)
+    config = make_config(module, checkpoint)
+    with _uninitialised():
+        return module.QWenLMHeadModel(config)
 
 
 class _SourceLoader(importlib.machinery.SourceFileLoader):
