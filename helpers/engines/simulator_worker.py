@@ -9,6 +9,7 @@ Requests are tuples (operation, *arguments), one answer each: ("ok", value) or (
 request of a write and the answer of a read as a message of its own.
 """
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -226,6 +227,30 @@ def demote_idle_engines():
                 os.sched_setscheduler(int(thread), os.SCHED_IDLE, os.sched_param(0))
 
 
+class OneCore:
+    """Holds all threads on the core where the caller is, while they compute; the next time it may be another one.
+
+    The simulated chip's engines take turns. On cores of their own those that wait poll, for as much processor time
+    as the one that works, and no answer comes sooner: benchmarks/simulator_speed.py. Needs the preloaded library,
+    without which the one that works would wait for each poller's time slice.
+    """
+
+    def __init__(self, libc):
+        self._getcpu = libc.sched_getcpu
+        self._allowed = os.sched_getaffinity(0)
+
+    def __enter__(self):
+        core = self._getcpu()
+        for thread in os.listdir("/proc/self/task"):
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(int(thread), {core})
+
+    def __exit__(self, *_):
+        # Only this thread: where it is woken for the next request, the others follow.
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, self._allowed)
+
+
 def exit_with_parent(parent, scratch):
     """End this process soon after the caller's, however that one ended, also in the middle of a run."""
     while os.getppid() == parent:
@@ -238,7 +263,7 @@ def end(scratch):
     os._exit(0)
 
 
-def serve(simulator, connection, set_idle, scheduling):
+def serve(simulator, connection, set_idle, one_core, scheduling):
     operations = {"open", "allocate", "read", "copy", "run"}
     while True:
         if set_idle and not connection.poll(QUIET_SECONDS):
@@ -252,7 +277,8 @@ def serve(simulator, connection, set_idle, scheduling):
             if operation == "write":
                 value = simulator.write(*arguments, connection.recv_bytes())
             elif operation in operations:
-                value = getattr(simulator, operation)(*arguments)
+                with one_core if operation == "run" else contextlib.nullcontext():
+                    value = getattr(simulator, operation)(*arguments)
             else:
                 raise Refused(f"no operation {operation}")
         except Refused as refusal:
@@ -276,7 +302,8 @@ def main():
     threading.Thread(target=exit_with_parent, args=(int(parent), scratch), daemon=True).start()
     set_idle = getattr(libc, "simulator_idle", None)
     try:
-        serve(Simulator(libraries), Connection(int(pipe)), set_idle, scheduling)
+        one_core = OneCore(libc) if set_idle else contextlib.nullcontext()
+        serve(Simulator(libraries), Connection(int(pipe)), set_idle, one_core, scheduling)
     except (EOFError, ConnectionError):
         end(scratch)
 

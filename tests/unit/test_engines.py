@@ -365,6 +365,16 @@ def test_the_library_is_built_once_and_a_broken_build_is_not_taken(monkeypatch, 
     assert not list(built.parent.iterdir())
 
 
+def test_chip_threads_share_a_core_and_the_next_run_may_take_another(bmodels):
+    with simulator.SimulatorEngine(bmodels["basic"], "yield") as engine:
+        run_cache(engine, bf16(STATES)[0], bf16(PAST)[0])
+        main = process_of(engine)
+        threads = [int(task.name) for task in Path(f"/proc/{main}/task").iterdir()]
+        cores = {thread: os.sched_getaffinity(thread) for thread in threads}
+        assert cores.pop(main) == os.sched_getaffinity(0)
+        assert len(cores) > 4 and len(set.union(*cores.values())) == 1
+
+
 def test_nobody_computes_while_nobody_asks(bmodels):
     with simulator.SimulatorEngine(bmodels["basic"], "yield") as engine:
         expected = run_cache(engine, bf16(STATES)[0], bf16(PAST)[0])
