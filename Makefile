@@ -15,8 +15,9 @@ setup: ## build or repair .venv (nothing to do: a moment)
 run: setup ## walk the notebooks headless; results in out/
 	@$(PYTHON) -m helpers notebooks $(ARGS)
 
+# Two workers, a file of tests to one of them; in the order of their names, since the chain of notebooks takes longest.
 test: setup ## everything that tells whether it is right
-	@$(PYTHON) -m pytest -q $(ARGS)
+	@$(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lab: setup ## the same notebooks in JupyterLab
 	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(PYTHON) -m jupyter lab --LabApp.default_url=/lab/tree/notebooks/00-environment.ipynb $(ARGS)

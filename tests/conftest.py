@@ -1,6 +1,7 @@
 """The real chain on the embedded model, made once and kept in out/tests: tests ask for the artefact they need.
 
-Nothing here is mocked. A second run finds the artefacts up to date, by their manifests.
+Nothing here is mocked. A second run finds the artefacts up to date, by their manifests; so does the second worker of
+pytest-xdist, which waits for the first.
 """
 
 import json
@@ -8,6 +9,7 @@ import os
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "models" / "tiny"
@@ -53,32 +55,42 @@ def stop_ids(tokenizer) -> list[int]:
 
 
 @pytest.fixture(scope="session")
-def patched_tiny() -> Path:
+def in_turn() -> FileLock:
+    """Held while an artefact that all workers use is made."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    return FileLock(WORK / ".lock")
+
+
+@pytest.fixture(scope="session")
+def patched_tiny(in_turn) -> Path:
     """A patched copy of the embedded checkpoint, S = 256."""
     from helpers import patching
 
     folder = WORK / "patched"
-    patching.apply(TINY, out=folder, seq_length=SEQ_LENGTH)
+    with in_turn:
+        patching.apply(TINY, out=folder, seq_length=SEQ_LENGTH)
     return folder
 
 
 @pytest.fixture(scope="session")
-def onnx_tiny(patched_tiny) -> Path:
+def onnx_tiny(patched_tiny, in_turn) -> Path:
     """All ONNX nets of the embedded checkpoint, S = 256."""
     from helpers import exporting
 
-    return exporting.export(patched_tiny, WORK / "onnx", SEQ_LENGTH)
+    with in_turn:
+        return exporting.export(patched_tiny, WORK / "onnx", SEQ_LENGTH)
 
 
 @pytest.fixture(scope="session")
-def compile_tiny(onnx_tiny):
+def compile_tiny(onnx_tiny, in_turn):
     """(mode, addr_mode) -> bmodel of the embedded checkpoint for one device."""
     from helpers import compiling
 
     def compiled(mode: str = "int8", addr_mode: str = "io_alone") -> Path:
-        return compiling.compile_model(
-            onnx_tiny, WORK / f"bmodel_{addr_mode}", name="tiny", mode=mode, addr_mode=addr_mode
-        )
+        with in_turn:
+            return compiling.compile_model(
+                onnx_tiny, WORK / f"bmodel_{addr_mode}", name="tiny", mode=mode, addr_mode=addr_mode
+            )
 
     return compiled
 

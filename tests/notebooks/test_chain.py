@@ -15,7 +15,7 @@ from helpers.notebooks import NOTEBOOKS, ROOT, check_summary
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 # Short answers by one bmodel are enough for another run; the whole chain has shown the rest.
 SHORTER = {
-    "04": ["--set", "max_new_tokens=3", "--set", "modes=['int8']"],
+    "04": ["--set", "max_new_tokens=3", "--set", "modes=['int8']", "--set", "repetitions=1"],
     "05": ["--set", "clients=5"],
     "06": ["--set", "max_new_tokens=6"],
 }

@@ -80,14 +80,16 @@ def test_a_prompt_that_does_not_fit_is_refused_before_anything_runs(runner, leng
     assert runner.engine.bytes_to_device == moved
 
 
-def test_sampling_is_seeded_and_follows_its_candidates(runner, chat_prompt, demo_questions):
+def test_sampling_is_seeded_and_follows_its_candidates(runner, tiny, chat_prompt, demo_questions):
+    from helpers.reference import OriginalModel
+
     prompt = chat_prompt(demo_questions[0])
     hot = Sampling(temperature=5.0, top_p=1.0, seed=3)
     first = list(runner.generate(prompt, max_new_tokens=6, sampling=hot))
     again = list(runner.generate(prompt, max_new_tokens=6, sampling=hot))
     other = list(runner.generate(prompt, max_new_tokens=6, sampling=Sampling(temperature=5.0, top_p=1.0, seed=4)))
     assert first == again != other
-    greedy = list(runner.generate(prompt, max_new_tokens=6))
+    greedy = OriginalModel(tiny).greedy(prompt, [], 6, runner.seq_length)
     assert list(runner.generate(prompt, max_new_tokens=6, sampling=Sampling(temperature=1.0, top_k=1))) == greedy
 
 

@@ -170,17 +170,17 @@ def test_drawing_on_the_simulator_is_seeded(server):
         assert draw(1) == draw(1)
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_curl_with_the_documented_body(server, expected, stream):
-    body = {"question": QUESTIONS[1], "history": [QUESTIONS[0], expected[0][1]], "stream": stream}
-    command = ["curl", "-sSN", "--noproxy", "*", f"{server.url}/chat/completions", "-d", json.dumps(body)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    if stream:
-        *texts, last = [line[6:] for line in done.stdout.splitlines() if line.startswith("data: ")]
-        assert len(texts) > 5 and texts[-1] == last == expected[1][1]
-        assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
-    else:
-        assert json.loads(done.stdout) == {"data": expected[1][1]}
+def test_curl_with_the_documented_body_holds_a_chat_of_two_turns(server, expected):
+    def curl(**body):
+        command = ["curl", "-sSN", "--noproxy", "*", f"{server.url}/chat/completions", "-d", json.dumps(body)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    first = json.loads(curl(question=QUESTIONS[0], history=[], stream=False))
+    assert first == {"data": expected[0][1]}
+    events = curl(question=QUESTIONS[1], history=[QUESTIONS[0], first["data"]], stream=True)
+    *texts, last = [line[6:] for line in events.splitlines() if line.startswith("data: ")]
+    assert len(texts) > 5 and texts[-1] == last == expected[1][1]
+    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
 
 
 def test_the_page_on_the_simulator(server, expected):
