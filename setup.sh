@@ -54,7 +54,7 @@ find_python() {
     "packages or pyenv, or use conda: conda env create -f environment.yml"
 }
 
-# PyTorch's CPU build is a tenth of PyPI's, which is the CUDA build; a GPU is of use for export only.
+# PyTorch's CPU build is a tenth of PyPI's, which is the CUDA build; a GPU is of use where the notebooks ask PyTorch.
 torch_cpu_answers() {
   nvidia-smi >/dev/null 2>&1 && return 1
   timeout 8 "$1" -c '

@@ -182,7 +182,7 @@ def check_disk(folder: Path = ROOT) -> Check:
 
 
 def check_gpu() -> Check:
-    """An NVIDIA GPU and whether torch is a build that can use it; nothing here needs one."""
+    """An NVIDIA GPU and the build of torch: PyTorch's own answers then come from it; nothing here needs one."""
     answer = _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
     if not answer:
         return Check("GPU", OPTIONAL, "none; the CPU does everything")

@@ -119,18 +119,20 @@ def build_block(
     return _filled(block, checkpoint, f"transformer.h.{layer}.", dtype)
 
 
-def build_model(folder: str | Path, dtype: torch.dtype | str = "float32") -> torch.nn.Module:
-    """The whole QWenLMHeadModel with its weights, in evaluation mode, without gradients.
+def build_model(
+    folder: str | Path, dtype: torch.dtype | str = "float32", device: torch.device | str = "cpu"
+) -> torch.nn.Module:
+    """The whole QWenLMHeadModel with its weights on the device, in evaluation mode, without gradients.
 
     Call it with ids [1, T] and use_cache=True: logits [1, T, V] and past_key_values, a tuple of (key, value), each
     [1, T, heads, head_dim], per layer.
     """
     checkpoint = Checkpoint.open(folder)
-    return _filled(_empty_model(checkpoint), checkpoint, "", dtype)
+    return _filled(_empty_model(checkpoint), checkpoint, "", dtype, device)
 
 
-def build_streamed_model(folder: str | Path) -> torch.nn.Module:
-    """As `build_model`, in float32, with the weights of one part at a time in memory.
+def build_streamed_model(folder: str | Path, device: torch.device | str = "cpu") -> torch.nn.Module:
+    """As `build_model`, in float32, with the weights of one part at a time on the device.
 
     Each block, the embedding, the last norm and the head read theirs just before their own forward and give them up
     after it: slow, but in float32 the largest part of a 7B model is 2.5 GB, and all of it 31 GB.
@@ -149,9 +151,11 @@ def build_streamed_model(folder: str | Path) -> torch.nn.Module:
 
     for prefix, part in parts.items():
         give_up(part)
-        part.register_forward_pre_hook(lambda part, _, prefix=prefix: _fill(part, checkpoint, prefix, torch.float32))
+        part.register_forward_pre_hook(
+            lambda part, _, prefix=prefix: _fill(part, checkpoint, prefix, torch.float32, device)
+        )
         part.register_forward_hook(give_up)
-    return model.float().eval().requires_grad_(False)
+    return model.to(device).float().eval().requires_grad_(False)
 
 
 def _empty_model(checkpoint: Checkpoint) -> torch.nn.Module:
@@ -224,21 +228,29 @@ def _uninitialised() -> Iterator[None]:
         logging.set_verbosity(verbosity)
 
 
-def _fill(net: torch.nn.Module, checkpoint: Checkpoint, prefix: str, dtype: torch.dtype) -> None:
-    """Give every parameter its weights. Raises UserError where the checkpoint lacks one."""
+def _fill(
+    net: torch.nn.Module, checkpoint: Checkpoint, prefix: str, dtype: torch.dtype, device: torch.device | str
+) -> None:
+    """Give every parameter its weights, on the device. Raises UserError where the checkpoint lacks one."""
     parameters = dict(net.named_parameters())
     for name, tensor in checkpoint.tensors(prefix):
         parameter = parameters.pop(name.removeprefix(prefix), None)
         # Files of old revisions hold buffers too (masked_bias, inv_freq); the code computes those itself.
         if parameter is not None:
-            parameter.data = tensor.to(dtype)
+            parameter.data = tensor.to(device=device, dtype=dtype)
     if parameters:
         raise UserError(f"The weights in {checkpoint.path} lack {', '.join(sorted(parameters)[:3])} under {prefix!r}.")
 
 
-def _filled(net: torch.nn.Module, checkpoint: Checkpoint, prefix: str, dtype: torch.dtype | str) -> torch.nn.Module:
+def _filled(
+    net: torch.nn.Module,
+    checkpoint: Checkpoint,
+    prefix: str,
+    dtype: torch.dtype | str,
+    device: torch.device | str = "cpu",
+) -> torch.nn.Module:
     import torch
 
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    _fill(net, checkpoint, prefix, dtype)
-    return net.to(dtype).eval().requires_grad_(False)
+    _fill(net, checkpoint, prefix, dtype, device)
+    return net.to(device, dtype).eval().requires_grad_(False)

@@ -25,6 +25,13 @@ def compare(found: np.ndarray, expected: np.ndarray) -> dict[str, float]:
     }
 
 
+def torch_device():
+    """Where PyTorch computes: an NVIDIA GPU if torch is a build that can use it, else the CPU."""
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 class TorchNets:
     """The exported modules in PyTorch, float32, with one net's weights resident at a time or all of them."""
 
@@ -35,7 +42,8 @@ class TorchNets:
         self.checkpoint = Checkpoint.open(model_path)
         self.layers, self.seq_length = self.checkpoint.layers, seq_length
         self._builder = NetBuilder(self.checkpoint, seq_length)
-        self._resident = _Resident(self.checkpoint)
+        self._device = torch_device()
+        self._resident = _Resident(self.checkpoint, self._device)
 
     def _make(self, net: str):
         from helpers.exporting import checkpoint_prefixes, load_weights, net_module
@@ -43,15 +51,15 @@ class TorchNets:
         group = net.replace("block_cache_", "block_").replace("embedding_cache", "embedding")
         module = net_module(self._builder, net)
         load_weights(module, self.checkpoint, checkpoint_prefixes(group))
-        return module
+        return module.to(self._device)
 
     def run(self, net: str, *inputs: np.ndarray) -> list[np.ndarray]:
         import torch
 
         module = self._resident.get(net.replace("_cache", ""), lambda: self._make(net))
         with torch.no_grad():
-            outputs = module(*(torch.from_numpy(np.ascontiguousarray(array)) for array in inputs))
-        return [tensor.numpy() for tensor in (outputs if isinstance(outputs, tuple) else (outputs,))]
+            outputs = module(*(torch.from_numpy(np.ascontiguousarray(array)).to(self._device) for array in inputs))
+        return [tensor.cpu().numpy() for tensor in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
 
 class OnnxNets:
@@ -107,22 +115,31 @@ class EngineNets:
 _HOST_DTYPES = {"bfloat16": np.uint16, "float32": np.float32, "int32": np.int32}
 
 
-def fits_in_memory(needed: object) -> bool:
-    """Whether so many bytes, or a checkpoint's weights in float32, take no more than half of the memory free now."""
-    import psutil
+def fits_in_memory(needed: object, device: object = None) -> bool:
+    """Whether so many bytes, or a checkpoint's weights in float32, take no more than half of the memory free now.
 
+    device: a torch.device whose memory is meant; by default the machine's.
+    """
     if not isinstance(needed, int):
         from helpers.exporting import needed_bytes
 
         needed = needed_bytes(needed)[1]
-    return needed < psutil.virtual_memory().available / 2
+    if device is not None and device.type == "cuda":
+        import torch
+
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        import psutil
+
+        free = psutil.virtual_memory().available
+    return needed < free / 2
 
 
 class _Resident:
     """Keeps what was loaded while all of it fits in half of the free memory, else only the last one."""
 
-    def __init__(self, needed: object):
-        self._keep_all = fits_in_memory(needed)
+    def __init__(self, needed: object, device: object = None):
+        self._keep_all = fits_in_memory(needed, device)
         self._loaded: dict[str, object] = {}
 
     def get(self, name: str, make):
@@ -204,17 +221,20 @@ class OriginalModel:
         from helpers import modeling
         from helpers.checkpoint import Checkpoint
 
+        self.device = torch_device()
         if resident is None:
-            resident = fits_in_memory(Checkpoint.open(model_path))
-        self.model = modeling.build_model(model_path) if resident else modeling.build_streamed_model(model_path)
+            resident = fits_in_memory(Checkpoint.open(model_path), self.device)
+        build = modeling.build_model if resident else modeling.build_streamed_model
+        self.model = build(model_path, device=self.device)
 
     def states(self, ids: Sequence[int]) -> tuple[list[np.ndarray], np.ndarray]:
         """Output of every block [1,T,H] (the last one after ln_f) and the last row's logits [V], for one prompt."""
         import torch
 
         with torch.no_grad():
-            result = self.model(torch.tensor([list(ids)]), output_hidden_states=True, use_cache=False)
-        return [state.numpy() for state in result.hidden_states[1:]], result.logits[0, -1].numpy()
+            prompt = torch.tensor([list(ids)], device=self.device)
+            result = self.model(prompt, output_hidden_states=True, use_cache=False)
+        return [state.cpu().numpy() for state in result.hidden_states[1:]], result.logits[0, -1].cpu().numpy()
 
     def greedy(
         self, ids: Sequence[int], stop_ids: Iterable[int], max_new_tokens: int, seq_length: int
@@ -226,7 +246,8 @@ class OriginalModel:
         feed = list(ids)
         with torch.no_grad():
             for _ in range(min(max_new_tokens, seq_length - len(ids) + 1)):
-                result = self.model(torch.tensor([feed]), past_key_values=past, use_cache=True)
+                ids_now = torch.tensor([feed], device=self.device)
+                result = self.model(ids_now, past_key_values=past, use_cache=True)
                 past, token = result.past_key_values, int(result.logits[0, -1].argmax())
                 if token in stop_ids:
                     break

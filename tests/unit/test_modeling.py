@@ -209,6 +209,21 @@ def test_a_model_too_large_for_memory_is_streamed_and_says_the_same():
     assert sum(parameter.numel() for parameter in streamed.model.parameters()) == 0
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU and torch's CUDA build")
+@pytest.mark.parametrize("resident", [True, False])
+def test_a_gpu_gives_the_cpus_tokens(resident, monkeypatch):
+    ids = [3, 5, 7, 11, 200]
+    on_gpu = OriginalModel(TINY, resident=resident)
+    assert on_gpu.device.type == "cuda"
+    found, (states, logits) = on_gpu.greedy(ids, [], 16, 256), on_gpu.states(ids)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    on_cpu = OriginalModel(TINY)
+    assert found == on_cpu.greedy(ids, [], 16, 256)
+    expected_states, expected_logits = on_cpu.states(ids)
+    np.testing.assert_allclose(logits, expected_logits, atol=1e-3)
+    np.testing.assert_allclose(states, expected_states, atol=1e-3)
+
+
 def test_a_model_that_does_not_fit_half_of_the_free_memory_is_streamed(monkeypatch):
     checkpoint = Checkpoint.open(TINY)
     assert fits_in_memory(checkpoint)
