@@ -320,7 +320,10 @@ def add_arguments(parser) -> None:
     parser.add_argument("--seq_length", type=int, help="S; the ONNX nets have theirs, --via llm_convert takes 512")
     parser.add_argument("--out", required=True, help="folder for the bmodel and the nets' own folders")
     parser.add_argument("--num_device", type=int, default=1, help="devices to split the model over (default 1)")
-    parser.add_argument("--addr_mode", default="basic", help="basic (default) or io_alone")
+    parser.add_argument(
+        "--addr_mode",
+        help="of the cache nets: basic (default) or io_alone (default of --via llm_convert, as the converter has it)",
+    )
     parser.add_argument(
         "--dynamic", nargs="?", type=int, choices=(0, 1), const=1, default=0, help="prefill takes any length up to S"
     )
@@ -336,6 +339,7 @@ def run(args) -> int:
         if not args.model_path:
             raise UserError("--via llm_convert needs --model_path DIR, the folder of the checkpoint.")
         seq_length = SEQ_LENGTH if args.seq_length is None else args.seq_length
+        common |= {"addr_mode": args.addr_mode or "io_alone"}
         target = llm_convert.convert(args.model_path, args.out, args.name, args.mode, seq_length, **common)
     else:
         if not args.onnx:
@@ -346,7 +350,7 @@ def run(args) -> int:
                 f"The nets in {args.onnx} are for a sequence length of {compiled}, {args.seq_length} was asked for: "
                 f"export again with --seq_length {args.seq_length}."
             )
-        common |= {"addr_mode": args.addr_mode, "jobs": args.jobs, "scheduler": args.scheduler}
+        common |= {"addr_mode": args.addr_mode or "basic", "jobs": args.jobs, "scheduler": args.scheduler}
         target = compile_model(args.onnx, args.out, args.name, args.mode, **common)
     manifest = artefacts.read_manifest(target)
     if manifest["estimates"]:

@@ -20,7 +20,7 @@ from helpers import artefacts, bmodel, toolchain
 from helpers.checkpoint import Checkpoint
 from helpers.compiler_jobs import own_error
 from helpers.compiler_profile import PROFILE, estimates, read_profile
-from helpers.compiling import check_name
+from helpers.compiling import ADDR_MODES, check_name
 from helpers.errors import UserError
 from helpers.tokenizer import VOCABULARY, QwenTokenizer
 
@@ -36,8 +36,9 @@ _RENAMED = {
 }
 
 
-# For several devices the converter's lm_head begins with the last norm, whose weight it forgets to write beside the
-# lm_head's own (tpu-mlir 1.30.2: "failed to find tensor model.norm.weight to read"). This runs it with that mended.
+# Runs the converter with two things mended (tpu-mlir 1.30.2). For several devices its lm_head begins with the last
+# norm, whose weight it forgets to write beside the lm_head's own ("failed to find tensor model.norm.weight to read").
+# And it has no option for the addresses of the cache nets, which are always io_alone.
 _RUNNER = """
 import json, os, runpy, sys
 import numpy
@@ -53,10 +54,17 @@ def savez(file, *args, **arrays):
             arrays["model.norm.weight"] = weights.get_tensor("model.norm.weight").float().numpy()
     return save(file, *args, **arrays)
 
-sys.argv = sys.argv[1:]
+cache_mode, *sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 numpy.savez = savez
 import tpu_mlir
+from llm.LlmConverter import LlmConverter
+submit = LlmConverter.submit_deploy_task
+
+def submit_deploy_task(self, *args, addr_mode="basic", **options):
+    return submit(self, *args, addr_mode=cache_mode if addr_mode == "io_alone" else addr_mode, **options)
+
+LlmConverter.submit_deploy_task = submit_deploy_task
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -127,17 +135,21 @@ def convert(
     seq_length: int,
     num_device: int = 1,
     dynamic: bool = False,
+    addr_mode: str = "io_alone",
 ) -> Path:
     """Compile a Qwen-1 checkpoint (patched or not) with llm_convert.py.
 
     Returns out/<name>_<mode>_<n>dev_llm_convert.bmodel; its manifest has the same extra keys as compile_model's,
     and converter_seconds.
-    lm_head gives the token. The cache nets are io_alone; high precision is on, as the converter has it.
+    addr_mode: of the cache nets; the converter by itself has io_alone. lm_head gives the token. High precision is on,
+    as the converter has it.
     Raises UserError where GNU parallel or the tool chain is missing, or the converter fails, with the path of its log.
     """
     check_name(name)
     if mode not in QUANTIZE:
         raise UserError(f"mode is {mode!r}, it must be one of {', '.join(QUANTIZE)}.")
+    if addr_mode not in ADDR_MODES:
+        raise UserError(f"addr_mode is {addr_mode!r}, it must be one of {', '.join(ADDR_MODES)}.")
     if seq_length < 1:
         raise UserError(f"seq_length is {seq_length}, it must be a whole number from 1 on (the documented one is 512).")
     toolchain.require()
@@ -153,6 +165,7 @@ def convert(
         "num_device": num_device,
         "seq_length": seq_length,
         "dynamic": dynamic,
+        "addr_mode": addr_mode,
         "via": "llm_convert",
     }
     inputs = {"checkpoint": checkpoint.digest("")}
@@ -171,7 +184,7 @@ def convert(
         options = ["-s", str(seq_length), "-q", QUANTIZE[mode], "-g", str(Q_GROUP_SIZE), "-c", "bm1684x"]
         options += ["--num_device", str(num_device), *(["--dynamic"] if dynamic else [])]
         started = time.monotonic()
-        _run(work, options, out / f"{target.stem}.log")
+        _run(work, addr_mode, options, out / f"{target.stem}.log")
         extra["converter_seconds"] = round(time.monotonic() - started, 3)
         (made,) = (work / "converted").glob("*.bmodel")
         bmodel.strip_time(made)
@@ -204,9 +217,9 @@ def _records(folder: Path, model: bmodel.Bmodel) -> dict[str, dict]:
     }
 
 
-def _run(work: Path, options: list[str], log: Path) -> None:
+def _run(work: Path, addr_mode: str, options: list[str], log: Path) -> None:
     tool = toolchain.wheel_path() / "python" / "tools" / "llm_convert.py"
-    command = [sys.executable, "-c", _RUNNER, str(tool), "-m", str(work / "qwen2")]
+    command = [sys.executable, "-c", _RUNNER, addr_mode, str(tool), "-m", str(work / "qwen2")]
     command += ["-o", str(work / "converted"), *options]
     with open(log, "wb") as file:
         process = subprocess.Popen(

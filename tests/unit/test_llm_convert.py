@@ -10,7 +10,10 @@ from safetensors import safe_open
 from helpers import artefacts, llm_convert, toolchain
 from helpers.bmodel import read_bmodel, require_qwen
 from helpers.checkpoint import Checkpoint
+from helpers.engines import open_engine
 from helpers.errors import UserError
+from helpers.generation import QwenRunner
+from helpers.reference import OriginalModel
 
 needs_parallel = pytest.mark.skipif(not shutil.which("parallel"), reason="GNU parallel is not installed")
 
@@ -46,7 +49,10 @@ def test_without_gnu_parallel_it_is_one_sentence(tiny, tmp_path, monkeypatch):
         llm_convert.convert(tiny, tmp_path, "tiny", "int8", 256)
 
 
-@pytest.mark.parametrize("arguments, message", [({"mode": "w8"}, "must be one of"), ({"num_device": 3}, "4 attention")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [({"mode": "w8"}, "must be one of"), ({"num_device": 3}, "4 attention"), ({"addr_mode": "x"}, "basic, io_alone")],
+)
 def test_a_wrong_setting_is_refused(tiny, tmp_path, monkeypatch, arguments, message):
     monkeypatch.setattr(toolchain, "require_parallel", lambda: "parallel")
     with pytest.raises(UserError, match=message):
@@ -55,12 +61,16 @@ def test_a_wrong_setting_is_refused(tiny, tmp_path, monkeypatch, arguments, mess
 
 @needs_parallel
 @pytest.mark.slow
-@pytest.mark.parametrize("num_device", [1, 2])
-def test_it_makes_a_qwen_bmodel(tiny, tmp_path, num_device):
-    path = llm_convert.convert(tiny, tmp_path, "tiny", "int8", 64, num_device=num_device)
-    assert path.name == f"tiny_int8_{num_device}dev_llm_convert.bmodel"
+@pytest.mark.parametrize("mode, num_device, addr_mode", [("int8", 1, "io_alone"), ("int4", 2, "basic")])
+def test_it_makes_a_qwen_bmodel(tiny, tmp_path, mode, num_device, addr_mode, chat_prompt, demo_questions, stop_ids):
+    def convert():
+        return llm_convert.convert(tiny, tmp_path, "tiny", mode, 64, num_device=num_device, addr_mode=addr_mode)
+
+    path = convert()
+    assert path.name == f"tiny_{mode}_{num_device}dev_llm_convert.bmodel"
     read = read_bmodel(path)
     assert read.device_num == num_device
+    assert {read.nets[f"block_cache_{i}"].info.addr_mode for i in range(4)} == {addr_mode}
     shape = require_qwen(read)
     # Of a model this small the compiler splits nothing: each device does all of the work.
     assert (shape.layers, shape.seq_length, shape.heads, shape.token_head) == (4, 64, 4, True)
@@ -68,5 +78,10 @@ def test_it_makes_a_qwen_bmodel(tiny, tmp_path, num_device):
     assert manifest["estimates"]["decode_ms"] > 0
     assert manifest["nets"]["block_0"]["cycles"] > 1000
     made = path.stat().st_mtime_ns
-    assert llm_convert.convert(tiny, tmp_path, "tiny", "int8", 64, num_device=num_device).stat().st_mtime_ns == made
+    assert convert().stat().st_mtime_ns == made
     assert not list(tmp_path.glob("llm_convert.*"))
+    if num_device == 1:
+        prompt = chat_prompt(demo_questions[0])
+        with open_engine(path, engine="simulator") as engine:
+            found = list(QwenRunner(engine).generate(prompt, stop_ids=stop_ids))
+        assert found == OriginalModel(tiny).greedy(prompt, stop_ids, 64, 64) != []
