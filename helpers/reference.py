@@ -81,6 +81,8 @@ class OnnxNets:
             raise UserError(f"{self.folder} has no {net}.onnx: run `python -m helpers export` again.")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        # Threads that spin while they wait take a core from whoever else computes.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
     def run(self, net: str, *inputs: np.ndarray) -> list[np.ndarray]:

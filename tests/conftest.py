@@ -17,6 +17,8 @@ WORK = ROOT / "out" / "tests"
 SEQ_LENGTH = 256
 
 os.chdir(ROOT)
+# Two workers share the cores: threads of PyTorch that wait for each other by spinning take them from the other one.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(scope="session")
