@@ -26,6 +26,9 @@ def compare(checkpoint: Path, onnx: Path, out: Path, mode: str, args: argparse.N
     compiler_jobs.machine.close()
     theirs = llm_convert.convert(checkpoint, out / "theirs", "bench", mode, args.seq_length)
     nets, converted = (artefacts.read_manifest(path) for path in (ours, theirs))
+    # At 7B size what one mode leaves takes 15 GB.
+    for path in (ours, theirs):
+        shutil.rmtree(path.parent)
     return {
         "seconds": (seconds, converted["converter_seconds"]),
         **{
