@@ -15,7 +15,7 @@ setup: ## build or repair .venv (nothing to do: a moment)
 run: setup ## walk the notebooks headless; results in out/
 	@$(PYTHON) -m helpers notebooks $(ARGS)
 
-# Two workers, a file of tests to one of them; in the order of their names, since the chain of notebooks takes longest.
+# Two workers, a file of tests to one of them, in the order that tests/conftest.py gives them.
 test: setup ## everything that tells whether it is right
 	@$(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 

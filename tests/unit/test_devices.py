@@ -94,7 +94,7 @@ def run_parts(onnx, mode, devices, folder, inputs):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "mode, net, devices",
-    [("bf16", "block_cache_0", 2), ("int8", "block_0", 2), ("int8", "block_cache_0", 4), ("int4", "block_cache_0", 2)],
+    [("bf16", "block_0", 2), ("int8", "block_0", 2), ("int8", "block_cache_0", 4), ("int4", "block_cache_0", 2)],
 )
 def test_what_several_devices_compute_is_what_one_does(nets, compiled, tmp_path, mode, net, devices):
     inputs = inputs_of(net)

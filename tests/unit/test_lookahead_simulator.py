@@ -55,8 +55,8 @@ def test_demo_questions_get_the_tokens_of_pytorch(runner, tiny, demo_questions, 
     original, steps, given = OriginalModel(tiny), 0, 0
     for question in (demo_questions[0], demo_questions[-1]):
         prompt = chat_prompt(question)
-        expected = original.greedy(prompt, stop_ids, 24, SEQ_LENGTH)
-        assert list(runner.generate(prompt, stop_ids=stop_ids, max_new_tokens=24)) == expected
+        expected = original.greedy(prompt, stop_ids, 32, SEQ_LENGTH)
+        assert list(runner.generate(prompt, stop_ids=stop_ids, max_new_tokens=32)) == expected
         steps += runner.statistics.steps
         given += sum(runner.statistics.accepted)
     assert given / steps > 1.2

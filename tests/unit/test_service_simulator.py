@@ -177,7 +177,9 @@ def test_curl_with_the_documented_body_holds_a_chat_of_two_turns(server, expecte
 
     first = json.loads(curl(question=QUESTIONS[0], history=[], stream=False))
     assert first == {"data": expected[0][1]}
-    events = curl(question=QUESTIONS[1], history=[QUESTIONS[0], first["data"]], stream=True)
+    second = {"question": QUESTIONS[1], "history": [QUESTIONS[0], first["data"]]}
+    assert json.loads(curl(**second, stream=False)) == {"data": expected[1][1]}
+    events = curl(**second, stream=True)
     *texts, last = [line[6:] for line in events.splitlines() if line.startswith("data: ")]
     assert len(texts) > 5 and texts[-1] == last == expected[1][1]
     assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
