@@ -1,14 +1,19 @@
 """Engines: where a bmodel runs. `open_engine` takes the chip where there is one, the simulator otherwise."""
 
 import os
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from typing import TypeVar
 
 from helpers.engines.base import DeviceTensor, Engine, NetInfo, TensorInfo
 from helpers.errors import UserError
 
-__all__ = ["ENGINES", "DeviceTensor", "Engine", "NetInfo", "TensorInfo", "open_engine"]
+__all__ = ["ENGINES", "DeviceTensor", "Engine", "NetInfo", "TensorInfo", "on_each_bmodel", "open_engine"]
 
 ENGINES = ("auto", "simulator", "chip")
+Key = TypeVar("Key")
+Result = TypeVar("Result")
 
 
 def open_engine(bmodel: str | os.PathLike, engine: str = "auto", devid: Sequence[int] = (0,)) -> Engine:
@@ -18,18 +23,11 @@ def open_engine(bmodel: str | os.PathLike, engine: str = "auto", devid: Sequence
     devid: the numbers of the devices, one for each that the bmodel was compiled for. The simulator has one, number 0.
     Raises UserError where the engine asked for is not there, or it cannot take the bmodel.
     """
-    from helpers.engines.sail import SailEngine, count_devices, load_sail
+    from helpers.engines.sail import SailEngine
 
-    if engine not in ENGINES:
-        raise UserError(f"There is no engine {engine!r}: take one of {', '.join(ENGINES)}.")
     devid = tuple(devid)
-    no_chip = None
-    if engine == "auto":
-        try:
-            count_devices(load_sail())
-        except UserError as error:
-            no_chip = error
-    if engine == "chip" or (engine == "auto" and no_chip is None):
+    takes_chip, no_chip = _choose(engine)
+    if takes_chip:
         opened: Engine = SailEngine(bmodel, devid)
         chosen = "asked for" if engine == "chip" else "sophon.sail finds a device"
         opened.reason = f"chip, device {','.join(map(str, devid))}: {chosen}"
@@ -50,3 +48,61 @@ def open_engine(bmodel: str | os.PathLike, engine: str = "auto", devid: Sequence
         raise
     opened.reason = f"simulator: {'asked for' if no_chip is None else no_chip}"
     return opened
+
+
+def on_each_bmodel(
+    bmodels: Mapping[Key, str | os.PathLike],
+    work: Callable[[Key, Engine], Result],
+    engine: str = "auto",
+    devid: Sequence[int] = (0,),
+) -> dict[Key, Result]:
+    """What `work` returns for each bmodel, which it is given open and which is closed after it.
+
+    On a chip one follows the other. Simulators are processes, which keep a core busy each or share it: as many run side
+    by side, each with a thread of this process, as free memory holds. Raises what open_engine or `work` raises.
+    """
+    opened: list[Engine] = []
+    stopped = threading.Event()
+
+    def work_on(key: Key) -> Result:
+        with open_engine(bmodels[key], engine, devid) as device:
+            opened.append(device)
+            if stopped.is_set():
+                raise CancelledError
+            return work(key, device)
+
+    at_once = 1
+    if not _choose(engine)[0]:
+        from helpers.engines.simulator import simulators_at_once
+
+        at_once = simulators_at_once(list(bmodels.values()))
+    if at_once == 1:
+        return {key: work_on(key) for key in bmodels}
+    with ThreadPoolExecutor(at_once) as pool:
+        futures = {key: pool.submit(work_on, key) for key in bmodels}
+        try:
+            for future in as_completed(futures.values()):
+                future.result()
+        except BaseException:
+            # The others would go on to their end before the caller heard of it.
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            for device in opened:
+                device.close()
+            raise
+    return {key: future.result() for key, future in futures.items()}
+
+
+def _choose(engine: str) -> tuple[bool, UserError | None]:
+    """Whether the chip is taken, and why there is none if it was looked for; raises UserError for an unknown name."""
+    from helpers.engines.sail import count_devices, load_sail
+
+    if engine not in ENGINES:
+        raise UserError(f"There is no engine {engine!r}: take one of {', '.join(ENGINES)}.")
+    if engine != "auto":
+        return engine == "chip", None
+    try:
+        count_devices(load_sail())
+    except UserError as error:
+        return False, error
+    return True, None

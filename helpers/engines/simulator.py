@@ -67,10 +67,7 @@ class SimulatorEngine(Engine):
     kind_of_time = "simulator wall"
 
     def __init__(self, bmodel: str | os.PathLike, scheduling: str | None = None):
-        described = checked_bmodel(bmodel, devices=1)
-        need = device_bytes(described)
-        # The runtime holds the file while it copies it to the device.
-        on_host = need + described.file_bytes
+        need, on_host = _needed_bytes(bmodel)
         if on_host > (free := free_host_bytes()):
             raise UserError(
                 f"The simulator needs about {on_host / 1e9:.1f} GB of memory for {bmodel} and {free / 1e9:.1f} GB are "
@@ -150,6 +147,23 @@ class SimulatorEngine(Engine):
 
     def close(self) -> None:
         self._worker.close()
+
+
+def simulators_at_once(bmodels: Sequence[str | os.PathLike]) -> int:
+    """How many of these bmodels can run side by side: one at least, as many as free memory holds.
+
+    Raises UserError for a bmodel that the simulator cannot take.
+    """
+    largest = max(_needed_bytes(bmodel)[1] for bmodel in bmodels)
+    return max(1, min(len(bmodels), free_host_bytes() // largest))
+
+
+def _needed_bytes(bmodel: str | os.PathLike) -> tuple[int, int]:
+    """Memory of the simulated device, and of the host while the bmodel is opened."""
+    described = checked_bmodel(bmodel, devices=1)
+    need = device_bytes(described)
+    # The runtime holds the file while it copies it to the device.
+    return need, need + described.file_bytes
 
 
 def _nets(answer: dict) -> tuple[dict[str, NetInfo], dict]:

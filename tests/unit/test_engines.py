@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from helpers import bmodel
-from helpers.engines import loading, open_engine, simulator, yield_library
+from helpers.engines import loading, on_each_bmodel, open_engine, simulator, yield_library
 from helpers.errors import UserError
 from tests.engine_bmodel import ROOT, WIDTH, build
 from tests.engine_contract import PAST, STATES, EngineContract, bf16, run_cache
@@ -608,3 +608,53 @@ def test_auto_names_what_it_took_and_why(bmodels):
 def test_engines_that_are_not_there(bmodels, wanted, said):
     with pytest.raises(UserError, match=said):
         open_engine(bmodels["basic"], **wanted)
+
+
+# --- several bmodels
+
+
+def meet(barrier, engine):
+    """Outputs of one run, begun when all who meet have an engine."""
+    barrier.wait(20)
+    return run_cache(engine, bf16(STATES)[0], bf16(PAST)[0])
+
+
+def test_simulators_run_side_by_side(bmodels):
+    barrier = threading.Barrier(2)
+    found = on_each_bmodel(bmodels, lambda mode, engine: meet(barrier, engine))
+    assert list(found) == list(bmodels)
+    for one, other in zip(*found.values(), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_where_memory_holds_one_simulator_they_take_turns(bmodels, monkeypatch):
+    monkeypatch.setattr(simulator, "free_host_bytes", lambda: 1 << 20)
+    assert simulator.simulators_at_once(list(bmodels.values())) == 1
+
+
+def test_a_chip_takes_one_bmodel_after_the_other(bmodels, sail):
+    running = []
+
+    def work(mode, engine):
+        running.append(mode)
+        time.sleep(0.1)
+        assert running == [mode] and engine.name == "chip"
+        return running.pop()
+
+    assert on_each_bmodel(bmodels, work) == {mode: mode for mode in bmodels}
+
+
+def test_a_failure_ends_the_others(bmodels):
+    barrier = threading.Barrier(2)
+
+    def work(mode, engine):
+        meet(barrier, engine)
+        if mode == "basic":
+            raise ValueError("on purpose")
+        while True:
+            run_cache(engine, bf16(STATES)[0], bf16(PAST)[0])
+
+    with pytest.raises(ValueError, match="on purpose"):
+        on_each_bmodel(bmodels, work)
+    with pytest.raises(UserError, match="no engine 'gpu'"):
+        on_each_bmodel(bmodels, work, engine="gpu")
