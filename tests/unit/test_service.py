@@ -488,19 +488,37 @@ def test_a_slow_reader_does_not_hold_the_chip(serve):
     service = serve("word " * 4000, seq_length=10_000)
     body = json.dumps({"question": "q", "stream": True}).encode()
     with socket.socket() as slow:
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 << 10)
         slow.connect(("127.0.0.1", service.port))
         slow.sendall(b"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
         service.wait_until(lambda: service.runners[0].answers)
         started = time.monotonic()
         assert service.http.post("/v1/chat/completions", json=ask(max_tokens=2)).status_code == 200
         assert time.monotonic() - started < 5
-        # It reads slowly, but it gets the whole answer in the end.
+        # It gets the whole answer in the end.
         slow.settimeout(10)
         response = http.client.HTTPResponse(slow)
         response.begin()
         *_, last, end = response.read().decode().split("\n\n")
         assert last == f"event: done\ndata: {'word ' * 4000}" and end == ""
+
+
+def test_a_client_that_reads_slowly_but_steadily_is_not_given_up(serve, monkeypatch):
+    """What the kernel holds for a client counts as taken: it must not be more than a slow one takes in the time."""
+    monkeypatch.setattr("helpers.service_api.SEND_TIMEOUT_S", 0.5)
+    service = serve("word " * 12_000, seq_length=60_000)
+    body = json.dumps({"question": "q", "stream": True}).encode()
+    with socket.socket() as slow:
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 10)
+        slow.connect(("127.0.0.1", service.port))
+        slow.sendall(b"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+        slow.settimeout(10)
+        received = b""
+        while not received.endswith(b"\r\n0\r\n\r\n"):
+            assert (piece := slow.recv(48 << 10)), f"given up after {len(received)} bytes"
+            received += piece
+            time.sleep(0.04)
+    assert b"event: done\ndata: " + b"word " * 12_000 in received
 
 
 def test_a_client_that_reads_nothing_is_disconnected(serve, monkeypatch):
