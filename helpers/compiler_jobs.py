@@ -267,8 +267,11 @@ def executor(jobs: int, scheduler: str | None = None) -> Iterator[Executor]:
             pool.shutdown(wait=True, cancel_futures=True)
         return
     from distributed import Client
+    from distributed.comm import resolve_address
 
     try:
+        # A client that was given an impossible address takes 20 s to end, with a traceback.
+        resolve_address(scheduler)
         client = Client(scheduler, timeout=SCHEDULER_TIMEOUT, set_as_default=False)
     except (OSError, ValueError) as error:
         raise UserError(

@@ -97,25 +97,30 @@ def plan_nets(onnx: str | Path, num_device: int = 1) -> Plan:
     return plan
 
 
-def check(plan: Plan, mode: str, num_device: int, addr_mode: str) -> None:
-    """What would fail after hours, said at once. Raises UserError."""
+def check_options(mode: str, num_device: int, addr_mode: str, heads: int, hidden_size: int) -> None:
+    """Raises UserError for what a model of this size cannot be compiled with."""
     if mode not in QUANTIZE:
         raise UserError(f"mode is {mode!r}, it must be one of {', '.join(QUANTIZE)}.")
     if addr_mode not in ADDR_MODES:
         raise UserError(f"addr_mode is {addr_mode!r}, it must be one of {', '.join(ADDR_MODES)}.")
     if num_device < 1:
         raise UserError(f"num_device is {num_device}, it must be 1 or more.")
-    if plan.heads % num_device:
-        fitting = ", ".join(str(n) for n in range(1, plan.heads + 1) if plan.heads % n == 0)
+    if heads % num_device:
+        fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
         raise UserError(
-            f"num_device {num_device} does not divide the {plan.heads} attention heads, which are split over the "
-            f"devices: take one of {fitting}."
+            f"num_device {num_device} does not divide the {heads} attention heads, which are split over the devices: "
+            f"take one of {fitting}."
         )
-    if mode == "int4" and plan.hidden_size % Q_GROUP_SIZE:
+    if mode == "int4" and hidden_size % Q_GROUP_SIZE:
         raise UserError(
             f"int4 quantises in groups of {Q_GROUP_SIZE} weights, which does not divide the hidden size "
-            f"{plan.hidden_size}: take int8 or bf16."
+            f"{hidden_size}: take int8 or bf16."
         )
+
+
+def check(plan: Plan, mode: str, num_device: int, addr_mode: str) -> None:
+    """What would fail after hours, said at once. Raises UserError."""
+    check_options(mode, num_device, addr_mode, plan.heads, plan.hidden_size)
     if (vocabulary := plan.vocabulary) is not None and not vocabulary.is_file():
         raise UserError(
             f"{plan.folder} lacks {vocabulary.name}, the vocabulary that its manifest names: export again with `python "

@@ -20,12 +20,11 @@ from helpers import artefacts, bmodel, toolchain
 from helpers.checkpoint import Checkpoint
 from helpers.compiler_jobs import own_error
 from helpers.compiler_profile import PROFILE, estimates, read_profile
-from helpers.compiling import ADDR_MODES, check_name
+from helpers.compiling import Q_GROUP_SIZE, check_name, check_options
 from helpers.errors import UserError
 from helpers.tokenizer import VOCABULARY, QwenTokenizer
 
 QUANTIZE = {"bf16": "bf16", "int8": "w8bf16", "int4": "w4bf16"}
-Q_GROUP_SIZE = 64
 _RENAMED = {
     "ln_1": "input_layernorm",
     "ln_2": "post_attention_layernorm",
@@ -146,17 +145,12 @@ def convert(
     Raises UserError where GNU parallel or the tool chain is missing, or the converter fails, with the path of its log.
     """
     check_name(name)
-    if mode not in QUANTIZE:
-        raise UserError(f"mode is {mode!r}, it must be one of {', '.join(QUANTIZE)}.")
-    if addr_mode not in ADDR_MODES:
-        raise UserError(f"addr_mode is {addr_mode!r}, it must be one of {', '.join(ADDR_MODES)}.")
     if seq_length < 1:
         raise UserError(f"seq_length is {seq_length}, it must be a whole number from 1 on (the documented one is 512).")
     toolchain.require()
     toolchain.require_parallel()
     checkpoint = Checkpoint.open(model_path)
-    if num_device < 1 or checkpoint.heads % num_device:
-        raise UserError(f"num_device {num_device} does not divide the {checkpoint.heads} attention heads.")
+    check_options(mode, num_device, addr_mode, checkpoint.heads, checkpoint.hidden_size)
     out = Path(out).absolute()
     target = out / f"{name}_{mode}_{num_device}dev{'_dyn' if dynamic else ''}_llm_convert.bmodel"
     settings = {

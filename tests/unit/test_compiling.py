@@ -1,6 +1,7 @@
 """The real tool chain on a Qwen of one layer (tests.unit.small_nets)."""
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -539,10 +540,13 @@ def test_a_net_that_fails_on_a_dask_worker_tells_why(nets, tmp_path):
             compiling.compile_model(folder, tmp_path / "out", "small", "int8", scheduler=cluster.scheduler_address)
 
 
-def test_no_scheduler_is_one_sentence(nets, tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense", "http://127.0.0.1:8786"])
+def test_no_scheduler_is_one_sentence(nets, tmp_path, monkeypatch, address):
     monkeypatch.setattr(compiler_jobs, "SCHEDULER_TIMEOUT", "1s")
-    with pytest.raises(UserError, match="No Dask scheduler answers at tcp://127.0.0.1:9"):
-        compiling.compile_model(nets, tmp_path, "small", "int8", scheduler="tcp://127.0.0.1:9")
+    with pytest.raises(UserError, match=f"No Dask scheduler answers at {address}"):
+        compiling.compile_model(nets, tmp_path, "small", "int8", scheduler=address)
+    gc.collect()
 
 
 # The parts that read
