@@ -8,25 +8,22 @@
 `cache` attends over `past` with `states` and gives a new row for it, as a decode block does.
 """
 
-import os
 import shutil
 import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from helpers import artefacts, toolchain
+from helpers import artefacts, compiler_jobs, compiling, toolchain
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, WIDTH, VOCABULARY = 8, 32, 64
-# net: arguments of model_deploy.py
+# net: (--quantize, --quant_input, --quant_output) of model_deploy.py
 NETS = {
-    "embedding": ["--quantize", "BF16", "--quant_input", "--quant_output"],
-    "cache": ["--quantize", "BF16", "--quant_input", "--quant_output"],
-    "logits": ["--quantize", "BF16", "--quant_input"],
-    "greedy_head": [],
+    "embedding": ("BF16", True, True),
+    "cache": ("BF16", True, True),
+    "logits": ("BF16", True, False),
+    "greedy_head": ("F32", False, False),
 }
 
 
@@ -94,25 +91,21 @@ def _export(folder: Path) -> None:
         onnx.save(model, folder / f"{name}.onnx")
 
 
-def _tool(folder: Path, *command: object) -> None:
-    environment = toolchain.environment(threads=1)
-    done = subprocess.run(
-        [str(part) for part in command], cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, f"{command[0]} in {folder}:\n{(done.stdout + done.stderr)[-2000:]}"
-
-
-def _compile(net: str, folder: Path) -> None:
-    work = folder / net
-    work.mkdir()
-    tools = toolchain.wheel_path() / "python" / "tools"
-    python = sys.executable
-    transform = [python, tools / "model_transform.py", "--model_name", net, "--model_def", f"../{net}.onnx"]
-    _tool(work, *transform, "--mlir", f"{net}.mlir")
-    deploy = [python, tools / "model_deploy.py", "--mlir", f"{net}.mlir", *NETS[net], "--chip", "bm1684x"]
-    _tool(work, *deploy, "--model", "basic.bmodel")
-    if net == "cache":
-        _tool(work, *deploy, "--addr_mode", "io_alone", "--model", "io_alone.bmodel")
+def _compile(net: str, addr_mode: str, folder: Path) -> str:
+    """Path of the net's bmodel."""
+    quantize, quant_input, quant_output = NETS[net]
+    settings = compiling.net_settings(net, "bf16", 1, addr_mode, dynamic=False) | {
+        "quantize": quantize,
+        "quant_input": quant_input,
+        "quant_output": quant_output,
+        "addr_mode": addr_mode,
+    }
+    path = folder / f"{net}.onnx"
+    work = folder / addr_mode
+    work.mkdir(exist_ok=True)
+    task = {"net": net, "onnx": str(path), "files": [str(path)], "recorded": {}, "folder": str(work)}
+    task |= {"settings": settings, "memory": 1, "weights": 0, "shapes": [], "threads": 1}
+    return compiler_jobs.compile_net(task)["bmodel"]
 
 
 def build() -> dict[str, Path]:
@@ -125,10 +118,14 @@ def build() -> dict[str, Path]:
             work = partial / "work"
             work.mkdir()
             _export(work)
-            with ThreadPoolExecutor(min(2, len(os.sched_getaffinity(0)))) as pool:
-                list(pool.map(lambda net: _compile(net, work), NETS))
             for mode in ("basic", "io_alone"):
-                parts = [work / net / f"{mode if net == 'cache' else 'basic'}.bmodel" for net in NETS]
-                _tool(work, "model_tool", "--combine", *parts, "-o", partial / f"{mode}.bmodel")
+                parts = [_compile(net, mode if net == "cache" else "basic", work) for net in NETS]
+                subprocess.run(
+                    ["model_tool", "--combine", *parts, "-o", partial / f"{mode}.bmodel"],
+                    env=toolchain.environment(threads=1),
+                    cwd=work,
+                    check=True,
+                    capture_output=True,
+                )
             shutil.rmtree(work)
     return {mode: kept / f"{mode}.bmodel" for mode in ("basic", "io_alone")}

@@ -1,11 +1,13 @@
 """The export's memory and its behaviour when killed, each in a process of its own."""
 
+import contextlib
+import multiprocessing
+import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing import forkserver
 
 import pytest
 
@@ -16,9 +18,36 @@ from helpers import artefacts, patching
 pytestmark = pytest.mark.slow
 
 
-def command(checkpoint, out):
-    arguments = ["-m", "helpers", "export", "--model_path", str(checkpoint), "--out", str(out), "--seq_length", "32"]
-    return [sys.executable, *arguments]
+def run_export(checkpoint, out):
+    """`python -m helpers export`; what it says is not of interest here."""
+    from helpers.cli import main
+
+    arguments = ["export", "--model_path", str(checkpoint), "--out", str(out), "--seq_length", "32"]
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
+        raise SystemExit(main(arguments))
+
+
+@pytest.fixture(scope="module")
+def start():
+    """Starts an export in a process of its own, forked from one that has imported all that takes long."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["helpers.cli", "helpers.exporting", "torch._dynamo", "transformers.modeling_utils"])
+    with pytest.MonkeyPatch.context() as patch:
+        # Of tqdm's semaphores in processes that are killed.
+        patch.setenv("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
+        forkserver.ensure_running()
+
+    def start(*arguments):
+        process = context.Process(target=run_export, args=arguments)
+        process.start()
+        return process
+
+    return start
+
+
+def finished(process):
+    process.join()
+    return process.exitcode == 0
 
 
 def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path):
@@ -33,10 +62,10 @@ def test_peak_memory_does_not_grow_with_the_number_of_layers(tmp_path):
     assert peaks[12] < peaks[2] + 3 * layer_bytes, peaks
 
 
-def test_killed_at_random_moments_an_export_ends_with_the_same_files(tmp_path):
+def test_killed_at_random_moments_an_export_ends_with_the_same_files(tmp_path, start):
     checkpoint = write(tmp_path / "checkpoint", hidden=256, heads=4, inner=688, layers=6)
     patching.apply(checkpoint, seq_length=32)
-    subprocess.run(command(checkpoint, tmp_path / "alone"), check=True, capture_output=True)
+    assert finished(start(checkpoint, tmp_path / "alone"))
 
     def contents(folder):
         return {
@@ -54,19 +83,18 @@ def test_killed_at_random_moments_an_export_ends_with_the_same_files(tmp_path):
         if enough >= 10:
             shutil.rmtree(tmp_path / "killed")
             enough = 0
-        process = subprocess.Popen(
-            command(checkpoint, tmp_path / "killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        while process.poll() is None and not (there() >= enough and list((tmp_path / "killed").glob(".*partial"))):
+        process = start(checkpoint, tmp_path / "killed")
+        while process.is_alive() and not (there() >= enough and list((tmp_path / "killed").glob(".*partial"))):
             time.sleep(0.01)
         time.sleep(dice.uniform(0, 0.5))
         progress.append(there())
-        process.send_signal(dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT]))
-        if process.wait() == 0:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, dice.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT]))
+        if finished(process):
             assert contents(tmp_path / "killed") == contents(tmp_path / "alone")  # it was done before
         else:
             kills += 1
     print(f"groups of nets that were there at each moment: {progress}")
-    subprocess.run(command(checkpoint, tmp_path / "killed"), check=True, capture_output=True)
+    assert finished(start(checkpoint, tmp_path / "killed"))
     assert contents(tmp_path / "killed") == contents(tmp_path / "alone")
     assert not list((tmp_path / "killed").glob(".*partial"))
