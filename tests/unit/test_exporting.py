@@ -9,6 +9,7 @@ from helpers import artefacts, exporting
 from helpers.checkpoint import Checkpoint
 from helpers.errors import UserError
 from helpers.reference import HostChain, OnnxNets, OriginalModel, TorchNets, parity
+from tests.conftest import SEQ_LENGTH
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def prompt(chat_prompt, demo_questions):
 
 def test_every_net_is_there_with_its_contract(onnx_tiny, patched_tiny):
     c = Checkpoint.open(patched_tiny)
-    s, h, d, size, vocab = 256, c.heads, c.head_dim, c.hidden_size, c.vocab_size
+    s, h, d, size, vocab = SEQ_LENGTH, c.heads, c.head_dim, c.hidden_size, c.vocab_size
     contract = {
         "embedding": ([[1, s]], [[1, s, size]]),
         "embedding_cache": ([[1, 1]], [[1, 1, size]]),
@@ -43,11 +44,11 @@ def test_every_net_is_there_with_its_contract(onnx_tiny, patched_tiny):
 
 
 def test_onnx_agrees_with_pytorch_net_by_net_and_in_the_chain(patched_tiny, onnx_tiny, prompt, stop_ids, tiny):
-    chain = HostChain(TorchNets(patched_tiny, 256), record={})
+    chain = HostChain(TorchNets(patched_tiny, SEQ_LENGTH), record={})
     first = int(chain.prefill(prompt).argmax())
     chain.decode(first)
     assert all(f["max_abs"] < 1e-4 for f in parity(chain.record, OnnxNets(onnx_tiny), tokens=len(prompt)).values())
-    expected = OriginalModel(tiny).greedy(prompt, stop_ids, 96, 256)
+    expected = OriginalModel(tiny).greedy(prompt, stop_ids, 96, SEQ_LENGTH)
     assert HostChain(OnnxNets(onnx_tiny)).greedy(prompt, stop_ids, 96) == expected
 
 
@@ -61,7 +62,7 @@ def test_one_corrupted_weight_turns_parity_red(net, onnx_tiny, patched_tiny, pro
     index = prompt[0] * 128 if net == "embedding" else len(values) // 2
     values[index] += 1.0
     values.tofile(weights)
-    chain = HostChain(TorchNets(patched_tiny, 256), record={})
+    chain = HostChain(TorchNets(patched_tiny, SEQ_LENGTH), record={})
     chain.prefill(prompt)
     figures = parity(chain.record, OnnxNets(folder), tokens=len(prompt))
     assert figures[net]["max_abs"] > 1e-3
@@ -75,7 +76,7 @@ def test_a_second_export_writes_nothing_and_a_damaged_file_is_written_again(onnx
     whole = artefacts.sha256_file(folder / "block_1.weights")
     with open(folder / "block_1.weights", "r+b") as file:
         file.write(b"\xff")
-    exporting.export(patched_tiny, folder, 256)
+    exporting.export(patched_tiny, folder, SEQ_LENGTH)
     after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     changed = {name for name in after if after[name] != before[name]}
     assert changed == {
@@ -99,7 +100,7 @@ def test_a_sequence_length_that_is_none_is_refused(seq_length, patched_tiny, tmp
 
 def test_an_unpatched_checkpoint_is_refused(tiny, tmp_path):
     with pytest.raises(UserError, match="patch"):
-        exporting.export(tiny, tmp_path, 256)
+        exporting.export(tiny, tmp_path, SEQ_LENGTH)
 
 
 def test_too_little_memory_and_disk_are_said_before_anything_is_written(patched_tiny, tmp_path, monkeypatch):
@@ -107,11 +108,11 @@ def test_too_little_memory_and_disk_are_said_before_anything_is_written(patched_
 
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**8))
     with pytest.raises(UserError, match="memory"):
-        exporting.export(patched_tiny, tmp_path / "onnx", 256)
+        exporting.export(patched_tiny, tmp_path / "onnx", SEQ_LENGTH)
     monkeypatch.undo()
     monkeypatch.setattr(artefacts, "free_bytes", lambda path: 10**5)
     with pytest.raises(UserError, match="disk"):
-        exporting.export(patched_tiny, tmp_path / "onnx", 256)
+        exporting.export(patched_tiny, tmp_path / "onnx", SEQ_LENGTH)
     assert not (tmp_path / "onnx").exists()
 
 
