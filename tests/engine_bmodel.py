@@ -15,15 +15,16 @@ from pathlib import Path
 import numpy as np
 
 from helpers import artefacts, compiler_jobs, compiling, toolchain
+from tests.unit.small_nets import task
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, WIDTH, VOCABULARY = 8, 32, 64
-# net: (--quantize, --quant_input, --quant_output) of model_deploy.py
+# net: settings of model_deploy.py in which it is not as helpers.compiling has it.
 NETS = {
-    "embedding": ("BF16", True, True),
-    "cache": ("BF16", True, True),
-    "logits": ("BF16", True, False),
-    "greedy_head": ("F32", False, False),
+    "embedding": {"quantize": "BF16", "quant_input": True, "quant_output": True},
+    "cache": {"quantize": "BF16", "quant_input": True, "quant_output": True},
+    "logits": {"quantize": "BF16", "quant_input": True, "quant_output": False},
+    "greedy_head": {"quantize": "F32", "quant_input": False, "quant_output": False},
 }
 
 
@@ -93,19 +94,8 @@ def _export(folder: Path) -> None:
 
 def _compile(net: str, addr_mode: str, folder: Path) -> str:
     """Path of the net's bmodel."""
-    quantize, quant_input, quant_output = NETS[net]
-    settings = compiling.net_settings(net, "bf16", 1, addr_mode, dynamic=False) | {
-        "quantize": quantize,
-        "quant_input": quant_input,
-        "quant_output": quant_output,
-        "addr_mode": addr_mode,
-    }
-    path = folder / f"{net}.onnx"
-    work = folder / addr_mode
-    work.mkdir(exist_ok=True)
-    task = {"net": net, "onnx": str(path), "files": [str(path)], "recorded": {}, "folder": str(work)}
-    task |= {"settings": settings, "memory": 1, "weights": 0, "shapes": [], "threads": 1}
-    return compiler_jobs.compile_net(task)["bmodel"]
+    settings = compiling.net_settings(net, "bf16", 1, addr_mode, dynamic=False) | NETS[net] | {"addr_mode": addr_mode}
+    return compiler_jobs.compile_net(task(folder, folder / addr_mode, net, settings))["bmodel"]
 
 
 def build() -> dict[str, Path]:

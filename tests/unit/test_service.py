@@ -483,14 +483,20 @@ def test_a_client_that_leaves_the_queue_is_never_answered(serve, stream):
     assert len(service.runners[0].answers) == 1
 
 
+def asking_for_a_stream(service, window):
+    """A socket with so small a receive buffer, on which the documented request was sent and nothing was read."""
+    body = json.dumps({"question": "q", "stream": True}).encode()
+    asking = socket.socket()
+    asking.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, window)
+    asking.connect(("127.0.0.1", service.port))
+    asking.sendall(b"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+    return asking
+
+
 def test_a_slow_reader_does_not_hold_the_chip(serve):
     # Cumulative events of this answer are far more than sockets hold.
     service = serve("word " * 4000, seq_length=10_000)
-    body = json.dumps({"question": "q", "stream": True}).encode()
-    with socket.socket() as slow:
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32 << 10)
-        slow.connect(("127.0.0.1", service.port))
-        slow.sendall(b"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+    with asking_for_a_stream(service, window=32 << 10) as slow:
         service.wait_until(lambda: service.runners[0].answers)
         started = time.monotonic()
         assert service.http.post("/v1/chat/completions", json=ask(max_tokens=2)).status_code == 200
@@ -507,11 +513,7 @@ def test_a_client_that_reads_slowly_but_steadily_is_not_given_up(serve, monkeypa
     """What the kernel holds for a client counts as taken: it must not be more than a slow one takes in the time."""
     monkeypatch.setattr("helpers.service_api.SEND_TIMEOUT_S", 0.5)
     service = serve("word " * 12_000, seq_length=60_000)
-    body = json.dumps({"question": "q", "stream": True}).encode()
-    with socket.socket() as slow:
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16 << 10)
-        slow.connect(("127.0.0.1", service.port))
-        slow.sendall(b"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+    with asking_for_a_stream(service, window=16 << 10) as slow:
         slow.settimeout(10)
         received = b""
         while not received.endswith(b"\r\n0\r\n\r\n"):
@@ -526,11 +528,7 @@ def test_a_client_that_reads_nothing_is_disconnected(serve, monkeypatch):
     monkeypatch.setattr("helpers.service.STALLED_S", 1)
     service = serve("word " * 30_000, seq_length=40_000)
     service.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    body = json.dumps({"question": "q", "stream": True}).encode()
-    with socket.socket() as silent:
-        silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
-        silent.connect(("127.0.0.1", service.port))
-        silent.sendall(b"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    with asking_for_a_stream(service, window=2048):
         service.wait_until(lambda: service.runners[0].answers)
         service.wait_until(lambda: not service.server.server_state.connections)
 
