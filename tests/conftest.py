@@ -6,6 +6,7 @@ pytest-xdist, which waits for the first.
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,10 @@ WORK = ROOT / "out" / "tests"
 SEQ_LENGTH = 208  # the documented chat of two turns has 198
 
 os.chdir(ROOT)
+# A shell has what it starts with `&` ignore Ctrl-C, and so does all that is started from there: tests that press it
+# would wait for ever.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Two workers share the cores: threads of PyTorch that wait for each other by spinning take them from the other one.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
