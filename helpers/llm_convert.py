@@ -234,4 +234,9 @@ def _run(work: Path, addr_mode: str, options: list[str], log: Path) -> None:
                 text = said
                 shutil.copy(failed, log)
                 break
-        raise UserError(f"llm_convert.py failed: {own_error(text, status)} (its log is {log})")
+        # On a full disk the converter goes on, and finds its own files broken later. What it wrote is still there.
+        free = artefacts.free_bytes(work)
+        raise UserError(
+            f"llm_convert.py failed: {own_error(text, status)} (its log is {log}; when it ended {free / 1e9:.1f} GB of "
+            "disk were free: it can need ten times the checkpoint's size)"
+        )
