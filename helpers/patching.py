@@ -5,6 +5,7 @@ The changes are the files in `patches/`, one a change, in the order of their num
 whole: a patching that is killed leaves each file as it was or as it will be, and the same command goes on from there.
 """
 
+import contextlib
 import difflib
 import filecmp
 import hashlib
@@ -20,6 +21,7 @@ from pathlib import Path
 from helpers import artefacts
 from helpers.errors import UserError
 from helpers.passages import MisfitError, NotNeededError, Source
+from helpers.understood import multimodal
 
 FOLDER = Path(__file__).resolve().parent.parent / "patches"
 RECORD = "patches.json"
@@ -120,7 +122,7 @@ def apply(
     length = seq_length or record.get("seq_length") or min(SEQ_LENGTH, _trained(source, originals))
     steps = plan(originals, length, chosen)
     _check_plan(source, steps)
-    warnings = _warnings(_trained(source, originals), length)
+    warnings = _warnings(originals, _trained(source, originals), length)
     return Report(target, steps, _write(target, originals, steps, length), warnings)
 
 
@@ -168,6 +170,12 @@ def plan(originals: dict[str, str], seq_length: int, chosen: set[str] | None = N
             state, note = NOT_NEEDED, str(reason)
         except MisfitError as reason:
             state, note = MISFIT, str(reason)
+            # Of the file as it is, where it does not fit either: patches before this one have moved the lines.
+            with contextlib.suppress(NotNeededError):
+                try:
+                    patch(originals[patch.file], seq_length)
+                except MisfitError as in_the_file:
+                    note = str(in_the_file)
         if state == APPLIED and chosen is not None and patch.name not in chosen:
             state, after = NOT_APPLIED, before
         texts[patch.file] = after
@@ -219,13 +227,16 @@ def _config(folder: Path, texts: dict[str, str]) -> dict:
     return config
 
 
-def _warnings(trained: int, seq_length: int) -> list[str]:
-    if seq_length <= trained:
-        return []
-    return [
-        f"seq_length {seq_length} is more than the {trained} this model was trained for; beyond that Qwen scales its "
-        "attention and rotation, which compiled nets do not: expect worse answers there."
-    ]
+def _warnings(originals: dict[str, str], trained: int, seq_length: int) -> list[str]:
+    warnings = []
+    if kind := multimodal(originals["modeling_qwen.py"]):
+        warnings.append(f"this is {kind}: only its language model is patched and compiled, and that reads text alone.")
+    if seq_length > trained:
+        warnings.append(
+            f"seq_length {seq_length} is more than the {trained} this model was trained for; beyond that Qwen scales "
+            "its attention and rotation, which compiled nets do not: expect worse answers there."
+        )
+    return warnings
 
 
 def _chosen(only: Iterable[str] | None) -> set[str]:
@@ -244,9 +255,10 @@ def _chosen(only: Iterable[str] | None) -> set[str]:
 def _check_plan(folder: Path, steps: list[Step]) -> None:
     for step in steps:
         if step.state == MISFIT:
+            kind = f"This is {kind}. " if (kind := multimodal(steps[0].before)) else ""
             raise UserError(
                 f"Patch {step.patch.name} does not fit {folder / step.patch.file}, which was left as it was: "
-                f"{step.note}\nTake the file of a published revision of Qwen-1.8B, 7B, 14B or 72B."
+                f"{step.note}\n{kind}Take the file of a published revision of Qwen-1.8B, 7B, 14B or 72B."
             )
 
 

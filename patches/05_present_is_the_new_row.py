@@ -5,17 +5,20 @@ all S + 1 rows of every layer's cache to have one row stored: 269 MB a token for
 new row alone, and the caller writes it in its place.
 
 Recognises, in `QWenAttention.forward`: `if use_cache: present = (key, value) else: present = None` right after
-`if layer_past is not None: …`. It is moved in front of it.
+`if layer_past is not None: …`. It is moved in front of it. Nothing else may be done to query, key, value or mask in
+`forward` than Qwen's published code does (helpers/understood.py): a row of the cache is final once it is returned.
 
 After it the file's own `QWenModel.forward` can no longer decode: only the blocks, with a cache outside, are of use.
 """
 
 from helpers.passages import MisfitError, NotNeededError, Source, is_code
+from helpers.understood import check_forward
 
 FILE = "modeling_qwen.py"
 
 
 def change(source: Source) -> Source:
+    check_forward(source)
     forward = source.required("QWenAttention", "forward")
     present = r"if use_cache:\s+present = \(key, value\)\s+else:\s+present = None"
     takes = [i for i, s in enumerate(forward.body) if is_code(s, present)]

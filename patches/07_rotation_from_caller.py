@@ -6,20 +6,22 @@ positions as `rotary_pos_emb_list=[[cos, sin]]`; this gives the same argument to
 
 Recognises: `QWenBlock.forward` with an argument `rotary_pos_emb` (one revision of 24 September 2023), or with none and
 `query = apply_rotary_pos_emb(query, …)`, `key = apply_rotary_pos_emb(key, …)` in `QWenAttention.forward` (August 2023).
+The block may do nothing with past, mask and rotation but hand them on (helpers/understood.py).
 Not needed: in all later revisions. Without the new argument the code does what it did before.
 """
 
 import ast
 
 from helpers.passages import MisfitError, NotNeededError, Source, body_with, calls, is_code
+from helpers.understood import check_block
 
 FILE = "modeling_qwen.py"
 ARGUMENT = "rotary_pos_emb_list"
 
 
 def change(source: Source) -> Source:
-    for owner in ("QWenBlock", "QWenAttention"):
-        source.required(owner, "forward")
+    source.required("QWenAttention", "forward")
+    check_block(source)
     arguments = {a.arg for a in source.required("QWenBlock", "forward").args.args}
     if ARGUMENT in arguments:
         raise NotNeededError("a block is given its rotation already")

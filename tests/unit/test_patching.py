@@ -384,8 +384,8 @@ REFUSED = {
     ),
     "a bias beside the mask": (
         "03_attention_mask_only",
-        "        attn_weights = torch.softmax(attn_weights, dim=-1).type(query.dtype)",
-        "        attn_weights = torch.softmax(attn_weights + causal_mask, dim=-1).type(query.dtype)",
+        "        attn_weights = nn.functional.softmax(attn_weights, dim=-1)",
+        "        attn_weights = nn.functional.softmax(attn_weights + causal_mask, dim=-1)",
     ),
     "another mask value": ("03_attention_mask_only", "torch.finfo(attn_weights.dtype).min", "self.masked_bias"),
     "a scale by layer": ("02_constant_scale", "size_temp ** 0.5", "(size_temp ** 0.5 * self.layer_number)"),

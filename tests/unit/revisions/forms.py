@@ -17,7 +17,10 @@ class Form:
 
     mask: where the causal mask comes from: "buffer" (self.bias), "argument" (registered_causal_mask), "made" (the same
     name, made in forward), "optional" (causal_mask, made in forward for a prefill, None in decoding).
-    rotation: "own" (from the length of the past), "pair" ([cos, sin]) or "list" ([[cos, sin]]).
+    rotation: "own" (from the length of the past), "pair" ([cos, sin]) or "list" ([[cos, sin]]); of the FOREIGN forms
+    "tuple" (one pair for the query, one for the key, or both in a tuple) and "indexed" (whole tables, cut at cur_len).
+    edits_rows: forward makes each two neighbouring tokens share a row of key and value.
+    parts: what QWenModel has beside its blocks, "audio" or "visual".
     """
 
     mask: str
@@ -28,6 +31,8 @@ class Form:
     tensor_scale: bool = True
     fused: bool = False
     fused_mask_is_lost: bool = False
+    edits_rows: bool = False
+    parts: tuple[str, ...] = ()
 
 
 FORMS = {
@@ -48,6 +53,15 @@ FORMS = {
     ),
     "2023-12": Form(mask="optional", cache_quantization=True, fused=True, upcast=False, tensor_scale=False),
 }
+
+# Models made from Qwen whose blocks do not mean what the patches rely on: README.md says which real ones.
+FOREIGN = {
+    "codefuse-tuple": Form(mask="none", rotation="tuple", upcast=False),
+    "codefuse-indexed": Form(mask="none", rotation="indexed", upcast=False),
+    "edited-rows": Form(mask="optional", fused=True, upcast=False, tensor_scale=False, edits_rows=True),
+    "qwen-vl": Form(mask="always", rotation="pair", upcast=False, parts=("visual",)),
+}
+QWEN_AUDIO = Form(mask="made", cache_quantization=True, fused=True, upcast=False, parts=("audio",))
 
 CONFIGURATION = """\
 class QWenConfig:
@@ -78,9 +92,16 @@ def _rotate_half(x):
     return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
 
 
-def apply_rotary_pos_emb(t, freqs):
-    cos, sin = (freqs.cos(), freqs.sin()) if torch.is_tensor(freqs) else freqs
-    return (t.float() * cos + _rotate_half(t.float()) * sin).type_as(t)
+{apply_rotary}
+
+
+class RotaryEmbedding(nn.Module):
+    def __init__(self, width, base):
+        super().__init__()
+        self.register_buffer("speed", base ** -(torch.arange(0, width, 2) / width), persistent=False)
+
+    def forward(self, length, ntk_alpha=1.0):
+        return torch.outer(torch.arange(length), self.speed).repeat(1, 2)[None, :, None, :]
 
 
 class RMSNorm(nn.Module):
@@ -113,6 +134,10 @@ class QWenAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // self.num_heads
+        self.split_size = config.hidden_size
+        self.rotary_emb = RotaryEmbedding(self.head_dim, base=config.rotary_emb_base)
+        self.attn_dropout = nn.Dropout(config.attn_dropout_prob)
         self.seq_length = config.seq_length
         self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.c_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
@@ -124,7 +149,25 @@ class QWenAttention(nn.Module):
         triangle = torch.tril(torch.ones((positions, positions), dtype=torch.bool))
         self.register_buffer("bias", triangle[None, None], persistent=False)
         self.use_cache_quantization = False
+
+    def _split_heads(self, tensor, num_heads, attn_head_size):
+        return tensor.view(tensor.shape[:-1] + (num_heads, attn_head_size))
+
+    def _merge_heads(self, tensor, num_heads, attn_head_size):
+        return tensor.contiguous().flatten(2)
 """
+
+APPLY_ROTARY = {
+    "own": """\
+def apply_rotary_pos_emb(t, freqs):
+    return (t.float() * freqs.cos() + _rotate_half(t.float()) * freqs.sin()).type_as(t)
+""",
+    "given": """\
+def apply_rotary_pos_emb(t, freqs):
+    cos, sin = freqs
+    return (t.float() * cos + _rotate_half(t.float()) * sin).type_as(t)
+""",
+}
 
 SCALE = {
     True: """\
@@ -244,10 +287,33 @@ class QWenBlock(nn.Module):
 """
 
 
+MODEL = """
+
+class QWenModel(QWenPreTrainedModel):
+    def __init__(self, config):
+        super().__init__()
+        self.h = nn.ModuleList([QWenBlock(config)])
+"""
+
+EDITED_ROWS = """\
+        def in_pairs(rows):
+            even = rows.shape[1] // 2 * 2
+            mean = (rows[:, :even:2] + rows[:, 1:even:2]) / 2
+            return torch.cat((mean.repeat_interleave(2, dim=1), rows[:, even:]), dim=1)
+
+        key = in_pairs(key)
+        value = in_pairs(value)
+"""
+
+
 def source(form: Form) -> str:
     """The text of a modeling_qwen.py of this form."""
+    turned_by = "own" if form.rotation in ("own", "indexed") else "given"
+    parts = PLAIN_PARTS.replace("{apply_rotary}", APPLY_ROTARY[turned_by].strip())
+    model = MODEL if form.parts else ""
+    model += "".join(f"        self.{part} = nn.Identity()\n" for part in form.parts)
     return "".join(
-        [HEAD, SWITCH if form.fused else "", PLAIN_PARTS, _attn(form), _upcast(form), _forward(form), _block(form)]
+        [HEAD, SWITCH if form.fused else "", parts, _attn(form), _upcast(form), _forward(form), _block(form), model]
     )
 
 
@@ -272,6 +338,8 @@ def _arguments(form: Form) -> str:
 
 
 def _masking(form: Form, last: str) -> str:
+    if form.mask in ("none", "always"):
+        return LENGTHS if form.mask == "always" else ""
     if form.mask == "optional":
         return MASK_VALUE + OPTIONAL_MASK
     triangle = "self.bias" if form.mask == "buffer" else "registered_causal_mask"
@@ -297,9 +365,12 @@ def _attn(form: Form) -> str:
         + (branches if form.cache_quantization else "")
         + SCALE[form.tensor_scale].format(size=size)
         + _masking(form, ALWAYS_MASK)
-        + ("\n" + ADD_MASK if form.reads_attention_mask else "")
+        + ("        attn_weights = attn_weights + attention_mask\n" if form.mask == "always" else "")
+        + ("\n" + ADD_MASK if form.reads_attention_mask and form.mask != "always" else "")
         + """
-        attn_weights = torch.softmax(attn_weights, dim=-1).type(query.dtype)
+        attn_weights = nn.functional.softmax(attn_weights, dim=-1)
+        attn_weights = attn_weights.type(query.dtype)
+        attn_weights = self.attn_dropout(attn_weights)
         attn_output = torch.matmul(attn_weights, value)
         attn_output = attn_output.transpose(1, 2)
         return attn_output, attn_weights
@@ -326,7 +397,13 @@ def _upcast(form: Form) -> str:
 
 
 def _parameters(form: Form) -> list[str]:
-    names = {"own": [], "pair": ["rotary_pos_emb"], "list": ["rotary_pos_emb_list"]}[form.rotation]
+    names = {
+        "own": [],
+        "pair": ["rotary_pos_emb"],
+        "list": ["rotary_pos_emb_list"],
+        "tuple": ["rotary_pos_emb"],
+        "indexed": ["rotary_pos_emb", "cur_len"],
+    }[form.rotation]
     return names + (["registered_causal_mask"] if form.mask == "argument" else []) + ["layer_past", "attention_mask"]
 
 
@@ -335,10 +412,14 @@ ROTATIONS = {
         kv_seq_len = hidden_states.size()[1]
         if layer_past:
             kv_seq_len += layer_past[0].shape[1]
-        width = query.shape[-1]
-        inv_freq = 1.0 / (10000 ** (torch.arange(0, width, 2).float() / width))
-        angles = torch.outer(torch.arange(kv_seq_len).float(), inv_freq)
-        rotary_pos_emb = (torch.cat((angles, angles), dim=-1)[None, :, None, :],) * 2
+        ntk_alpha = 1.0
+        rotary_pos_emb = self.rotary_emb(kv_seq_len, ntk_alpha=ntk_alpha).to(hidden_states.device)
+
+        if rotary_pos_emb is not None:
+            if isinstance(rotary_pos_emb, tuple):
+                rotary_pos_emb = rotary_pos_emb
+            else:
+                rotary_pos_emb = (rotary_pos_emb,) * 2
 
         if rotary_pos_emb is not None:
             q_pos_emb, k_pos_emb = rotary_pos_emb
@@ -348,15 +429,44 @@ ROTATIONS = {
             query = apply_rotary_pos_emb(query, q_pos_emb)
             key = apply_rotary_pos_emb(key, k_pos_emb)
 """,
+    "tuple": """\
+        if rotary_pos_emb is not None:
+            if isinstance(rotary_pos_emb, tuple):
+                rotary_pos_emb = rotary_pos_emb
+            else:
+                rotary_pos_emb = (rotary_pos_emb,) * 2
+
+        if rotary_pos_emb is not None:
+            query = apply_rotary_pos_emb(query, rotary_pos_emb)
+            key = apply_rotary_pos_emb(key, rotary_pos_emb)
+""",
+    "indexed": """\
+        if rotary_pos_emb is not None:
+            if isinstance(rotary_pos_emb, tuple):
+                rotary_pos_emb = rotary_pos_emb
+            else:
+                rotary_pos_emb = (rotary_pos_emb,) * 2
+
+        if rotary_pos_emb is not None:
+            q_pos_emb, k_pos_emb = rotary_pos_emb
+            q_pos_emb = q_pos_emb[:, cur_len, :, :]
+            k_pos_emb = k_pos_emb[:, cur_len, :, :]
+            query = apply_rotary_pos_emb(query, q_pos_emb)
+            key = apply_rotary_pos_emb(key, k_pos_emb)
+""",
     "pair": """\
         if rotary_pos_emb is not None:
+            cur_len = query.shape[1]
+            rotary_pos_emb = [i[:, -cur_len:, :, :] for i in rotary_pos_emb]
             query = apply_rotary_pos_emb(query, rotary_pos_emb)
             key = apply_rotary_pos_emb(key, rotary_pos_emb)
 """,
     "list": """\
         if rotary_pos_emb_list is not None:
-            query = apply_rotary_pos_emb(query, rotary_pos_emb_list[0])
-            key = apply_rotary_pos_emb(key, rotary_pos_emb_list[0])
+            cur_len = query.shape[1]
+            rotary_pos_emb = [i[:, -cur_len:, :, :] for i in rotary_pos_emb_list[0]]
+            query = apply_rotary_pos_emb(query, rotary_pos_emb)
+            key = apply_rotary_pos_emb(key, rotary_pos_emb)
 """,
 }
 
@@ -380,10 +490,10 @@ MADE_MASKS = {
 
 def _forward(form: Form) -> str:
     parameters = "".join(f"        {name}=None,\n" for name in _parameters(form))
-    logn = "key.size(1) > self.seq_length and " if form.mask == "optional" else ""
+    optional = form.mask == "optional"
     plain = f"""\
 attn_output, attn_weight = self._attn(
-    {_arguments(form)}, None
+    {_arguments(form)}, head_mask
 )
 """
     return (
@@ -391,11 +501,15 @@ attn_output, attn_weight = self._attn(
     def forward(
         self,
         hidden_states,
-{parameters}        output_attentions=False,
+{parameters}        head_mask=None,
+        output_attentions=False,
         use_cache=False,
     ):
-        shape = hidden_states.shape[:2] + (self.num_heads, -1)
-        query, key, value = (x.view(shape) for x in self.c_attn(hidden_states).chunk(3, dim=2))
+        mixed_x_layer = self.c_attn(hidden_states)
+        query, key, value = mixed_x_layer.split(self.split_size, dim=2)
+{EDITED_ROWS if form.edits_rows else ""}        query = self._split_heads(query, self.num_heads, self.head_dim)
+        key = self._split_heads(key, self.num_heads, self.head_dim)
+        value = self._split_heads(value, self.num_heads, self.head_dim)
 
 """
         + ROTATIONS[form.rotation]
@@ -410,8 +524,11 @@ attn_output, attn_weight = self._attn(
         else:
             present = None
 
-        if {logn}self.use_logn_attn and not self.training:
-            logn_tensor = self.logn_tensor[:, key.size(1) - query.size(1):key.size(1), :, :]
+{"        key_size = key.size(1)" if optional else ""}
+        if {"key_size > self.seq_length and " if optional else ""}self.use_logn_attn and not self.training:
+            seq_start = key.size(1) - query.size(1)
+            seq_end = key.size(1)
+            logn_tensor = self.logn_tensor[:, seq_start:seq_end, :, :]
             query = query * logn_tensor.expand_as(query)
 
 """
@@ -423,8 +540,10 @@ attn_output, attn_weight = self._attn(
 """
         + (_fused(form, plain) if form.fused else _indented(plain, 8))
         + """\
-        context_layer = attn_output.contiguous().flatten(2)
-        return self.c_proj(context_layer), present
+        context_layer = self._merge_heads(attn_output, self.num_heads, self.head_dim)
+        attn_output = self.c_proj(context_layer)
+        outputs = (attn_output, present)
+        return outputs
 """
     )
 
