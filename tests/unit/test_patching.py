@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import cli, patching
+from helpers import cli, patching, understood
 from helpers.errors import UserError
 from helpers.passages import Source
 from tests.unit.revisions import blocks, forms, public
@@ -406,6 +406,63 @@ REFUSED = {
         "        if use_cache:\n            present",
         "        key = compress(key)\n        if use_cache:\n            present",
     ),
+    # what the patches rely on around their passages
+    "rows of the cache that are let go": (
+        "05_present_is_the_new_row",
+        "        if self.use_logn_attn",
+        "        key, value = key[:, -1024:], value[:, -1024:]\n        if self.use_logn_attn",
+    ),
+    "keys that are turned when they are read": (
+        "05_present_is_the_new_row",
+        "        if self.use_logn_attn",
+        "        key = apply_rotary_pos_emb(key, rotary_pos_emb)\n        if self.use_logn_attn",
+    ),
+    "keys under another name": (
+        "05_present_is_the_new_row",
+        "        if self.use_logn_attn",
+        "        rows = key\n        rows[:, :4] = 0\n        if self.use_logn_attn",
+    ),
+    "a rotation of every second layer": (
+        "05_present_is_the_new_row",
+        "if rotary_pos_emb_list is not None:",
+        "if rotary_pos_emb_list is not None and self.layer_number % 2:",
+    ),
+    "a rotation of its own choice": (
+        "05_present_is_the_new_row",
+        "            rotary_pos_emb = [i[:, -cur_len:, :, :] for i in rotary_pos_emb_list[0]]\n",
+        "",
+    ),
+    "a rotation by an angle": (
+        "05_present_is_the_new_row",
+        "    cos, sin = freqs\n",
+        "    cos, sin = freqs.cos(), freqs.sin()\n",
+    ),
+    "a query with something added": (
+        "05_present_is_the_new_row",
+        "        key = self._split_heads(",
+        "        query = query + self.lora(hidden_states)\n        key = self._split_heads(",
+    ),
+    "a mask of its own": (
+        "05_present_is_the_new_row",
+        "        query = query.permute(",
+        "        attention_mask = self.window\n        query = query.permute(",
+    ),
+    "only the highest scores": (
+        "03_attention_mask_only",
+        "        attn_weights = self.attn_dropout(attn_weights)",
+        "        attn_weights = highest(attn_weights)\n        attn_weights = self.attn_dropout(attn_weights)",
+    ),
+    "a block that shortens the past": (
+        "07_rotation_from_caller",
+        "            layer_past=layer_past,",
+        "            layer_past=shortened(layer_past),",
+    ),
+    "a block that changes the mask": (
+        "07_rotation_from_caller",
+        "        outputs = self.attn(",
+        "        attention_mask = widened(attention_mask)\n        outputs = self.attn(",
+    ),
+    "a block that keeps the mask": ("07_rotation_from_caller", "            attention_mask=attention_mask,\n", ""),
     "another class": ("02_constant_scale", "class QWenAttention", "class QWenAttention2"),
     "another model": ("06_config_for_one_length", '"model_type": "qwen"', '"model_type": "qwen2"'),
     "no Python": ("01_no_fused_attention", "import math", "<<<<<<< HEAD"),
@@ -429,6 +486,65 @@ def test_an_unknown_revision_is_refused_with_the_passage_and_left_as_it_was(fold
     assert "line " in message or "there is no QWenAttention" in message or "qwen2" in message
     assert bytes_of(folder) == before
     assert not folder.with_name("copy").exists()
+
+
+@pytest.mark.parametrize("name", forms.FOREIGN)
+def test_a_model_made_from_qwen_that_works_otherwise_is_refused(tmp_path, name, capsys):
+    folder = forms.write(forms.FOREIGN[name], tmp_path / "c")
+    before = bytes_of(folder)
+    for more in ([], ["--out", str(tmp_path / "copy")], ["--only", "06"]):
+        assert cli.main(["patch", "--model_path", str(folder), *more]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith("error: Patch 0") and "Traceback" not in told
+        assert bytes_of(folder) == before and not (tmp_path / "copy").exists()
+    # The lines that it names are those of the file as it is.
+    lines = before["modeling_qwen.py"].decode().splitlines()
+    named = re.findall(r"line (\d+):\s+(.*)", told)
+    assert named and all(lines[int(number) - 1].strip() == code for number, code in named)
+
+
+def test_the_lines_are_those_of_the_statements_at_fault(tmp_path):
+    for name, at_fault in (
+        ("codefuse-tuple", "if isinstance(rotary_pos_emb, tuple):"),
+        ("codefuse-indexed", "q_pos_emb = q_pos_emb[:, cur_len, :, :]"),
+        ("edited-rows", "key = in_pairs(key)"),
+    ):
+        with pytest.raises(UserError, match=re.escape(at_fault)):
+            patching.apply(forms.write(forms.FOREIGN[name], tmp_path / name))
+
+
+def test_a_model_that_is_refused_would_be_wrong(tmp_path, monkeypatch):
+    """Why they are refused: patched nevertheless, two do not run and one gives other outputs."""
+    monkeypatch.setattr(understood, "_check", lambda *_: None)
+    monkeypatch.setattr(understood, "is_code", lambda *_: True)  # whether cosine and sine are unpacked
+    found = {}
+    for name in ("codefuse-tuple", "codefuse-indexed", "edited-rows"):
+        folder = forms.write(forms.FOREIGN[name], tmp_path / name)
+        patching.apply(folder, out=tmp_path / f"{name} patched", seq_length=ROWS)
+        found[name] = fault_in_graph(tmp_path / f"{name} patched")
+    assert found.pop("edited-rows") is None
+    assert all(fault.startswith("does not export") for fault in found.values()), found
+    before, after = (blocks.load_block(tmp_path / f"edited-rows{end}") for end in ("", " patched"))
+    assert blocks.agreement(before, after, 5, ROWS).prefill > 1e-2
+
+
+def test_a_statement_that_touches_nothing_of_the_attention_is_let_be(folder):
+    path = folder / "modeling_qwen.py"
+    add = "\n        mixed_x_layer ="
+    assert add in path.read_text()
+    path.write_text(path.read_text().replace(add, '\n        """Attention."""\n        self.calls = 1' + add))
+    assert "modeling_qwen.py" in patching.apply(folder).changed
+
+
+def test_qwen_audio_and_qwen_vl_are_called_what_they_are(tmp_path, capsys):
+    audio = forms.write(forms.QWEN_AUDIO, tmp_path / "audio")
+    assert cli.main(["patch", "--model_path", str(audio), "--out", str(tmp_path / "patched"), "-s", str(ROWS)]) == 0
+    assert "this is Qwen-Audio" in capsys.readouterr().err
+    found = blocks.agreement(blocks.load_block(audio), blocks.load_block(tmp_path / "patched"), 5, ROWS)
+    assert max(found.prefill, found.decode) < TOLERANCE
+    images = forms.write(forms.FOREIGN["qwen-vl"], tmp_path / "vl")
+    assert cli.main(["patch", "--model_path", str(images)]) == 2
+    assert "This is Qwen-VL" in capsys.readouterr().err
 
 
 def test_the_refusal_shows_the_passage(folder):
