@@ -5,10 +5,13 @@ Papermill executes; what it calls a success without reason is refused here, befo
 
     "tutorial": {
         "makes": ["patched/config.json", "{name}_{mode}_1dev.bmodel"],   # paths below the out folder; {parameter}, *
-        "cell_seconds": 900,     # no cell runs longer
-        "min_seconds": 0.5,      # cells that took less in all did not do the work
+        "cell_seconds": 36000,   # a cell that runs longer hangs
         "max_lines": 60          # no output is longer: a wall of log is not a tutorial
     }
+
+That a notebook did its work is never told by the clock, since a fast machine would be called a cheat. Evidence tells:
+every code cell ran, in order; checks (`assert`) ran, and passed; each promised artefact was written by this run, or has
+a manifest that proves its content; a cell that shows a figure has one.
 """
 
 import ast
@@ -17,6 +20,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import signal
 import struct
 import sys
@@ -26,15 +30,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from helpers.artefacts import is_whole, read_manifest, write_json
+from helpers.artefacts import digest_of, is_whole, manifest_path, read_manifest, sha256_file, write_json
 from helpers.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / "notebooks"
 OUT = ROOT / "out"
+# Of a whole run that was green: what it was of. `make test` takes that run's artefacts where nothing has changed since.
+WALKED = "walked.json"
 SUMMARY_KEYS = ("model", "engine", "versions", "questions", "parity", "bytes", "estimates", "wall_s")
-# A second as a rule; without compiled bytecode, on a busy machine, a hundred times that.
-KERNEL_START_SECONDS = 180
+# Bounds for what hangs, not for what is slow: a second as a rule, on a slow and busy machine hundreds of times that.
+KERNEL_START_SECONDS = 3600
+OUTPUT_SECONDS = 3600
 # More text than this in one cell fills the memory of runner and reader before any time limit is reached.
 MAX_CELL_CHARACTERS = 5_000_000
 
@@ -44,8 +51,7 @@ class Declaration:
     """What a notebook's metadata.tutorial says about it. Seconds are wall time."""
 
     makes: list[str] = field(default_factory=list)
-    cell_seconds: float = 900
-    min_seconds: float = 0.5
+    cell_seconds: float = 36000
     max_lines: int = 60
 
     @classmethod
@@ -60,11 +66,12 @@ class Declaration:
 
 @dataclass
 class Report:
-    """How a run went. `seconds`: wall time of the cells; `problems`: empty where it is right."""
+    """How a run went. `checks`: asserts that passed; `seconds`: wall time of the cells; `problems`: none if right."""
 
     notebook: str
     executed: Path
     cells: int = 0
+    checks: int = 0
     seconds: float = 0.0
     stderr_outputs: int = 0
     problems: list[str] = field(default_factory=list)
@@ -131,14 +138,25 @@ def parameters_of(notebook) -> dict[str, object]:
     return values
 
 
-def _assigned(cell) -> set[str]:
-    """Names that a cell assigns at its top level, shell commands and magics aside."""
+def _parsed(cell) -> ast.Module:
+    """A cell's code, shell commands and magics as the calls that they are; empty where it is no Python."""
     from IPython.core.inputtransformer2 import TransformerManager
 
     try:
-        body = ast.parse(TransformerManager().transform_cell(cell.source)).body
+        return ast.parse(TransformerManager().transform_cell(cell.source))
     except SyntaxError:
-        return set()  # running it will say so, better
+        return ast.Module([], [])  # running it will say so, better
+
+
+def _checks(cell) -> bool:
+    """Whether a cell has an `assert` of something that could be otherwise."""
+    asserts = [node for node in ast.walk(_parsed(cell)) if isinstance(node, ast.Assert)]
+    return any(not isinstance(node.test, ast.Constant | ast.Tuple) for node in asserts)
+
+
+def _assigned(cell) -> set[str]:
+    """Names that a cell assigns at its top level."""
+    body = _parsed(cell).body
     targets = [target for statement in body for target in getattr(statement, "targets", [])]
     targets += [statement.target for statement in body if isinstance(statement, ast.AnnAssign | ast.AugAssign)]
     return {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
@@ -170,6 +188,8 @@ def check_source(notebook) -> list[str]:
             problems.append(f"{where} hides whether its script fails")
         if "parameters" not in _tags(cell) and (again := sorted(_assigned(cell) & names)):
             problems.append(f"{where} sets the parameter {', '.join(again)} anew: the value given to the run is lost")
+    if not problems and not any(map(_checks, _code_cells(notebook))):
+        problems.append("has no check: at least one `assert` about what it did is needed, or doing nothing would pass")
     return problems
 
 
@@ -189,6 +209,9 @@ def _kernel_manager(root: Path, ipython_dir: str):
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
         "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]),
         "IPYTHONDIR": ipython_dir,
+        # Whatever the environment says: figures are shown in the notebook, and asserts are run.
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        "PYTHONOPTIMIZE": "",
     }
 
     class ThisInterpreter(AsyncKernelManager):
@@ -204,6 +227,7 @@ LAST_WORDS = {
     "prefix": "__import__('sys').prefix",
     "strict": "'helpers.strict_kernel' in __import__('IPython').get_ipython().extension_manager.loaded",
     "alive": "not __import__('IPython').get_ipython().exit_now",
+    "checks": "__import__('sys').modules['helpers.strict_kernel'].passed",
 }
 
 
@@ -304,6 +328,7 @@ def run_notebook(
 
     declaration = Declaration.of(notebook)
     cell_seconds = cell_seconds or declaration.cell_seconds
+    before = {path: _written(path) for path in _promised(declaration.makes, out, {**declared, **parameters})}
     for cell in _code_cells(notebook):
         cell.outputs, cell.execution_count = [], None
     state, stopped = _Client(), None
@@ -324,6 +349,7 @@ def run_notebook(
                 start_timeout=KERNEL_START_SECONDS,
                 execution_timeout=cell_seconds,
                 timeout=cell_seconds,
+                iopub_timeout=OUTPUT_SECONDS,
                 shutdown_kernel="immediate",
                 resources={"metadata": {"path": str(path.absolute().parent)}},
                 coalesce_streams=True,
@@ -351,7 +377,7 @@ def run_notebook(
             _finish(result, report, stopped, state, declaration)
         _write_notebook(result, executed)
     if not report.problems:
-        report.problems += check_artefacts(declaration.makes, out, {**declared, **parameters})
+        report.problems += check_artefacts(declaration.makes, out, {**declared, **parameters}, before)
     if report.problems:
         raise NotebookFailed(report)
     return report
@@ -404,11 +430,7 @@ def _finish(notebook, report: Report, stopped: str | None, state: _Client, decla
     report.problems += check_executed(notebook, declaration)
     if not report.problems:
         report.problems += _check_last_words(state.last_words)
-    if not report.problems and report.seconds < declaration.min_seconds:
-        report.problems.append(
-            f"all cells together took {report.seconds:.2f} s, less than the {declaration.min_seconds:g} s that its "
-            "work needs: it did not really run"
-        )
+    report.checks = state.last_words.get("checks", 0)
 
 
 _VIEW = "application/vnd.jupyter.widget-view+json"
@@ -450,6 +472,8 @@ def _check_last_words(words: dict[str, object]) -> Iterator[str]:
         yield f"ran in {words.get('prefix')}, not in {sys.prefix}"
     elif not words.get("strict"):
         yield "ran without helpers.strict_kernel: failed commands would not have been seen"
+    elif not words.get("checks"):
+        yield "ran none of its checks (`assert`)"
 
 
 def check_executed(notebook, declaration: Declaration) -> list[str]:
@@ -471,7 +495,20 @@ def check_executed(notebook, declaration: Declaration) -> list[str]:
             problems.append(f"{where} {ran}; it is code cell {count}")
             break
         problems += [f"{where}: {noise}" for noise in _noise(cell, declaration.max_lines)]
+        if _SHOWS_FIGURE.search(cell.source) and not _figures(cell):
+            problems.append(f"{where} shows a figure, and there is none in its output")
+    if not problems and any(name.endswith(IMAGES) for name in declaration.makes):
+        if not any(map(_figures, _code_cells(notebook))):
+            problems.append("promises figures and shows none")
     return problems
+
+
+IMAGES = (".png", ".svg")
+_SHOWS_FIGURE = re.compile(r"\b(plt|pyplot)\.show\(")
+
+
+def _figures(cell) -> list:
+    return [o for o in cell.outputs if any(kind.startswith("image/") for kind in o.get("data", {}))]
 
 
 def _noise(cell, max_lines: int) -> Iterator[str]:
@@ -543,11 +580,43 @@ LOADERS = {
 }
 
 
-def check_artefacts(makes: list[str], out: Path, parameters: dict[str, object]) -> list[str]:
-    """Which of the promised artefacts are missing or do not load.
+def _promised(makes: list[str], out: Path, parameters: dict[str, object]) -> list[Path]:
+    """What is there of the promised artefacts."""
+    found = []
+    for template in makes:
+        with contextlib.suppress(KeyError, IndexError, ValueError, NotImplementedError):
+            found += out.glob(template.format(**parameters))
+    return found
+
+
+def _written(path: Path) -> dict[str, tuple]:
+    """What changes where something is written: each file with its inode, size and time of modification."""
+    files = [path, *path.rglob("*")] if path.is_dir() else [path]
+    status = {str(file): file.lstat() for file in files}
+    return {name: (found.st_ino, found.st_size, found.st_mtime_ns) for name, found in status.items()}
+
+
+def _proven(path: Path, out: Path) -> bool:
+    """Whether a manifest, its own or that of a folder above, says that this is the content that was made."""
+    if manifest_path(path).exists():
+        return is_whole(path, read_manifest(path))
+    for folder in path.parents:
+        if (folder / "manifest.json").exists():
+            listed = read_manifest(folder).get("outputs", {}).get(str(path.relative_to(folder)))
+            return bool(listed) and path.is_file() and sha256_file(path) == listed["sha256"]
+        if folder == out:
+            break
+    return False
+
+
+def check_artefacts(
+    makes: list[str], out: Path, parameters: dict[str, object], before: dict[Path, dict] | None = None
+) -> list[str]:
+    """Which of the promised artefacts are missing, do not load, or are not of this run.
 
     makes: paths below `out`, `{name}` standing for a parameter's value and `*` for anything. A file is loaded as its
     suffix says; a folder must hold something; where there is a manifest, all that it lists must be as it says.
+    before: what was there before the run, by path. What the run did not write must be proven by a manifest.
     """
     problems = []
     for template in makes:
@@ -563,6 +632,9 @@ def check_artefacts(makes: list[str], out: Path, parameters: dict[str, object]) 
         for path in found:
             try:
                 _check_artefact(path)
+                if before and before.get(path) == _written(path) and not _proven(path, out):
+                    name = path.relative_to(out)
+                    problems.append(f"promises {name}, which is left from an earlier run: this one did not write it")
             except Exception as error:  # whatever a loader raises, the artefact does not load
                 problems.append(f"made {path.relative_to(out)}, which does not load: {error}")
     return problems
@@ -672,6 +744,15 @@ def check_summary(summary: dict) -> list[str]:
 # The command line
 
 
+def sources_digest() -> str:
+    """What decides how a run goes, as one digest: code, notebooks, patches, the embedded model, the environment."""
+    files = [ROOT / "requirements.txt"]
+    for folder in ("helpers", "notebooks", "patches", "models"):
+        files += (path for path in (ROOT / folder).rglob("*") if path.is_file())
+    files = [path for path in files if not {"__pycache__", ".ipynb_checkpoints"} & set(path.parts)]
+    return digest_of({str(path.relative_to(ROOT)): sha256_file(path) for path in files if path.suffix != ".tiktoken"})
+
+
 def add_arguments(parser) -> None:
     """Arguments of `python -m helpers notebooks`."""
     parser.add_argument("notebooks", nargs="*", type=Path, help="these instead of notebooks/NN*.ipynb")
@@ -741,9 +822,10 @@ def run(args) -> int:
     shares = _share(_settings(args.set), notebooks)
     whole = not (args.notebooks or args.only or args.first)
     out = args.out.absolute()
+    (out / WALKED).unlink(missing_ok=True)
     if whole:
         (out / "summary.json").unlink(missing_ok=True)
-    started = time.monotonic()
+    sources, started = sources_digest(), time.monotonic()
     for path in notebooks:
         executed = out / "notebooks" / path.name
         try:
@@ -758,12 +840,14 @@ def run(args) -> int:
             return 1
         record(out, {"wall_s": {path.stem: report.seconds}})
         noise = f"  {report.stderr_outputs} outputs on stderr" if report.stderr_outputs else ""
-        print(f"{path.name:32} ok  {report.cells:3} cells {report.seconds:7.1f} s{noise}", flush=True)
+        done = f"{report.cells:3} cells {report.checks:5} checks {report.seconds:7.1f} s"
+        print(f"{path.name:32} ok  {done}{noise}", flush=True)
     if whole:
         problems = check_summary(json.loads((out / "summary.json").read_text(encoding="utf-8")))
         for problem in problems:
             print(f"error: {problem}", file=sys.stderr)
         if problems:
             return 1
+        write_json(out / WALKED, {"sources": sources, "settings": args.set})
     print(f"{len(notebooks)} notebooks in {time.monotonic() - started:.0f} s; executed: {out / 'notebooks'}")
     return 0

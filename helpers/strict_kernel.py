@@ -1,9 +1,12 @@
-"""IPython extension that the notebook runner loads: a shell command that fails, fails its cell.
+"""IPython extension that the notebook runner loads: a shell command that fails, fails its cell; checks are counted.
 
 Jupyter shows `!command` and `x = !command` as done whatever their exit status, and `%%bash` looks only at its
-last line. A reader sees the message on the screen; a run without a reader would call it a success.
+last line. A reader sees the message on the screen; a run without a reader would call it a success. And where no
+`assert` was reached, nothing was checked.
 """
 
+import ast
+import builtins
 import shlex
 import subprocess
 import types
@@ -11,6 +14,24 @@ import types
 STRICT = "set -eo pipefail; "
 # `long listing | head`: the listing ends by SIGPIPE, as it should.
 PIPE_CLOSED = 128 + 13
+
+
+passed = 0  # asserts of the notebook that held
+
+
+def _count() -> None:
+    global passed
+    passed += 1
+
+
+class _CountChecks(ast.NodeTransformer):
+    """Each `assert` is followed by a call that counts it."""
+
+    def visit_Assert(self, node: ast.Assert) -> list[ast.stmt]:
+        counting = ast.parse("__check_passed__()").body[0]
+        for part in ast.walk(counting):
+            ast.copy_location(part, node)
+        return [node, counting]
 
 
 class CommandFailed(Exception):
@@ -59,6 +80,8 @@ def _getoutput(shell, command: str, split: bool = True, depth: int = 0):
 
 def load_ipython_extension(shell) -> None:
     """Replace the shell's `!`, `x = !` and `%%bash` by ones that raise CommandFailed or CalledProcessError."""
+    builtins.__check_passed__ = _count
+    shell.ast_transformers.append(_CountChecks())
     shell.system = types.MethodType(_system, shell)
     shell.getoutput = types.MethodType(_getoutput, shell)
     cell_magics = shell.magics_manager.magics["cell"]

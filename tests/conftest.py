@@ -32,6 +32,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
+# In CI a test that is skipped has shown nothing, and green would say that it had: only hardware may be absent there.
+SKIPPED: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if os.environ.get("CI") and report.skipped and not ({"hardware", "wasxfail"} & {*report.keywords, *vars(report)}):
+        SKIPPED.append(f"{report.nodeid}: {report.longrepr[-1]}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if SKIPPED and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    for line in SKIPPED:
+        terminalreporter.write_line(f"error: skipped in CI for another reason than hardware: {line}", red=True)
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Path:
     """The embedded checkpoint, unpatched."""

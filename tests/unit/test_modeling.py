@@ -209,6 +209,7 @@ def test_a_model_too_large_for_memory_is_streamed_and_says_the_same():
     assert sum(parameter.numel() for parameter in streamed.model.parameters()) == 0
 
 
+@pytest.mark.hardware
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU and torch's CUDA build")
 @pytest.mark.parametrize("resident", [True, False])
 def test_a_gpu_gives_the_cpus_tokens(resident, monkeypatch):

@@ -22,7 +22,7 @@ from helpers.cli import main
 from helpers.errors import UserError
 from helpers.notebooks import NotebookFailed, check_summary, parameters_of, record, run_notebook
 
-WORK = "import time; time.sleep(0.1)"
+WORK = "assert sum([1, 1]) == 2"
 
 
 def cell(source, *tags):
@@ -30,13 +30,15 @@ def cell(source, *tags):
 
 
 def tutorial(*cells, parameters="seq_length = 64", **declared):
-    """A notebook with a heading, a parameters cell, and the given cells (sources or cells)."""
+    """A notebook with a heading, a parameters cell, the given cells (sources or cells), and a check."""
     written = [new_markdown_cell("# Title")]
     if parameters is not None:
         written.append(cell(parameters, "parameters"))
     written += [new_code_cell(c) if isinstance(c, str) else c for c in cells]
+    if not any("assert " in c.source for c in written):
+        written.append(new_code_cell(WORK))
     notebook = new_notebook(cells=written)
-    notebook.metadata.tutorial = {"min_seconds": 0.01, **declared}
+    notebook.metadata.tutorial = declared
     return notebook
 
 
@@ -93,7 +95,7 @@ def test_a_right_notebook_passes(write, tmp_path):
     )
     report = run_notebook(path, tmp_path / "done" / "00.ipynb", {"seq_length": 7}, out=tmp_path / "out")
     assert report.problems == [] and report.stderr_outputs == 0
-    assert report.cells == 6 and report.seconds > 0
+    assert report.cells == 7 and report.checks == 1
     done = nbformat.read(tmp_path / "done" / "00.ipynb", as_version=4)
     text = [output.text.strip() for c in done.cells for output in c.get("outputs", []) if "text" in output]
     assert text == [sys.prefix, "hello from the shell"]
@@ -139,7 +141,18 @@ TRAPS = {
     "raw cell": (tutorial(WORK, new_raw_cell("1 / 0")), "`1 / 0` is a raw cell, which never runs"),
     "empty cell": (tutorial(WORK, ""), "cell 4 `` is empty"),
     "parameters left from a run": (tutorial(cell("seq_length = 1", "injected-parameters")), "an earlier run"),
-    "nothing done": (tutorial("pass", min_seconds=30), "it did not really run"),
+    "no check": (tutorial("'assert '"), "has no check: at least one `assert`"),
+    "check that cannot fail": (tutorial("assert True, 'assert 1'"), "has no check: at least one `assert`"),
+    "check that is not reached": (tutorial("for _ in []:\n    assert seq_length"), "ran none of its checks"),
+    "figure that is not shown": (
+        tutorial("from matplotlib import pyplot\npyplot.switch_backend('agg')\npyplot.plot([1])\npyplot.show()"),
+        "shows a figure, and there is none in its output",
+    ),
+    "promised figure that is not shown": (
+        tutorial("import matplotlib.pyplot as plt\nplt.plot([1]); plt.savefig('a.png'); plt.close()", makes=["a.png"]),
+        "promises figures and shows none",
+    ),
+    "seconds as evidence": (tutorial(WORK, min_seconds=1), "metadata.tutorial has min_seconds"),
     "broken promise": (tutorial(WORK, makes=["net.onnx"]), "promises net.onnx"),
     "exception in a thread": (
         tutorial("import threading\nt = threading.Thread(target=lambda: 1 / 0)\nt.start(); t.join()"),
@@ -177,6 +190,49 @@ def test_error_names_the_cell_and_the_executed_notebook_shows_it(fails, tmp_path
     assert done.cells[3].outputs[0].ename == "AssertionError"
 
 
+def test_a_notebook_that_takes_no_time_is_right(write, tmp_path):
+    """A fast machine is no cheat: cells that do nothing but be right are right, however soon."""
+    report = run_notebook(write(tutorial("pass", "assert seq_length == 64")), tmp_path / "done.ipynb", out=tmp_path)
+    assert report.problems == [] and (report.cells, report.checks) == (3, 1)
+
+
+SHOWS = "import matplotlib.pyplot as plt\nplt.plot([1])\nplt.show()"
+
+
+def test_figures_are_shown_and_checks_run_whatever_the_environment_says(write, tmp_path, monkeypatch, fails):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    monkeypatch.setenv("PYTHONOPTIMIZE", "1")
+    run_notebook(write(tutorial(SHOWS)), tmp_path / "done.ipynb", out=tmp_path)
+    outputs = nbformat.read(tmp_path / "done.ipynb", as_version=4).cells[2].outputs
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert "AssertionError: of no use" in fails(tutorial(SHOWS, "assert seq_length == 1, 'of no use'"))
+
+
+WRITES = "import pathlib\npathlib.Path(out, 'a.json').write_text('[1]')"
+
+
+def test_what_an_earlier_run_left_is_no_evidence(write, tmp_path, fails):
+    out = tmp_path / "out"
+    out.mkdir()
+    run_notebook(write(tutorial(WRITES, parameters="out = ''", makes=["a.json"])), tmp_path / "done.ipynb", out=out)
+    run_notebook(write(tutorial(WRITES, parameters="out = ''", makes=["a.json"])), tmp_path / "done.ipynb", out=out)
+    said = fails(tutorial("pass", makes=["a.json"]))
+    assert said == "promises a.json, which is left from an earlier run: this one did not write it"
+
+
+@pytest.mark.parametrize("promise", ["nets", "nets/net.bin"])
+def test_what_an_earlier_run_left_counts_where_a_manifest_proves_it(promise, write, tmp_path, fails):
+    from helpers.artefacts import building
+
+    with building(tmp_path / "out" / "nets", kind="test", inputs={}, settings={}) as staging:
+        staging.mkdir()
+        (staging / "net.bin").write_bytes(b"12345")
+    notebook = tutorial("pass", makes=[promise])
+    assert run_notebook(write(notebook), tmp_path / "done.ipynb", out=tmp_path / "out").problems == []
+    (tmp_path / "out" / "nets" / "net.bin").write_bytes(b"12344")
+    assert "net" in fails(notebook)
+
+
 def test_cell_that_hangs_is_stopped_with_what_it_started(fails, tmp_path):
     notebook = tutorial(
         "import subprocess, pathlib\nchild = subprocess.Popen(['sleep', '600'])\n"
@@ -184,14 +240,16 @@ def test_cell_that_hangs_is_stopped_with_what_it_started(fails, tmp_path):
         "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('waiting', flush=True)\n"
         "while True: signal.pause()",
     )
-    started = time.monotonic()
-    assert "cell 4 `import signal`: ran longer than 2 s and was stopped" == fails(notebook, cell_seconds=2)
-    assert time.monotonic() - started < 20
+    for seconds in (2, 20, 200):  # on a busy machine the cells before it may take longer than the bound
+        problem = fails(notebook, cell_seconds=seconds)
+        if "cell 4" in problem:
+            break
+    assert problem == f"cell 4 `import signal`: ran longer than {seconds} s and was stopped"
     done = nbformat.read(tmp_path / "done.ipynb", as_version=4)
     assert [output.output_type for output in done.cells[3].outputs] == ["stream", "error"]
     child = int((tmp_path / "pid").read_text())
     with contextlib.suppress(psutil.NoSuchProcess):
-        psutil.Process(child).wait(5)
+        psutil.Process(child).wait()
 
 
 def test_kernel_that_dies(fails, tmp_path):
@@ -202,7 +260,7 @@ def test_kernel_that_dies(fails, tmp_path):
 
 def test_flood_of_output_is_stopped(fails, monkeypatch, tmp_path):
     monkeypatch.setattr(notebooks, "MAX_CELL_CHARACTERS", 100_000)
-    problem = fails(tutorial("while True: print('x' * 1000)"), cell_seconds=60)
+    problem = fails(tutorial("while True: print('x' * 1000)"))
     assert "printed more than 100,000 characters and was stopped" in problem
     assert (tmp_path / "done.ipynb").stat().st_size < 50_000
 
@@ -332,7 +390,7 @@ def test_record_loses_nothing_when_two_write(tmp_path):
     for writer in writers:
         writer.start()
     for writer in writers:
-        writer.join(60)
+        writer.join()
     assert len(json.loads((tmp_path / "summary.json").read_text())["bytes"]) == 50
 
 
@@ -483,15 +541,15 @@ def test_stopped_runner_leaves_no_kernel(number, code, write, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 60
     pid = tmp_path / "pid"
-    while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
+    while not (pid.exists() and pid.read_text()):
+        assert runner.poll() is None
         time.sleep(0.1)
     kernel = psutil.Process(int(pid.read_text()))
     runner.send_signal(number)
-    _, said = runner.communicate(timeout=30)
+    _, said = runner.communicate()
     assert runner.returncode == code and "Traceback" not in said, said
-    kernel.wait(10)
+    kernel.wait()
 
 
 @pytest.mark.parametrize("text", ["{", "[]"])
