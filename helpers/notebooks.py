@@ -30,6 +30,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from helpers import patching
 from helpers.artefacts import digest_of, is_whole, manifest_path, read_manifest, sha256_file, write_json
 from helpers.errors import UserError
 
@@ -597,7 +598,13 @@ def _written(path: Path) -> dict[str, tuple]:
 
 
 def _proven(path: Path, out: Path) -> bool:
-    """Whether a manifest, its own or that of a folder above, says that this is the content that was made."""
+    """Whether a manifest, its own or that of a folder above, says that this is the content that was made.
+
+    A patched checkpoint's is the record of its patches. Raises UserError where that does not fit.
+    """
+    if (path / patching.RECORD).exists():
+        patching.require_patched(path)
+        return True
     if manifest_path(path).exists():
         return is_whole(path, read_manifest(path))
     for folder in path.parents:
