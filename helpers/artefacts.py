@@ -70,7 +70,7 @@ def read_manifest(artefact: str | Path) -> dict:
     """
     path = manifest_path(artefact)
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_bytes())
         if not _is_manifest(manifest):
             raise ValueError("it does not say what a manifest says")
         return manifest

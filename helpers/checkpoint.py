@@ -10,8 +10,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ LLM_CONVERT_TYPES = frozenset(
     "qwen2_5_omni internvl_chat gemma3 gemma4 glm4v minicpmv janus".split()
 )
 
-# Places where weights are looked for, in this order; an index names the shards.
+# Places where weights are looked for, in this order of preference; an index names the shards.
 WEIGHT_FILES = (
     "model.safetensors.index.json",
     "model.safetensors",
@@ -36,6 +36,9 @@ WEIGHT_FILES = (
 
 # Others hold numbers that are not the weights' own values: they are quantised, and the scales are elsewhere.
 WEIGHT_DTYPES = ("bfloat16", "float16", "float32", "float64")
+
+# The number that torch.save began a file with before PyTorch 1.6, as pickle writes it.
+_LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
 
 # The August 2023 revisions of Qwen call four keys otherwise.
 OLD_KEYS = {
@@ -70,7 +73,8 @@ class Checkpoint:
     def open(cls, folder: str | Path) -> Checkpoint:
         """Read the configuration and the list of tensors; no weight is read.
 
-        Raises UserError where the folder is not a whole first-generation Qwen checkpoint, with what is wrong.
+        Raises UserError where the folder is not a whole first-generation Qwen checkpoint, with what is wrong, and
+        where it has two whole sets of weights.
         """
         path = Path(folder)
         config = _read_config(path)
@@ -105,23 +109,58 @@ class Checkpoint:
         checkpoint = cls(
             path=path,
             config=config,
-            files=_find_weights(path),
+            files={},
             head_dim=size("kv_channels", sizes["hidden_size"] // sizes["heads"]),
             eps=positive("layer_norm_epsilon", 1e-6),
             rotary_base=positive("rotary_emb_base", 10000),
             **sizes,
         )
-        if checkpoint.layers > len(checkpoint.files):
-            # A number of layers that is nonsense would have no end of names.
-            missing = [f"transformer.h.{checkpoint.layers - 1}.ln_1.weight"]
-        else:
-            missing = [name for name in checkpoint.shapes() if name not in checkpoint.files]
+        return replace(checkpoint, files=checkpoint._find_weights())
+
+    def _find_weights(self) -> dict[str, Path]:
+        """The file of each tensor, from the one whole set of weights that there is."""
+        whole, faults = {}, []
+        for file in (self.path / name for name in WEIGHT_FILES if (self.path / name).is_file()):
+            try:
+                files = _weights_of(file)
+                self._require_all(files)
+                whole[file] = files
+            except UserError as error:
+                faults.append(error)
+        if not whole:
+            raise faults[0] if faults else UserError(
+                f"{self.path} has no weights: model.safetensors or pytorch_model.bin, or the index of their shards, "
+                "was needed; download them (`git lfs pull`, or `python -m helpers fetch`)."
+            )
+        (first, files), *others = whole.items()
+        for other in others:
+            # Hubs offer the same weights in both formats: those are one set.
+            if first.name.split(".")[1] == other[0].name.split(".")[1] or not self._same(files, other[1]):
+                raise UserError(
+                    f"{self.path} has two whole sets of weights, {first.name} and {other[0].name}, and only one can be "
+                    "meant: move one of these two files to another folder, and what the other one says is taken."
+                )
+        return files
+
+    def _require_all(self, names: Collection[str]) -> None:
+        # A number of layers that is nonsense would have no end of names.
+        last = f"transformer.h.{self.layers - 1}.ln_1.weight"
+        missing = [last] if self.layers > len(names) else [name for name in self.shapes() if name not in names]
         if missing:
             raise UserError(
-                f"The weights in {path} lack {_listed(missing)}, which a first-generation Qwen of {checkpoint.layers} "
+                f"The weights in {self.path} lack {_listed(missing)}, which a first-generation Qwen of {self.layers} "
                 "layers has: download the checkpoint again, or take the config.json that belongs to these weights."
             )
-        return checkpoint
+
+    def _same(self, one: dict[str, Path], other: dict[str, Path]) -> bool:
+        """Whether two sets have the same matrix where every way of fine-tuning changes it, or one cannot be read."""
+        import torch
+
+        name = f"transformer.h.{self.layers - 1}.attn.c_attn.weight"
+        try:
+            return torch.equal(*(dict(_read(files[name], [name]))[name].bfloat16() for files in (one, other)))
+        except UserError:
+            return True
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that the configuration asks for, by Qwen's own names, and its shape."""
@@ -173,10 +212,7 @@ class Checkpoint:
             for name, tensor in _read(file, [name for name in wanted if self.files[name] == file]):
                 dtype = getattr(tensor, "dtype", type(tensor))
                 if str(dtype).removeprefix("torch.") not in WEIGHT_DTYPES:
-                    raise UserError(
-                        f"{file} has {name} as {dtype}, not as one of {', '.join(WEIGHT_DTYPES)}: take the checkpoint "
-                        "whose weights are not quantised, TPU-MLIR quantises them."
-                    )
+                    raise quantised(file, name, str(dtype))
                 if name in shapes and tuple(tensor.shape) != shapes[name]:
                     raise UserError(
                         f"{file} has {name} of shape {list(tensor.shape)}, but {self.path / 'config.json'} asks for "
@@ -202,7 +238,9 @@ def _read_config(path: Path) -> dict:
         )
     file = path / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        if not file.is_file():  # a pipe would be waited for
+            raise FileNotFoundError
+        config = json.loads(file.read_bytes())
     except FileNotFoundError:
         raise UserError(
             f"{path} has no config.json, so it is not a checkpoint: give the folder that holds config.json, "
@@ -220,7 +258,7 @@ def _read_config(path: Path) -> dict:
             else "take Qwen-1.8B-Chat, Qwen-7B-Chat or Qwen-14B-Chat, or models/tiny."
         )
         raise UserError(f"{file} says model_type {kind!r}; first-generation Qwen ('qwen') was needed: {remedy}")
-    if "quantization_config" in config:
+    if config.get("quantization_config") is not None:
         raise UserError(
             f"{path} is quantised already (quantization_config in its config.json); unquantised weights were needed: "
             "take the checkpoint without -Int4 or -Int8 in its name, TPU-MLIR quantises it."
@@ -228,30 +266,24 @@ def _read_config(path: Path) -> dict:
     return config
 
 
-def _find_weights(path: Path) -> dict[str, Path]:
-    for name in WEIGHT_FILES:
-        file = path / name
-        if not file.is_file():
-            continue
-        if name.endswith(".index.json"):
-            try:
-                shards = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
-                if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-                    raise TypeError("weight_map does not name a file for each tensor")
-            except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-                raise UserError(f"{file} is not a readable index ({error!r}): download it again.") from None
-            missing = sorted({shard for shard in shards.values() if not (path / shard).is_file()})
-            if missing:
-                raise UserError(
-                    f"{path} lacks {_listed(missing)} of the {len(set(shards.values()))} weight files that {name} "
-                    "names: download them (`git lfs pull`, or `python -m helpers fetch`)."
-                )
-            return {tensor: path / shard for tensor, shard in shards.items()}
+def _weights_of(file: Path) -> dict[str, Path]:
+    """The file of each tensor, of the shards that an index names or of a single file."""
+    if not file.name.endswith(".index.json"):
         return dict.fromkeys(_names_in(file), file)
-    raise UserError(
-        f"{path} has no weights: model.safetensors or pytorch_model.bin, or the index of their shards, was needed; "
-        "download them (`git lfs pull`, or `python -m helpers fetch`)."
-    )
+    try:
+        shards = json.loads(file.read_bytes())["weight_map"]
+        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+            raise TypeError("weight_map does not name a file for each tensor")
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is not a readable index ({error!r}): download it again.") from None
+    path = file.parent
+    missing = sorted({shard for shard in shards.values() if not (path / shard).is_file()})
+    if missing:
+        raise UserError(
+            f"{path} lacks {_listed(missing)} of the {len(set(shards.values()))} weight files that {file.name} names: "
+            "download them (`git lfs pull`, or `python -m helpers fetch`)."
+        )
+    return {tensor: path / shard for tensor, shard in shards.items()}
 
 
 def _names_in(file: Path) -> list[str]:
@@ -270,7 +302,9 @@ def _read(file: Path, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
     else:
         tensors = _bin(file)
         for name in names:
-            yield name, tensors[name] if name in tensors else _absent(file, name)
+            tensor = tensors[name] if name in tensors else _absent(file, name)
+            # A parameter that was saved as one is a plain tensor here.
+            yield name, tensor.detach() if hasattr(tensor, "detach") else tensor
 
 
 def _absent(file: Path, name: str) -> torch.Tensor:
@@ -283,7 +317,7 @@ def _safetensors(file: Path):
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise _damaged(file, error) from None
+        raise damaged(file, error) from None
 
 
 def _bin(file: Path) -> dict[str, torch.Tensor]:
@@ -292,17 +326,41 @@ def _bin(file: Path) -> dict[str, torch.Tensor]:
     import torch
 
     try:
-        return torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        if isinstance(tensors, dict) and any(isinstance(value, torch.Tensor) for value in tensors.values()):
+            return tensors
+        reason = f"a {type(tensors).__name__}"
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
-        raise _damaged(file, error) from None
+        if "Unsupported global" not in str(error):
+            raise damaged(file, error) from None
+        reason = next(line.strip() for line in str(error).splitlines() if "Unsupported global" in line)
+    raise UserError(
+        f"{file} holds something else than tensors by name ({reason}): write it again with "
+        "torch.save(model.state_dict(), FILE), or as safetensors."
+    )
 
 
-def _damaged(file: Path, error: Exception) -> UserError:
+def quantised(file: Path, name: str, dtype: str) -> UserError:
+    """What to say of a weight whose numbers are not its own values."""
+    return UserError(
+        f"{file} has {name} as {dtype}, not as one of {', '.join(WEIGHT_DTYPES)}: take the checkpoint whose weights "
+        "are not quantised, TPU-MLIR quantises them."
+    )
+
+
+def damaged(file: Path, error: object) -> UserError:
+    """What to say of a weight file that cannot be read: what it is instead, or that it is damaged, and how."""
     if not os.access(file, os.R_OK):
         return UserError(f"{file} may not be read: give yourself the right to read it.")
-    with open(file, "rb") as start:
-        if start.read(40).startswith(b"version https://git-lfs"):
-            return UserError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` in {file.parent}.")
+    with open(file, "rb") as data:
+        start = data.read(40)
+    if start.startswith(b"version https://git-lfs"):
+        return UserError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` in {file.parent}.")
+    if _LEGACY in start:
+        return UserError(
+            f"{file} is in the format of PyTorch before 1.6, which cannot be read tensor by tensor: write it anew with "
+            "torch.save(torch.load(FILE, weights_only=True), FILE)."
+        )
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     return UserError(f"{file} ({file.stat().st_size} bytes) is damaged ({reason}): download it again.")
 

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from helpers.artefacts import sha256_file
 from helpers.errors import UserError
-from helpers.hubs import RemoteFile, silent
+from helpers.hubs import PATIENCE, RemoteFile, silent
 
 AT_A_TIME = 4
 # Seconds without a byte before a connection is given up; how often a file may fail before all is given up, unless
 # this many bytes came in between.
-STALL = 10.0
+STALL = PATIENCE
 ATTEMPTS = 3
 PROGRESS = 1_000_000
 PAUSE = 1.0

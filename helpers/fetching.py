@@ -12,21 +12,24 @@ import math
 import os
 import shutil
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from helpers import artefacts, downloading, hubs, patching, prepared
-from helpers.checkpoint import Checkpoint
+from helpers.checkpoint import Checkpoint, damaged, quantised
 from helpers.errors import UserError
+from helpers.tokenizer import VOCABULARY, QwenTokenizer, cut_vocabulary
 
 KIND = "checkpoint"
 DEFAULT_FOLDER = Path("out/checkpoints")
 SOURCES = {"huggingface": hubs.list_huggingface, "modelscope": hubs.list_modelscope}
 # What a chat needs beside the weights; all revisions of the four models have these.
-NEEDED = ("modeling_qwen.py", "configuration_qwen.py", "qwen.tiktoken")
+NEEDED = ("modeling_qwen.py", "configuration_qwen.py", VOCABULARY)
 # Pictures and examples of the model card: 5 MB that nothing here reads.
 NOT_NEEDED = ("assets/", "examples/", ".gitattributes")
 _HEADER_LIMIT = 100_000_000  # as the safetensors library has it
+_FLOATS = ("BF16", "F16", "F32", "F64")  # what checkpoint.WEIGHT_DTYPES are called in safetensors
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
@@ -108,7 +111,7 @@ def _from_hub(name: str, source: str, out: Path, revision: str | None, progress)
     revision = revision or (model.commit if source == "huggingface" else "master")
     settings = {"name": name, "source": source, "repo": model.repo, "revision": revision}
     previous = _previous(out)
-    if previous.get("settings") == settings and _is_there(out, previous):
+    if previous.get("settings") == settings and _is_there(out, previous, name):
         artefacts.log(f"{out} is there already, whole: {model.repo} at {previous['revision']}")
         return out
     if previous:
@@ -164,11 +167,17 @@ def _previous(out: Path) -> dict:
     )
 
 
-def _is_there(out: Path, manifest: dict) -> bool:
-    """Whether all that was fetched is still there; files that were patched since count by their kept originals."""
+def _is_there(out: Path, manifest: dict, name: str | None) -> bool:
+    """Whether all that was fetched is still there, and is a whole checkpoint; files that were patched since count by
+    their kept originals.
+
+    Raises UserError where the record of patches may not be read: it is not for want of it that files are replaced.
+    """
     try:
-        record = json.loads((out / patching.RECORD).read_text(encoding="utf-8"))
+        record = json.loads((out / patching.RECORD).read_bytes())
         kept = {name: entry["original"].encode() for name, entry in record["files"].items()}
+    except PermissionError:
+        raise UserError(f"{out / patching.RECORD} may not be read: give yourself the right to read it.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         kept = {}
     rest = {
@@ -176,7 +185,13 @@ def _is_there(out: Path, manifest: dict) -> bool:
         for name, described in manifest.get("outputs", {}).items()
         if name not in kept or hashlib.sha256(kept[name]).hexdigest() != described["sha256"]
     }
-    return artefacts.is_whole(out, manifest | {"outputs": rest})
+    if not artefacts.is_whole(out, manifest | {"outputs": rest}):
+        return False
+    try:
+        verify(out, name)
+    except UserError:
+        return False
+    return True
 
 
 def _reuse(out: Path, previous: dict, files: list[hubs.RemoteFile], folder: Path) -> None:
@@ -217,23 +232,46 @@ def _from_folder(source: Path, name: str | None, out: Path | None) -> Path:
             f"{source} is neither a folder nor a source by name ({', '.join(SOURCES)}, dfss): give one of these."
         )
     verify(source, name)
-    if out is None:
+    place, there = (out or source).resolve(), source.resolve()
+    if place == there:
         return source
-    files = sorted(path for path in source.rglob("*") if path.is_file() and not path.is_symlink())
-    files = [path for path in files if path.name != artefacts.MANIFEST and ".git" not in path.parts]
-    inputs = {str(path.relative_to(source)): artefacts.sha256_file(path) for path in files}
+    if place in there.parents or there in place.parents:
+        raise UserError(f"{source} and {out} lie one in the other, so no copy is made: give an --out elsewhere.")
+    files = sorted(_files_in(source, ()))
+    inputs = {path: artefacts.sha256_file(source / path) for path in files}
     settings = {"name": name, "source": "folder"}
     previous = _previous(out)
-    if previous.get("inputs") == inputs and _is_there(out, previous):
+    if previous.get("inputs") == inputs and _is_there(out, previous, name):
         return out
-    _require_space(out, sum(path.stat().st_size for path in files), name or source.name)
+    _require_space(out, sum((source / path).stat().st_size for path in files), name or source.name)
     downloading.make_folder(out.parent)
     with artefacts.building(out, kind=KIND, inputs=inputs, settings=settings) as partial:
         for path in files:
-            target = partial / path.relative_to(source)
+            target = partial / path
             target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
+            shutil.copyfile(source / path, target)
+        verify(partial, name, as_folder=out)
     return out
+
+
+def _files_in(folder: Path, above: tuple[Path, ...], prefix: str = "") -> Iterator[str]:
+    """The files in a folder and below, by their paths from it, and what links there lead to.
+
+    Raises UserError for a link that leads nowhere, or back to a folder that it lies in.
+    """
+    above = (*above, folder.resolve())
+    for path in folder.iterdir():
+        if path.name in (".git", artefacts.MANIFEST):
+            continue
+        if path.is_symlink() and (not path.exists() or path.resolve() in above):
+            raise UserError(
+                f"{path} is a link to {os.readlink(path)}, which is not there or holds the link itself: delete the "
+                "link, or bring what it should lead to."
+            )
+        if path.is_dir():
+            yield from _files_in(path, above, f"{prefix}{path.name}/")
+        elif path.is_file():
+            yield prefix + path.name
 
 
 # Whole, and the right one
@@ -248,17 +286,22 @@ def verify(folder: str | Path, name: str | None = None, as_folder: Path | None =
     """
     folder = Path(folder)
     try:
-        for file in sorted(folder.glob("*.safetensors")):
-            _check_safetensors(file)
+        single = folder / "model.safetensors"
+        if single.is_file():
+            # One that was cut off is not passed over for older shards beside it. Other files that no index names are.
+            _check_safetensors(single)
         checkpoint = Checkpoint.open(folder)
         shapes = checkpoint.shapes()
         for file in sorted(set(checkpoint.files.values())):
             if file.suffix == ".safetensors":
+                _check_safetensors(file)
                 _check_against(file, checkpoint, shapes)
             elif not zipfile.is_zipfile(file):
-                raise UserError(f"{file} ({file.stat().st_size} bytes) is cut short or not PyTorch's: fetch it again.")
-        missing = [needed for needed in NEEDED if not (folder / needed).is_file()]
-        if missing:
+                raise damaged(file, "cut short, or not PyTorch's")
+        if not (folder / VOCABULARY).is_file() and cut_vocabulary(folder) is not None:
+            # As the embedded checkpoint has it: the vocabulary is cut from a package on first use.
+            QwenTokenizer.open(folder)
+        elif missing := [needed for needed in NEEDED if not (folder / needed).is_file()]:
             raise UserError(f"{folder} lacks {', '.join(missing)}: take them from the checkpoint's own repository.")
         if name is not None:
             _check_model(checkpoint, name)
@@ -305,7 +348,8 @@ def _check_safetensors(file: Path) -> None:
     try:
         for name, tensor in header.items():
             begin, end = tensor["data_offsets"]
-            if end - begin != math.prod(tensor["shape"]) * _BYTES[tensor["dtype"]]:
+            size = _BYTES.get(tensor["dtype"])
+            if size is not None and end - begin != math.prod(tensor["shape"]) * size:
                 raise _damaged(file, f"{name} in a space that is not its size")
         whole = before + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
     except (KeyError, TypeError, ValueError):
@@ -320,6 +364,8 @@ def _check_against(file: Path, checkpoint: Checkpoint, shapes: dict[str, tuple[i
     for name in (name for name, place in checkpoint.files.items() if place == file):
         if name not in header:
             raise UserError(f"{file} lacks {name}, which the index says it has: download this file again.")
+        if name in shapes and header[name]["dtype"] not in _FLOATS:
+            raise quantised(file, name, header[name]["dtype"])
         found = tuple(header[name]["shape"])
         if name in shapes and found != shapes[name]:
             raise UserError(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from helpers.checkpoint import Checkpoint
 from helpers.errors import UserError
+from helpers.hubs import check_huggingface_variables
 
 if TYPE_CHECKING:
     import torch
@@ -37,6 +38,7 @@ def load_modeling(folder: str | Path) -> types.ModuleType:
     patching in place, live side by side. Nothing is written into the folder.
     Raises UserError where the file is absent or cannot be imported.
     """
+    check_huggingface_variables()
     folder = Path(folder).resolve()
     file = folder / f"{MODELING}.py"
     if not file.is_file():

@@ -219,7 +219,7 @@ def _trained(folder: Path, originals: dict[str, str]) -> int:
 
 def _config(folder: Path, texts: dict[str, str]) -> dict:
     try:
-        config = json.loads(texts["config.json"])
+        config = json.loads(texts["config.json"].removeprefix("\ufeff"))
     except json.JSONDecodeError as error:
         raise UserError(f"{folder / 'config.json'} is not readable JSON ({error}): download it again.") from None
     if not isinstance(config, dict):
@@ -291,12 +291,14 @@ def _read(folder: Path) -> tuple[dict[str, str], dict]:
         _config(folder, originals)
         return originals, {}
     try:
-        record = json.loads(record_path.read_text(encoding="utf-8"))
+        record = json.loads(record_path.read_bytes())
         kept = {name: record["files"][name] for name in FILES}
         originals = {name: entry["original"] for name, entry in kept.items()}
         known = {name: {_sha256(entry["original"]), *entry["patched_sha256"]} for name, entry in kept.items()}
         if not isinstance(record["patches"], list) or not isinstance(record["seq_length"], int):
             raise TypeError("its patches or its seq_length are not what they should be")
+    except PermissionError:
+        raise UserError(f"{record_path} may not be read: give yourself the right to read it.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{record_path} is not a readable record of patches ({error}): take modeling_qwen.py and config.json from "

@@ -20,7 +20,7 @@ import time
 import zipfile
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -33,10 +33,10 @@ MODEL = "qwen-7b"
 DEFAULT_FOLDER = Path("out/prepared")
 HOST = "Sophgo's download server (dfss)"
 # Seconds: for one of the servers to accept a connection; for the first byte, after three rounds of two minutes; and
-# between two signs of life after that.
-CONNECT = 5.0
-FIRST_BYTE = 420.0
-STALL = 60.0
+# between two signs of life after that. Each is far above what a slow server takes.
+CONNECT = 30.0
+FIRST_BYTE = 1200.0
+STALL = 300.0
 _POLL = 0.2
 
 
@@ -172,8 +172,11 @@ def _any_answers(servers: list[tuple[str, int]]) -> bool:
         except OSError:
             return False
 
-    with ThreadPoolExecutor(len(servers)) as pool:
-        return any(pool.map(answers, servers))
+    pool = ThreadPoolExecutor(len(servers))
+    tasks = [pool.submit(answers, server) for server in servers]
+    # The first that answers is enough.
+    pool.shutdown(wait=False)
+    return any(task.result() for task in as_completed(tasks))
 
 
 def _run_tool(offered: Artefact, folder: Path, progress) -> None:
@@ -244,6 +247,8 @@ def unpack(archive: Path, folder: Path) -> None:
     try:
         with zipfile.ZipFile(archive) as content:
             members = content.infolist()
+            if all(member.is_dir() for member in members):
+                raise UserError(f"{archive.name} holds no file: {HOST} offers another one by now.")
             for member in members:
                 _check_member(member)
             needed, free = sum(member.file_size for member in members), artefacts.free_bytes(folder)

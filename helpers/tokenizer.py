@@ -69,7 +69,7 @@ class QwenTokenizer:
         """
         path = Path(path)
         folder = path if path.is_dir() else path.parent
-        cut = _cut(folder) if path.is_dir() or path.name == VOCABULARY else None
+        cut = cut_vocabulary(folder) if path.is_dir() or path.name == VOCABULARY else None
         file = path / VOCABULARY if path.is_dir() else path
         if cut is not None and _contents(file) != cut:
             # What is cut can be cut again: a folder that may not be written to is as good.
@@ -164,7 +164,11 @@ def genuine_vocabulary() -> bytes:
     return contents
 
 
-def _cut(folder: Path) -> bytes | None:
+def cut_vocabulary(folder: Path) -> bytes | None:
+    """The vocabulary that a folder's tokenizer_config.json has cut from the genuine one; None where it says nothing.
+
+    Raises UserError where that file, or the genuine vocabulary, cannot be used.
+    """
     contents = _contents(folder / "tokenizer_config.json")
     try:
         ranks = json.loads(contents).get("qwen_tokenizer_ranks") if contents is not None else None

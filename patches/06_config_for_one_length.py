@@ -19,10 +19,11 @@ import re
 from helpers.passages import MisfitError, NotNeededError
 
 FILE = "config.json"
+BOM = "\ufeff"
 
 
 def change(text: str, seq_length: int) -> str:
-    config = json.loads(text)
+    config = json.loads(text.removeprefix(BOM))
     if config.get("model_type") != "qwen" or not isinstance(config.get("seq_length"), int):
         found = {key: config.get(key) for key in ("model_type", "seq_length")}
         raise MisfitError(f"not the configuration of a first-generation Qwen: {found}")
@@ -44,7 +45,7 @@ def change(text: str, seq_length: int) -> str:
     for key, value in changes.items():
         changed = _with_value(changed, key, value)
     more_than_once = [key for key in changes if len(re.findall(rf'"{key}"\s*:', text)) > 1]
-    if more_than_once or json.loads(changed) != config | changes:
+    if more_than_once or json.loads(changed.removeprefix(BOM)) != config | changes:
         raise MisfitError(f"one of {', '.join(changes)} stands in it more than once, or not as a plain value")
     return changed
 
