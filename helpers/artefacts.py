@@ -7,6 +7,7 @@ versions made it and its outputs are still there, never because a file happens t
 
 import contextlib
 import errno
+import fcntl
 import glob
 import hashlib
 import json
@@ -216,6 +217,41 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+_without_locks: set[int] = set()
+
+
+@contextlib.contextmanager
+def locked(path: str | Path, busy: str | None = None) -> Iterator[None]:
+    """Hold a file as a lock, which goes with the process, however that ends. The file stays.
+
+    busy: what to say where another process has it; without it, wait. Raises UserError(busy).
+    Where the disk has no locks (Lustre or NFS, as they are often mounted) it goes on without, with one warning; where
+    the folder cannot be written, without one: whoever may not write there disturbs nobody.
+    """
+    path = Path(path)
+    with contextlib.ExitStack() as stack:
+        try:
+            file = stack.enter_context(open(path, "a"))
+        except OSError as error:
+            if not isinstance(error, PermissionError) and error.errno != errno.EROFS:
+                raise
+            file = stack.enter_context(open(path)) if os.access(path, os.R_OK) else None
+        try:
+            if file is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+        except BlockingIOError:
+            raise UserError(busy) from None
+        except OSError as error:
+            disk = os.fstat(file.fileno()).st_dev
+            if disk not in _without_locks:
+                _without_locks.add(disk)
+                log(
+                    f"warning: the disk that holds {path.parent} has no file locks ({error.strerror}): do not run two "
+                    "commands at once that write there."
+                )
+        yield
 
 
 def free_bytes(path: str | Path) -> int:

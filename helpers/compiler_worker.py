@@ -6,7 +6,6 @@ current one.
 
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
 import resource
@@ -19,7 +18,7 @@ import time
 import types
 from pathlib import Path
 
-from helpers import compiler_graph, toolchain
+from helpers import artefacts, compiler_graph, toolchain
 from helpers.compiler_profile import PROFILE
 from helpers.compiler_server import die_with_parent
 from helpers.errors import UserError
@@ -85,35 +84,35 @@ def compile_net(job: dict) -> None:
     }
     keep = {bmodel.name, PROFILE, mlir.name}
     for path in work.iterdir():
-        if path.is_symlink() or (path.is_file() and path.name not in keep):
+        if path.is_file() and path.name not in keep:
             path.unlink()
     (work / RESULT).write_text(json.dumps(result), encoding="utf-8")
 
 
 @contextlib.contextmanager
 def _kernels(cache: Path):
-    """The cache of fused attention's kernels, which the compiler builds with cmake for each shape, as ./KERNELS.
+    """The kernels of fused attention, which the compiler builds with cmake for each shape, in ./KERNELS.
 
-    It is not the one of the home folder: the compiler remembers there for good that a kernel could not be built (for
-    want of cmake, say), and goes without; and two of its processes that build one kernel spoil each other's. So the
-    first net of a kind builds them alone, in a folder that is moved in whole: one that was killed, or found the disk
-    full, leaves kernels half built, which the compiler would take and stop at. Those after it share what is there.
+    They are not in the home folder: the compiler remembers there for good that a kernel could not be built (for want
+    of cmake, say), and goes without; and two of its processes that build one kernel spoil each other's. So the first
+    net of a kind builds them alone, and then moves them to the cache: one that was killed, or found the disk full,
+    leaves none half built there, which the compiler would take and stop at. Those after it take a copy: there are
+    disks without links.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    whole, building = cache / "whole", cache / f"building.{os.getpid()}"
-    with open(cache / "lock", "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH if whole.exists() else fcntl.LOCK_EX)
-        if whole.exists():
-            fcntl.flock(lock, fcntl.LOCK_SH)
-            Path(KERNELS).symlink_to(whole)
+    whole, ours = cache / "whole", Path(KERNELS)
+    with artefacts.locked(cache / "lock"):
+        if not whole.exists():
+            ours.mkdir()
             yield
+            # Without a lock another net may have been faster.
+            with contextlib.suppress(OSError):
+                ours.rename(whole)
+            shutil.rmtree(ours, ignore_errors=True)
             return
-        for abandoned in cache.glob("building.*"):
-            shutil.rmtree(abandoned)
-        building.mkdir()
-        Path(KERNELS).symlink_to(building)
-        yield
-        building.rename(whole)
+    shutil.copytree(whole, ours)
+    yield
+    shutil.rmtree(ours)
 
 
 def _in_child(function) -> int:

@@ -8,8 +8,6 @@ Flags per net are those of the documented compile.sh; what differs is how they a
 the compiler's own cycles and the simulator's bits justify (helpers.compiler_graph).
 """
 
-import contextlib
-import fcntl
 import os
 import shutil
 import subprocess
@@ -222,7 +220,8 @@ def compile_model(
         }
         for net, sig in plan.nets.items()
     ]
-    with _locked(folder):
+    busy = f"Another compile is running in {folder}: wait for it, or take another --out."
+    with artefacts.locked(folder / ".lock", busy):
         records = _run(tasks, jobs, scheduler, f"compile {mode}", progress)
         nets = {
             net: {k: records[net][k] for k in ("bytes", "cycles", "ms", "ddr_bw", "flops", "seconds")}
@@ -290,19 +289,6 @@ def _run(tasks: list[dict], jobs: int, scheduler: str | None, title: str, progre
             bar.set_postfix_str(record["net"], refresh=False)
             bar.update()
     return records
-
-
-@contextlib.contextmanager
-def _locked(folder: Path):
-    """Only one compile at a time works in a folder. The lock goes with the process, however that ends."""
-    with open(folder / ".lock", "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"Another compile is running in {folder}: wait for it, or take another --out."
-            ) from None
-        yield
 
 
 def combine(bmodels: list[str | Path], target: str | Path) -> None:

@@ -6,7 +6,9 @@ pytest-xdist, which waits for the first.
 
 import json
 import os
+import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,20 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_terminal_summary(terminalreporter) -> None:
     for line in SKIPPED:
         terminalreporter.write_line(f"error: skipped in CI for another reason than hardware: {line}", red=True)
+
+
+@pytest.fixture
+def preload(tmp_path):
+    """C functions that stand in for the system's -> an environment for programs that are to meet them."""
+
+    def environment(code: str) -> dict[str, str]:
+        library = tmp_path / "preload.so"
+        includes = "#define _GNU_SOURCE\n#include <errno.h>\n#include <string.h>\n#include <unistd.h>\n"
+        command = [shutil.which("cc") or "gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)]
+        subprocess.run(command, input=includes + code, text=True, check=True)
+        return os.environ | {"LD_PRELOAD": str(library)}
+
+    return environment
 
 
 @pytest.fixture(scope="session")

@@ -120,3 +120,33 @@ def test_a_folder_is_not_replaced_by_a_file(tmp_path):
     with pytest.raises(UserError, match="is a folder"):
         build(folder)
     assert [(p.name, p.read_text()) for p in folder.iterdir()] == [("manifest.json", "mine")]
+
+
+def test_one_process_at_a_time_holds_a_lock(tmp_path):
+    code = (
+        "import sys\nfrom helpers import artefacts\n"
+        "with artefacts.locked(sys.argv[1]):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="taken"), artefacts.locked(tmp_path / "lock", "taken"):
+            pytest.fail("two hold it")
+        process.kill()
+        process.wait()
+    with artefacts.locked(tmp_path / "lock", "taken"):
+        pass
+
+
+@pytest.mark.parametrize("error", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def test_without_locks_it_goes_on_with_one_warning(tmp_path, preload, error):
+    code = (
+        "import sys\nfrom helpers import artefacts\n"
+        "for busy in (None, 'taken', 'taken'):\n"
+        "    with artefacts.locked(sys.argv[1], busy):\n        print('inside')\n"
+    )
+    environment = preload(f"int flock(int file, int operation) {{ errno = {error}; return -1; }}")
+    command = [sys.executable, "-c", code, str(tmp_path / "lock")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "inside\n" * 3
+    assert done.stderr.count("\n") == 1 and "has no file locks" in done.stderr and str(tmp_path) in done.stderr
