@@ -5,7 +5,6 @@ Files wait in a folder under the name of their content, so that what one hub gav
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import threading
@@ -13,6 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
+from helpers import artefacts
 from helpers.artefacts import sha256_file
 from helpers.errors import UserError
 from helpers.hubs import PATIENCE, RemoteFile, silent
@@ -42,11 +42,8 @@ def make_folder(folder: Path) -> None:
 def locked(folder: Path) -> Iterator[None]:
     """Create the folder and hold it, one process at a time. Raises UserError where another has it."""
     make_folder(folder)
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"Another fetch is writing to {folder}: wait for it, or give another --out.") from None
+    busy = f"Another fetch is writing to {folder}: wait for it, or give another --out."
+    with artefacts.locked(folder / "lock", busy):
         yield
 
 

@@ -1,6 +1,7 @@
 """The checkpoint reader, on the embedded weights in every layout that real checkpoints come in."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -136,6 +137,97 @@ def test_a_quantised_checkpoint_is_refused(tmp_path, weights):
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"bits": 4}}))
     with pytest.raises(UserError, match="quantised already"):
         Checkpoint.open(folder)
+
+
+def test_a_quantisation_of_nothing_is_none(tmp_path, weights):
+    folder = write(tmp_path / "c", weights, "safetensors")
+    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert Checkpoint.open(folder).layers == 4
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_what_an_editor_puts_before_a_json_file_is_read(tmp_path, weights, encoding):
+    folder = write(tmp_path / "c", weights, "bin sharded")
+    for name in ("config.json", "pytorch_model.bin.index.json"):
+        (folder / name).write_text((folder / name).read_text(), encoding=encoding)
+    assert Checkpoint.open(folder).names() == sorted(weights)
+
+
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(UserError, match="no config.json"):
+        Checkpoint.open(tmp_path)
+
+
+def changed_weights(weights):
+    """What fine-tuning of the attention alone leaves."""
+    return {name: tensor * 2 if "attn.c_attn" in name else tensor for name, tensor in weights.items()}
+
+
+@pytest.mark.parametrize("old", LAYOUTS)
+@pytest.mark.parametrize("new", LAYOUTS)
+def test_two_whole_sets_of_weights_are_refused_until_one_is_moved_away(tmp_path, weights, old, new):
+    if old == new:
+        return
+    files = {}
+    for layout, content in ((old, weights), (new, changed_weights(weights))):
+        before = set(tmp_path.glob("c/*"))
+        write(tmp_path / "c", content, layout)
+        names = sorted(path.name for path in set(tmp_path.glob("c/*")) - before if "-of-" not in path.name)
+        files[layout] = names[-1]
+    with pytest.raises(UserError, match="two whole sets of weights") as caught:
+        Checkpoint.open(tmp_path / "c")
+    assert all(file in str(caught.value) for file in files.values())
+    (tmp_path / "c" / files[old]).rename(tmp_path / files[old])
+    name = f"{BLOCK}.attn.c_attn.bias"
+    assert torch.equal(Checkpoint.open(tmp_path / "c").load(name)[name], weights[name] * 2)
+    (tmp_path / "c" / files[new]).unlink()
+    (tmp_path / files[old]).rename(tmp_path / "c" / files[old])
+    assert torch.equal(Checkpoint.open(tmp_path / "c").load(name)[name], weights[name])
+
+
+def test_the_same_weights_in_both_formats_are_one_set(tmp_path, weights):
+    write(tmp_path / "c", {name: tensor.float() for name, tensor in weights.items()}, "bin")
+    checkpoint = Checkpoint.open(write(tmp_path / "c", weights, "safetensors sharded"))
+    assert {file.suffix for file in checkpoint.files.values()} == {".safetensors"}
+
+
+def test_a_set_that_is_not_whole_is_no_choice(tmp_path, weights):
+    folder = write(tmp_path / "c", weights, "safetensors sharded")
+    save_file({"lm_head.weight": weights["lm_head.weight"]}, folder / "model.safetensors")
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    assert Checkpoint.open(folder).files["lm_head.weight"].name.startswith("model-0000")
+    save_file(weights, folder / "model.safetensors")
+    (folder / "model-00001-of-00002.safetensors").unlink()
+    assert Checkpoint.open(folder).files["lm_head.weight"].name == "model.safetensors"
+
+
+def test_parameters_in_a_bin_are_read_as_tensors(tmp_path, weights):
+    parameters = {name: torch.nn.Parameter(tensor) for name, tensor in weights.items()}
+    checkpoint = Checkpoint.open(write(tmp_path / "c", parameters, "bin sharded"))
+    assert not any(tensor.requires_grad for tensor in checkpoint.load(BLOCK).values())
+    assert checkpoint.digest("") == Checkpoint.open(TINY).digest("")
+
+
+def test_a_bin_of_the_old_format_is_named_for_what_it_is(tmp_path, weights):
+    folder = write(tmp_path / "c", weights, "bin")
+    torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    with pytest.raises(UserError, match="pytorch_model.bin is in the format of PyTorch before 1.6") as caught:
+        Checkpoint.open(folder)
+    assert "damaged" not in str(caught.value)
+    # The remedy of the message.
+    torch.save(torch.load(folder / "pytorch_model.bin", weights_only=True), folder / "pytorch_model.bin")
+    assert Checkpoint.open(folder).digest(BLOCK) == Checkpoint.open(TINY).digest(BLOCK)
+
+
+@pytest.mark.parametrize("held", [torch.nn.Linear(1, 1), [torch.ones(1)], {"state_dict": {"a": torch.ones(1)}}])
+def test_a_bin_of_something_else_is_named_for_what_it_is(tmp_path, held):
+    shutil.copy(TINY / "config.json", tmp_path)
+    torch.save(held, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match="something else than tensors by name") as caught:
+        Checkpoint.open(tmp_path)
+    assert "damaged" not in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("value", [None, 0, "128"])
