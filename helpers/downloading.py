@@ -22,7 +22,7 @@ AT_A_TIME = 4
 # this many bytes came in between.
 STALL = PATIENCE
 ATTEMPTS = 3
-PROGRESS = 1_000_000
+PROGRESS = 65_536
 PAUSE = 1.0
 
 

@@ -4,13 +4,12 @@ Both hubs are asked through their plain HTTP interfaces; Hugging Face's through 
 mirrors (HF_TOKEN, HF_ENDPOINT). ModelScope's is that of its own client, modelscope_hub 0.5.1 (MODELSCOPE_ENDPOINT).
 """
 
-import ipaddress
 import os
 import re
 import ssl
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 from urllib.request import getproxies
 
 from helpers.artefacts import digest_of, log
@@ -172,7 +171,10 @@ def check_huggingface_variables() -> None:
                 f"{variable} is {os.environ[variable]!r}, a whole number of seconds was needed: unset it, or set it "
                 "to one."
             ) from None
-    _endpoint(HUGGINGFACE, "HF_ENDPOINT", "https://huggingface.co")
+    try:
+        urlsplit(os.environ.get("HF_ENDPOINT", ""))
+    except ValueError as error:
+        raise _no_address("HF_ENDPOINT", os.environ["HF_ENDPOINT"], error) from None
 
 
 def check_client_variables() -> None:
@@ -188,7 +190,7 @@ def check_client_variables() -> None:
     for entry in filter(None, exceptions):
         try:
             # As httpx makes an address of it.
-            httpx.URL(entry if "://" in entry else f"all://[{entry}]" if _is_ipv6(entry) else f"all://*{entry}")
+            httpx.URL(entry if "://" in entry else f"all://[{entry}]" if entry.count(":") > 1 else f"all://*{entry}")
         except (httpx.InvalidURL, ValueError) as error:
             raise UserError(
                 f"{_variable('no_proxy')} holds {entry!r}, which cannot be used here ({error}): leave this entry out. "
@@ -234,13 +236,6 @@ def _variable(name: str) -> str:
     return name if os.environ.get(name) else next((v for v in os.environ if v.lower() == name), name)
 
 
-def _is_ipv6(entry: str) -> bool:
-    try:
-        return isinstance(ipaddress.ip_address(entry.split("/")[0]), ipaddress.IPv6Address)
-    except ValueError:
-        return False
-
-
 def _fault(address: str) -> str | None:
     """What keeps httpx from using an address, or None."""
     import httpx
@@ -268,10 +263,14 @@ def _endpoint(hub: str, variable: str, default: str) -> tuple[str, str]:
     address = os.environ.get(variable) or default
     fault = _fault(address) if address.startswith(("http://", "https://")) else "it does not begin with https://"
     if fault:
-        raise UserError(
-            f"{variable} is {address!r}, which is not an address ({fault}): unset it, or set it to https://HOST."
-        )
+        raise _no_address(variable, address, fault)
     return address.rstrip("/"), f"{hub} ({httpx.URL(address).netloc.decode()})"
+
+
+def _no_address(variable: str, address: str, fault: object) -> UserError:
+    return UserError(
+        f"{variable} is {address!r}, which is not an address ({fault}): unset it, or set it to https://HOST."
+    )
 
 
 def _huggingface_headers() -> tuple[dict[str, str], str]:

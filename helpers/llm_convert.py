@@ -22,6 +22,7 @@ from helpers.compiler_jobs import own_error
 from helpers.compiler_profile import PROFILE, estimates, read_profile
 from helpers.compiling import Q_GROUP_SIZE, check_name, check_options
 from helpers.errors import UserError
+from helpers.hubs import check_huggingface_variables
 from helpers.tokenizer import VOCABULARY, QwenTokenizer
 
 QUANTIZE = {"bf16": "bf16", "int8": "w8bf16", "int4": "w4bf16"}
@@ -149,6 +150,7 @@ def convert(
         raise UserError(f"seq_length is {seq_length}, it must be a whole number from 1 on (the documented one is 512).")
     toolchain.require()
     toolchain.require_parallel()
+    check_huggingface_variables()
     checkpoint = Checkpoint.open(model_path)
     check_options(mode, num_device, addr_mode, checkpoint.heads, checkpoint.hidden_size)
     out = Path(out).absolute()
