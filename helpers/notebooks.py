@@ -16,7 +16,6 @@ a manifest that proves its content; a cell that shows a figure has one.
 
 import ast
 import contextlib
-import fcntl
 import json
 import math
 import os
@@ -31,7 +30,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from helpers import patching
-from helpers.artefacts import digest_of, is_whole, manifest_path, read_manifest, sha256_file, write_json
+from helpers.artefacts import digest_of, is_whole, locked, manifest_path, read_manifest, sha256_file, write_json
 from helpers.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -675,8 +674,7 @@ def record(out: str | Path, section: dict) -> dict:
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "summary.json"
-    with open(out / ".summary.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(out / ".summary.lock"):
         try:
             summary = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             if not isinstance(summary, dict):

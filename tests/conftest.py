@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "models" / "tiny"
@@ -20,6 +21,9 @@ WORK = ROOT / "out" / "tests"
 SEQ_LENGTH = 208  # the documented chat of two turns has 198
 
 os.chdir(ROOT)
+# Hypothesis would call an example wrong that takes 200 ms, and a strategy unfit that is slow: no verdict by the clock.
+settings.register_profile("tutorial", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tutorial")
 # A shell has what it starts with `&` ignore Ctrl-C, and so does all that is started from there: tests that press it
 # would wait for ever.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
