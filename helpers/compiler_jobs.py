@@ -236,6 +236,9 @@ def own_error(log: str, status: int) -> str:
     exceptions = [line for line in lines if _EXCEPTION.match(line) and "[!Error]" not in line]
     ours = [line for line in lines if line.startswith("error: ")]
     telling = [line for line in lines if line.startswith("what():")] or [line for line in lines if _ERROR.search(line)]
+    if locked := re.search(r"Failed to open: (\S+\.lock)", log):
+        owner = f"uid {os.stat(locked[1]).st_uid}" if os.path.exists(locked[1]) else "another user"
+        return f"{locked[1]} belongs to {owner}: have its owner or root delete it, then run the same command again"
     if ours:
         return ours[-1].removeprefix("error: ")[:500]
     if exceptions:

@@ -43,15 +43,15 @@ class CompilerServer:
         self._waiting: dict[int, tuple[threading.Event, list]] = {}
         self._numbers = itertools.count()
         self._errors = tempfile.TemporaryFile()
-        root = str(Path(__file__).resolve().parent.parent)
-        env = toolchain.environment(threads=1)
-        env["PYTHONPATH"] = os.pathsep.join([root, env["PYTHONPATH"]])
         self._process = subprocess.Popen(
             [sys.executable, "-m", "helpers.compiler_server"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env=env,
+            # Each net has kernels of its own, or those of a net before it (helpers.compiler_worker).
+            env=toolchain.environment(threads=1, kernel_locks=False),
+            # From there it takes these helpers; a folder's name may have a colon, which PYTHONPATH cannot hold.
+            cwd=Path(__file__).resolve().parent.parent,
             # Ctrl-C goes to the whole foreground group: the parent decides what it means.
             start_new_session=True,
         )

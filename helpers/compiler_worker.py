@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import types
 from pathlib import Path
@@ -44,7 +45,11 @@ def preload() -> None:
     sys.modules[tokenizers.__name__] = tokenizers
     sys.modules["torch"] = types.ModuleType("torch")
 
-    import tpu_mlir  # noqa: F401  puts the wheel's folders on sys.path and the tools on the PATH
+    environment = dict(os.environ)
+    import tpu_mlir  # noqa: F401  puts the wheel's folders on sys.path
+
+    # And on the lists of paths, before what helpers.toolchain has put there for good reason.
+    os.environ.update(environment)
 
     # isort: split
     import onnx  # noqa: F401
@@ -71,7 +76,8 @@ def compile_net(job: dict) -> None:
         mlir.write_text(text, encoding="utf-8")
     transformed = time.monotonic()
     bmodel = work / f"{net}.bmodel"
-    with _kernels(Path(job["kernels"])):
+    with _kernels(Path(job["kernels"])) as kernels:
+        os.environ["PPL_CACHE_PATH"] = f"{kernels}/" if kernels.is_absolute() else f"./{kernels}/"
         deploy_bytes = _deploy(mlir, bmodel, settings)
     if not bmodel.is_file() or not bmodel.stat().st_size:
         raise RuntimeError("error: the compiler ended without an error and without a bmodel")
@@ -91,28 +97,33 @@ def compile_net(job: dict) -> None:
 
 @contextlib.contextmanager
 def _kernels(cache: Path):
-    """The kernels of fused attention, which the compiler builds with cmake for each shape, in ./KERNELS.
+    """Yields a folder for the kernels of fused attention, which the compiler builds with cmake for each shape.
 
     They are not in the home folder: the compiler remembers there for good that a kernel could not be built (for want
     of cmake, say), and goes without; and two of its processes that build one kernel spoil each other's. So the first
-    net of a kind builds them alone, and then moves them to the cache: one that was killed, or found the disk full,
-    leaves none half built there, which the compiler would take and stop at. Those after it take a copy: there are
-    disks without links.
+    net of a kind builds them alone, and they move to the cache when they are whole: one that was killed, or found the
+    disk full, leaves none half built there, which the compiler would take and stop at. Those after it take a copy:
+    there are disks without links. cmake does not work in folders with every name.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    whole, ours = cache / "whole", Path(KERNELS)
-    with artefacts.locked(cache / "lock"):
-        if not whole.exists():
-            ours.mkdir()
-            yield
-            # Without a lock another net may have been faster.
-            with contextlib.suppress(OSError):
-                ours.rename(whole)
-            shutil.rmtree(ours, ignore_errors=True)
-            return
-    shutil.copytree(whole, ours)
-    yield
-    shutil.rmtree(ours)
+    whole, made = cache / "whole", Path(f"{KERNELS}.made")
+    with contextlib.ExitStack() as stack:
+        ours = Path(KERNELS)
+        if not toolchain.is_plain(Path.cwd()):
+            ours = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=toolchain.plain_parent()))) / KERNELS
+        with artefacts.locked(cache / "lock"):
+            if not whole.exists():
+                ours.mkdir()
+                yield ours
+                shutil.move(ours, made)
+                # Without a lock another net may have been faster.
+                with contextlib.suppress(OSError):
+                    made.rename(whole)
+                shutil.rmtree(made, ignore_errors=True)
+                return
+        shutil.copytree(whole, ours)
+        yield ours
+        shutil.rmtree(ours)
 
 
 def _in_child(function) -> int:
@@ -159,7 +170,7 @@ def _run_tool(command: list[str]) -> int:
     print("[Running]:", shlex.join(command), flush=True)
     env = {name: os.environ[name] for name in toolchain.VARIABLES if name in os.environ}
     # Without PWD and HOME it aborts.
-    env |= {"PWD": ".", "HOME": ".", "PPL_CACHE_PATH": f"./{KERNELS}/"}
+    env |= {"PWD": ".", "HOME": ".", "PPL_CACHE_PATH": os.environ["PPL_CACHE_PATH"]}
     # Always as long, whatever the PATH is and wherever the program: see _prepare_tool.
     program = shutil.which(command[0], path=env.get("PATH")) or command[0]
     length = len(program) + sum(len(name) + len(value) for name, value in env.items())

@@ -57,7 +57,9 @@ def savez(file, *args, **arrays):
 cache_mode, *sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 numpy.savez = savez
+environment = dict(os.environ)
 import tpu_mlir
+os.environ.update(environment)
 from llm.LlmConverter import LlmConverter
 submit = LlmConverter.submit_deploy_task
 
@@ -215,12 +217,11 @@ def _records(folder: Path, model: bmodel.Bmodel) -> dict[str, dict]:
 
 def _run(work: Path, addr_mode: str, options: list[str], log: Path) -> None:
     tool = toolchain.wheel_path() / "python" / "tools" / "llm_convert.py"
-    command = [sys.executable, "-c", _RUNNER, addr_mode, str(tool), "-m", str(work / "qwen2")]
-    command += ["-o", str(work / "converted"), *options]
+    # It passes paths on without quotes, and its jobs, each in a folder of its own, take turns at the kernels.
+    command = [sys.executable, "-c", _RUNNER, addr_mode, str(tool), "-m", "qwen2", "-o", "converted", *options]
+    env = toolchain.environment() | {"PPL_CACHE_PATH": "../kernels/"}
     with open(log, "wb") as file:
-        process = subprocess.Popen(
-            command, cwd=work, env=toolchain.environment(), stdout=file, stderr=file, start_new_session=True
-        )
+        process = subprocess.Popen(command, cwd=work, env=env, stdout=file, stderr=file, start_new_session=True)
         try:
             status = process.wait()
         finally:

@@ -4,12 +4,17 @@ Nothing here imports the wheel: importing it takes seconds, and a sick wheel wou
 `python -m helpers.toolchain` cures what can be cured and prints the state of everything.
 """
 
+import atexit
+import contextlib
+import functools
+import hashlib
 import importlib.util
 import os
 import platform
 import re
 import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,6 +29,16 @@ VARIABLES = (
     *("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "TPUC_ROOT", "PPL_PROJECT_ROOT", "PPL_BUILD_PATH"),
     *("PPL_RUNTIME_PATH", "TPUKERNEL_CUSTOM_FIRMWARE_PATH", "CUSTOM_LAYER_UNITTEST_DIR"),
 )
+# What envsetup.sh of a source checkout sets, for programs that the wheel has too. The wheel's own values win, and its
+# folders come first in lists of paths.
+SDK_VARIABLES = (
+    *("PROJECT_ROOT", "INSTALL_PATH", "BUILD_PATH", "TPUC_ROOT", "CUSTOM_LAYER_PATH", "CUSTOM_LAYER_UNITTEST_DIR"),
+    *("PPL_PROJECT_ROOT", "PPL_BUILD_PATH", "PPL_INSTALL_PATH", "PPL_RUNTIME_PATH", "PPL_THIRD_PARTY_PATH"),
+    *("PPL_WORK_PATH", "PPL_CACHE_PATH", "TPUKERNEL_CUSTOM_FIRMWARE_PATH", "USING_CMODEL", "FORBID_GEN_RISCV_CODE"),
+)
+# The kernels of fused attention: the library that has them built takes a lock of everybody's in /tmp.
+_KERNEL_LIBRARY = "libppl_host.so"
+_EVERYBODYS_LOCK, _OWN_LOCK = b"/tmp/ppl_", b".././ppl_"
 # Imported by the wheel, not declared by it.
 UNDECLARED = ("psutil", "pkg_resources", "torch", "onnx", "onnxsim", "onnxruntime", "transformers")
 
@@ -38,15 +53,53 @@ class Finding:
     remedy: str = ""
 
 
+def is_plain(path: str | Path) -> bool:
+    """Whether no shell, make, cmake or list of paths takes a character of a path for its own."""
+    return re.fullmatch(r"[\w/.,+=@%-]*", str(path)) is not None
+
+
+def plain_parent() -> str:
+    """A folder for temporary ones, whose path is plain and which allows libraries to be loaded. Raises UserError."""
+    tried = []
+    for name in (os.environ.get("TMPDIR"), "/tmp", "/var/tmp", "/dev/shm"):
+        if name and is_plain(name) and os.access(name, os.W_OK | os.X_OK):
+            if not os.statvfs(name).f_flag & os.ST_NOEXEC:
+                return os.path.abspath(name)
+        tried.append(name)
+    raise UserError(
+        f"TPU-MLIR needs a folder for temporary files that may be written, allows programs (is not mounted noexec) and "
+        f"has no special characters in its name; {', '.join(filter(None, tried))} will not do: set TMPDIR to another."
+    )
+
+
+@functools.cache
+def _scratch() -> Path:
+    folder, owner = tempfile.mkdtemp(prefix="qwen-toolchain-", dir=plain_parent()), os.getpid()
+    # Not by a fork that ends.
+    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
+    return Path(folder)
+
+
+def _plain(path: Path) -> Path:
+    """The path, or another way to it through a link of this process where its own is not plain."""
+    if is_plain(path):
+        return path
+    root = Path(sys.prefix) if path.is_relative_to(sys.prefix) else path
+    link = _scratch() / hashlib.sha256(bytes(root)).hexdigest()[:8]
+    with contextlib.suppress(FileExistsError):
+        link.symlink_to(root)
+    return link / path.relative_to(root)
+
+
 def wheel_path() -> Path:
-    """The folder of the installed tpu_mlir package. Raises UserError where it is not installed."""
+    """The folder of the installed tpu_mlir package, by a plain path. Raises UserError where it is not installed."""
     spec = importlib.util.find_spec("tpu_mlir")
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             f"TPU-MLIR is not installed for {sys.executable}: run `make setup` (its wheel needs Python 3.10 on x86-64 "
             "Linux)."
         )
-    return Path(next(iter(spec.submodule_search_locations)))
+    return _plain(Path(next(iter(spec.submodule_search_locations))))
 
 
 def wheel_version() -> str:
@@ -131,19 +184,53 @@ def cure(wheel: Path | None = None) -> list[str]:
     return moved
 
 
-def environment(threads: int | None = None) -> dict[str, str]:
+def other_sdk() -> dict[str, str]:
+    """Variables of the environment by which another TPU-MLIR would come between the wheel and its own files."""
+    wheel = os.path.realpath(wheel_path())
+    inside = {name: os.path.realpath(os.environ.get(name, "")).startswith(wheel) for name in SDK_VARIABLES}
+    return {name: os.environ[name] for name in SDK_VARIABLES if os.environ.get(name) and not inside[name]}
+
+
+@functools.cache
+def _own_kernel_library(wheel: Path, locks: bool) -> Path | None:
+    """A folder with the wheel's library that builds kernels, whose lock is not everybody's; None where it is unknown.
+
+    As it comes, it opens a lock in /tmp that is named after the kernel, and stays: whoever is not its owner may not
+    open it, on most systems whatever its mode (fs.protected_regular). locks: the lock is in the folder above the
+    current one; else none is taken, by flock's name being that of a harmless function.
+    """
+    try:
+        code = (wheel / "lib" / _KERNEL_LIBRARY).read_bytes()
+        if code.count(_EVERYBODYS_LOCK) != 1 or code.count(b"\0flock\0") != 1:
+            return None
+        code = code.replace(_EVERYBODYS_LOCK, _OWN_LOCK)
+        folder = _scratch() / ("kernels" if locks else "kernels-unlocked")
+        folder.mkdir(exist_ok=True)
+        (folder / _KERNEL_LIBRARY).write_bytes(code if locks else code.replace(b"\0flock\0", b"\0fsync\0"))
+        return folder
+    except (OSError, UserError):
+        return None
+
+
+def environment(threads: int | None = None, kernel_locks: bool = True) -> dict[str, str]:
     """The environment that the wheel's programs need, as importing tpu_mlir would set it.
 
-    threads: OMP_NUM_THREADS for them. The folder of this Python comes first on the PATH: cmake and ninja, without
-    which the compiler silently loses its fused attention, are installed there.
+    threads: OMP_NUM_THREADS for them. kernel_locks: whether processes that share a PPL_CACHE_PATH take turns, by a lock
+    in the folder above their current one. The folder of this Python comes first on the PATH: cmake and ninja, without
+    which the compiler silently loses its fused attention, are installed there. What another TPU-MLIR has set is not
+    passed on.
     """
     wheel = wheel_path()
     ppl = wheel / "cross_toolchains" / "ppl_compile"
     python = wheel / "python"
-    env = dict(os.environ)
+    foreign = other_sdk()
+    env = {name: value for name, value in os.environ.items() if name not in SDK_VARIABLES}
+    roots = tuple(f"{value.rstrip('/')}/" for value in foreign.values() if value.strip("/") and value.startswith("/"))
+    kernels = _own_kernel_library(wheel, kernel_locks)
 
-    def prepend(name: str, *folders: Path) -> None:
-        env[name] = os.pathsep.join([*map(str, folders), *filter(None, [env.get(name)])])
+    def prepend(name: str, *folders: Path | None) -> None:
+        rest = [entry for entry in env.get(name, "").split(os.pathsep) if entry and not f"{entry}/".startswith(roots)]
+        env[name] = os.pathsep.join([*map(str, filter(None, folders)), *rest])
 
     prepend(
         "PATH",
@@ -151,16 +238,16 @@ def environment(threads: int | None = None) -> dict[str, str]:
         *(python / name for name in ("tools", "utils", "test", "samples")),
         wheel / "customlayer" / "python",
         ppl / "bin",
-        Path(sys.executable).parent,
+        _plain(Path(sys.executable).parent),
     )
     prepend("PYTHONPATH", wheel, python, wheel / "customlayer" / "python")
-    prepend("LD_LIBRARY_PATH", wheel / "lib", wheel / "lib" / "capi", wheel / "lib" / "third_party")
-    env.setdefault("TPUC_ROOT", str(wheel))
-    env.setdefault("PPL_PROJECT_ROOT", str(ppl))
-    env.setdefault("PPL_BUILD_PATH", str(wheel / "build" / "ppl"))
-    env.setdefault("PPL_RUNTIME_PATH", str(ppl / "deps"))
-    env.setdefault("TPUKERNEL_CUSTOM_FIRMWARE_PATH", str(wheel / "lib" / "libcmodel_custom.so"))
-    env.setdefault("CUSTOM_LAYER_UNITTEST_DIR", str(wheel / "customlayer" / "test_if" / "unittest"))
+    prepend("LD_LIBRARY_PATH", kernels, wheel / "lib", wheel / "lib" / "capi", wheel / "lib" / "third_party")
+    env["TPUC_ROOT"] = str(wheel)
+    env["PPL_PROJECT_ROOT"] = str(ppl)
+    env["PPL_BUILD_PATH"] = str(wheel / "build" / "ppl")
+    env["PPL_RUNTIME_PATH"] = str(ppl / "deps")
+    env["TPUKERNEL_CUSTOM_FIRMWARE_PATH"] = str(wheel / "lib" / "libcmodel_custom.so")
+    env["CUSTOM_LAYER_UNITTEST_DIR"] = str(wheel / "customlayer" / "test_if" / "unittest")
     # The wheel's own start-up warns of pkg_resources in every process.
     env.setdefault("PYTHONWARNINGS", "ignore")
     if threads:
@@ -212,6 +299,13 @@ def health() -> list[Finding]:
         findings.append(_bytecode_finding(wheel))
     except UserError:
         findings.append(Finding("tpu-mlir", False, "not installed", "make setup"))
+    with contextlib.suppress(UserError):
+        if foreign := other_sdk():
+            # What follows from them is mended in environment(); programs that are started by hand meet them.
+            shown = ", ".join(f"{name}={value}" for name, value in foreign.items())
+            findings.append(
+                Finding("another TPU-MLIR", False, f"set and passed over: {shown}", f"unset {' '.join(foreign)}")
+            )
     for name in ("cmake", "ninja"):
         found = _program(name)
         lost = "not found: the compiler would silently lose its fused attention"

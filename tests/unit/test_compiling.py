@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -48,6 +49,13 @@ def linked_copy(nets, target):
     for path in nets.iterdir():
         os.link(path, target / path.name)
     return target
+
+
+def assert_same_blocks(out, compiled):
+    """The nets for which the compiler builds kernels; of others some bytes depend on where the wheel lies."""
+    for net in ("block_0", "block_cache_0"):
+        ours, theirs = (path / "int8_1dev" / net / f"{net}.bmodel" for path in (out, compiled.parent))
+        assert ours.read_bytes() == theirs.read_bytes()
 
 
 def random_inputs(bmodel, net):
@@ -330,14 +338,14 @@ def test_kernels_that_were_left_half_built_are_built_anew(tmp_path, monkeypatch)
         (tmp_path / str(number)).mkdir()
         monkeypatch.chdir(tmp_path / str(number))
         with contextlib.suppress(OSError):
-            with _kernels(cache):
-                assert not os.listdir(KERNELS)
-                Path(KERNELS, "kernel").write_text("ha")
+            with _kernels(cache) as kernels:
+                assert not os.listdir(kernels)
+                (kernels / "kernel").write_text("ha")
                 if full:
                     raise OSError("no space left: as where the process is killed, what was written stays")
-                Path(KERNELS, "kernel").write_text("half and half")
-    with _kernels(cache):
-        assert Path(KERNELS, "kernel").read_text() == "half and half"
+                (kernels / "kernel").write_text("half and half")
+    with _kernels(cache) as kernels:
+        assert (kernels / "kernel").read_text() == "half and half"
     assert not os.path.exists(KERNELS)
     assert sorted(path.name for path in cache.iterdir()) == ["lock", "whole"]
 
@@ -351,12 +359,83 @@ def test_a_disk_without_locks_and_links_compiles_with_one_warning(nets, compiled
         int link(const char *to, const char *path) { errno = EPERM; return -1; }
         """
     )
-    command = [sys.executable, "-m", "helpers", "compile", "--name", "small", "--mode", "int8"]
-    command += ["--onnx", nets, "--out", tmp_path / "out"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command(nets, tmp_path / "out"), env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("warning:") == 1 and "has no file locks (Function not implemented)" in done.stderr
-    assert (tmp_path / "out" / compiled.name).read_bytes() == compiled.read_bytes()
+    assert_same_blocks(tmp_path / "out", compiled)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can be two other users")
+def test_users_compile_one_after_the_other_and_at_once(nets, compiled):
+    """The compiler would leave locks in /tmp that only their owner may open."""
+
+    def started(user):
+        out = Path(folder, str(user))
+        out.mkdir()
+        os.chown(out, user, user)
+        # They may read everything: the environment may lie in a folder of root's.
+        become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
+        become += ["--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search"]
+        environment = os.environ | {"HOME": str(out)}
+        return subprocess.Popen([*become, *command(nets, out)], env=environment, stderr=subprocess.PIPE, text=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        for users in ([12345], [12346, 12347]):
+            for user, process in [(user, started(user)) for user in users]:
+                _, said = process.communicate()
+                assert process.returncode == 0, said
+                assert_same_blocks(Path(folder, str(user)), compiled)
+    assert not [path for path in Path("/tmp").glob("ppl_*.lock") if path.stat().st_uid in range(12345, 12348)]
+
+
+def test_a_lock_of_somebody_else_is_named_with_its_owner(tmp_path):
+    lock = tmp_path / "ppl_1.lock"
+    lock.touch()
+    log = f"terminate called\n  what():  Procecss 7: Failed to open: {lock}\ntpuc-opt was ended by SIGABRT\n"
+    assert own_error(log, 1).startswith(f"{lock} belongs to uid {os.getuid()}: have its owner or root delete it")
+
+
+@pytest.mark.parametrize("name", ["a b", "a'b&(c", "a;b", "a:b", 'a"b\\c'])
+def test_any_name_of_a_folder_will_do_for_out_and_for_the_wheel(nets, compiled, tmp_path, name):
+    """The wheel's scripts pass paths on without quotes; make and cmake have characters of their own."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "tpu_mlir").symlink_to(toolchain.wheel_path())
+    code = (
+        "import runpy, sys\nsys.path.insert(0, sys.argv.pop(1))\n"
+        "runpy.run_module('helpers', run_name='__main__', alter_sys=True)\n"
+    )
+    whole = [sys.executable, "-c", code, str(tmp_path / name), *command(nets, tmp_path / name / "out")[3:]]
+    done = subprocess.run(whole, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert_same_blocks(tmp_path / name / "out", compiled)
+
+
+def test_another_sdk_in_the_environment_changes_nothing(nets, compiled, tmp_path):
+    """A source checkout of TPU-MLIR sets these by its envsetup.sh, as is documented."""
+    checkout, ppl = tmp_path / "tpu-mlir", tmp_path / "tpu-mlir" / "third_party" / "ppl"
+    for tool in ("bin/tpuc-opt", "bin/ppl-compile", "bin/ppl_jit.sh", "bin/cmake"):
+        (ppl / tool).parent.mkdir(parents=True, exist_ok=True)
+        (ppl / tool).write_text("#!/bin/sh\nexit 1\n")
+        (ppl / tool).chmod(0o755)
+    (checkout / "python" / "transform").mkdir(parents=True)
+    (checkout / "python" / "transform" / "__init__.py").write_text("raise ImportError('of the checkout')\n")
+    environment = os.environ | {
+        "PROJECT_ROOT": str(checkout),
+        "TPUC_ROOT": str(checkout / "install"),
+        "PPL_PROJECT_ROOT": str(ppl),
+        "PPL_RUNTIME_PATH": str(ppl / "deps"),
+        "PPL_CACHE_PATH": "/nonexistent/",
+        "PATH": f"{ppl / 'bin'}:{os.environ['PATH']}",
+        "PYTHONPATH": str(checkout / "python"),
+    }
+    done = subprocess.run(
+        command(nets, tmp_path / "out"), env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert_same_blocks(tmp_path / "out", compiled)
 
 
 def test_bytes_do_not_depend_on_the_path(nets, tmp_path, monkeypatch):

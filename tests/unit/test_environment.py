@@ -78,6 +78,16 @@ def test_fix_cures_the_glibc_bundle(tmp_path):
     assert code == 0 and {checks["glibc of the wheel"]["state"], checks["tpuc-opt"]["state"]} == {OK}
 
 
+def test_another_sdk_is_named():
+    code, checks = doctor(TPUC_ROOT="/opt/tpu-mlir/install", PPL_PROJECT_ROOT="/opt/tpu-mlir/third_party/ppl")
+    check = checks["another TPU-MLIR"]
+    assert code == 0 and check["state"] == OPTIONAL
+    assert "TPUC_ROOT=/opt/tpu-mlir/install, PPL_PROJECT_ROOT=/opt/tpu-mlir/third_party/ppl" in check["found"]
+    assert check["remedy"] == "unset TPUC_ROOT PPL_PROJECT_ROOT"
+    _, checks = doctor(TPUC_ROOT=str(environment.toolchain.wheel_path()))
+    assert "another TPU-MLIR" not in checks
+
+
 def test_pins(tmp_path):
     def check(text):
         path = tmp_path / "requirements.txt"
