@@ -19,8 +19,9 @@ run: setup ## walk the notebooks headless; results in out/
 test: setup ## everything that tells whether it is right
 	@$(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
+# JupyterLab refuses to run as root unless it is told.
 lab: setup ## the same notebooks in JupyterLab
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(PYTHON) -m jupyter lab --LabApp.default_url=/lab/tree/notebooks/00-environment.ipynb $(ARGS)
+	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(PYTHON) -m jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/notebooks/00-environment.ipynb $(ARGS)
 
 doctor: setup ## what this machine has, what it lacks, and the remedy
 	@$(PYTHON) -m helpers doctor $(ARGS)

@@ -57,9 +57,9 @@ find_python() {
 # PyTorch's CPU build is a tenth of PyPI's, which is the CUDA build; a GPU is of use where the notebooks ask PyTorch.
 torch_cpu_answers() {
   nvidia-smi >/dev/null 2>&1 && return 1
-  timeout 8 "$1" -c '
+  timeout 120 "$1" -c '
 import sys, urllib.request
-with urllib.request.urlopen("https://download.pytorch.org/whl/cpu/torch/", timeout=5) as page:
+with urllib.request.urlopen("https://download.pytorch.org/whl/cpu/torch/", timeout=20) as page:
     wanted = "torch-" + sys.argv[1] + "%2Bcpu-cp310"
     sys.exit(wanted.encode() not in page.read())
 ' "$(sed -n 's/^torch==//p' requirements.txt)" >/dev/null 2>&1

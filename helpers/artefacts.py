@@ -1,8 +1,8 @@
 """Artefacts and their manifests: what was made, from what, with what settings, how long it took.
 
 An artefact is a folder or a file. It is built beside its place and moved in whole, so a stage that is killed
-leaves nothing half-made; it is skipped only where its manifest says that the same inputs, settings and tool
-versions made it and its outputs are still there, never because a file happens to exist.
+leaves nothing half-made; it is skipped only where its manifest says that the same inputs, settings, tool versions and
+code made it and its outputs are still there, never because a file happens to exist.
 """
 
 import contextlib
@@ -47,6 +47,14 @@ def tool_versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
+
+
+def code_of(*modules: str) -> dict[str, str]:
+    """SHA-256 of the modules of these helpers that decide what an artefact contains, by their names.
+
+    Taken where a module is imported: a session that goes on while the files change runs the code of its start.
+    """
+    return {name: sha256_file(Path(__file__).with_name(f"{name}.py")) for name in modules}
 
 
 def machine() -> dict[str, object]:
@@ -99,10 +107,25 @@ def _is_manifest(value: object) -> bool:
 
 def write_json(path: str | Path, value: object) -> None:
     """Write JSON beside its place and move it in whole."""
+    write_file(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def write_file(path: str | Path, content: bytes) -> None:
+    """Write a file beside its place and move it in whole; leave it alone where it has this content already.
+
+    Raises OSError, which names the file.
+    """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    try:
+        if not path.is_file() or path.stat().st_size != len(content) or path.read_bytes() != content:
+            partial.write_bytes(content)
+            os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        # A full disk is met while writing, where the system names no file.
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _files(artefact: Path) -> dict[str, Path]:
@@ -127,10 +150,16 @@ def is_whole(artefact: str | Path, manifest: dict) -> bool:
     )
 
 
-def up_to_date(artefact: str | Path, inputs: dict[str, str], settings: dict) -> bool:
-    """Whether the artefact was made from just these inputs and settings, by these tools, and is still whole.
+_said_older: set[Path] = set()
 
-    inputs: name to SHA-256. Outputs are compared by content: a corrupted file is made again.
+
+def up_to_date(
+    artefact: str | Path, inputs: dict[str, str], settings: dict, code: dict[str, str] | None = None
+) -> bool:
+    """Whether the artefact was made from just these inputs and settings, by these tools and code, and is still whole.
+
+    inputs: name to SHA-256. code: of code_of; an artefact that was made by other code is said to be, once a folder.
+    Outputs are compared by content: a corrupted file is made again.
     """
     artefact = Path(artefact)
     if not artefact.exists():
@@ -141,12 +170,25 @@ def up_to_date(artefact: str | Path, inputs: dict[str, str], settings: dict) -> 
         return False
     made_from = (manifest.get("inputs"), manifest.get("settings"), manifest.get("versions"))
     wanted = (inputs, json.loads(json.dumps(settings)), tool_versions())
-    return made_from == wanted and is_whole(artefact, manifest)
+    if made_from != wanted:
+        return False
+    if manifest.get("code", {}) != (code or {}):
+        if artefact.parent not in _said_older:
+            _said_older.add(artefact.parent)
+            log(f"{artefact.parent}: other code of these helpers made what is there ({', '.join(code)}): made anew.")
+        return False
+    return is_whole(artefact, manifest)
 
 
 @contextlib.contextmanager
 def building(
-    artefact: str | Path, *, kind: str, inputs: dict[str, str], settings: dict, extra: dict | None = None
+    artefact: str | Path,
+    *,
+    kind: str,
+    inputs: dict[str, str],
+    settings: dict,
+    code: dict[str, str] | None = None,
+    extra: dict | None = None,
 ) -> Iterator[Path]:
     """Build an artefact beside its place; on success give it a manifest and move it in, else leave no trace.
 
@@ -169,6 +211,7 @@ def building(
             "kind": kind,
             "inputs": inputs,
             "settings": settings,
+            "code": code or {},
             "versions": tool_versions(),
             "machine": machine(),
             "seconds": round(time.monotonic() - started, 3),

@@ -26,10 +26,13 @@ BASE_MEMORY = 500_000_000
 MEMORY_PER_WEIGHT_BYTE = 3.3
 # Left to everything else on the machine.
 MEMORY_SHARE = 0.9
-SCHEDULER_TIMEOUT = "10s"
+# Seconds for a scheduler that accepts a connection, and for an address where nobody says whether there is one.
+SCHEDULER_TIMEOUT, CONNECT_TIMEOUT = 600, 60
 # A net that failed on a disk with less than this, and its weights once more, is taken to have failed for want of space.
 SPACE_LEFT_BYTES = 16_000_000
 RESULT = "result.json"
+# What of these helpers decides the content of a net and of its record.
+_CODE = artefacts.code_of("compiler_graph", "compiler_jobs", "compiler_profile", "compiler_worker")
 
 
 def needed_memory(weights_bytes: int) -> int:
@@ -151,7 +154,7 @@ def compile_net(task: dict) -> dict:
                 "export`, which makes just the damaged files anew."
             )
     artefact = folder / net
-    made = not artefacts.up_to_date(artefact, inputs, task["settings"])
+    made = not artefacts.up_to_date(artefact, inputs, task["settings"], _CODE)
     if made:
         _build(task, artefact, inputs)
     record = artefacts.read_manifest(artefact)
@@ -175,13 +178,13 @@ def _build(task: dict, artefact: Path, inputs: dict) -> None:
     with (
         machine.gate().room_for(task["memory"]),
         artefacts.building(
-            artefact, kind="net", inputs=inputs, settings=task["settings"], extra=extra
+            artefact, kind="net", inputs=inputs, settings=task["settings"], code=_CODE, extra=extra
         ) as partial,
     ):
         partial.mkdir()
         job = {key: task[key] for key in ("net", "onnx", "settings", "threads")}
         # Kernels depend on shapes and settings, which all blocks of a model share; a machine has its own.
-        kind = artefacts.digest_of([task["settings"], task["shapes"], artefacts.tool_versions()])[:16]
+        kind = artefacts.digest_of([task["settings"], task["shapes"], _CODE, artefacts.tool_versions()])[:16]
         kernels = artefact.parent / f".kernels.{socket.gethostname()}" / kind
         job |= {"work": str(partial), "log": str(log), "kernels": str(kernels)}
         status = server.run(job)
@@ -270,11 +273,14 @@ def executor(jobs: int, scheduler: str | None = None) -> Iterator[Executor]:
             pool.shutdown(wait=True, cancel_futures=True)
         return
     from distributed import Client
-    from distributed.comm import resolve_address
+    from distributed.comm import get_address_host_port, resolve_address
 
     try:
         # A client that was given an impossible address takes 20 s to end, with a traceback.
-        resolve_address(scheduler)
+        address = resolve_address(scheduler)
+        # And one where nobody listens keeps it trying until its time is up.
+        if not address.startswith("inproc:"):
+            socket.create_connection(get_address_host_port(address), CONNECT_TIMEOUT).close()
         client = Client(scheduler, timeout=SCHEDULER_TIMEOUT, set_as_default=False)
     except (OSError, ValueError) as error:
         raise UserError(

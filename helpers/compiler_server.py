@@ -25,7 +25,6 @@ from helpers import toolchain
 from helpers.errors import UserError
 
 _PR_SET_PDEATHSIG = 1
-START_TIMEOUT = 300
 
 
 def die_with_parent() -> None:
@@ -88,8 +87,7 @@ class CompilerServer:
 
         job: JSON-serialisable, for helpers.compiler_worker.compile_net; "log" names the file for its output.
         """
-        if not self._ready.wait(START_TIMEOUT):
-            self.close()
+        self._ready.wait()
         event, answer = threading.Event(), []
         number = next(self._numbers)
         with self._lock:

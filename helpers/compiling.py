@@ -8,8 +8,6 @@ Flags per net are those of the documented compile.sh; what differs is how they a
 the compiler's own cycles and the simulator's bits justify (helpers.compiler_graph).
 """
 
-import os
-import shutil
 import subprocess
 from concurrent.futures import as_completed
 from dataclasses import dataclass, field
@@ -29,8 +27,8 @@ SEQ_LENGTH = 512
 HEADS = ("greedy_head", "penalty_sample_head")
 # The exported head that gives a token without a net for logits: lm_head where there are several devices.
 TOPK_HEAD = "lm_head_with_topk"
-# Counts up when the same inputs and settings would give another bmodel.
-RECIPE = 2
+# What of these helpers decides what the nets are combined to; for a net see helpers.compiler_jobs.
+_CODE = artefacts.code_of("compiling", "compiler_profile")
 
 
 @dataclass
@@ -154,7 +152,6 @@ def net_settings(net: str, mode: str, num_device: int, addr_mode: str, dynamic: 
     cache, head = net.startswith("block_cache"), net in HEADS
     quantize = "F32" if head else "BF16" if embedding else QUANTIZE[mode]
     return {
-        "recipe": RECIPE,
         "quantize": quantize,
         "q_group_size": Q_GROUP_SIZE if quantize.startswith("W") else 0,
         "quant_input": not head,
@@ -238,9 +235,9 @@ def compile_model(
             "via": "onnx",
         }
         inputs = {net: records[net]["sha256"] for net in plan.nets}
-        if not artefacts.up_to_date(target, inputs, settings):
+        if not artefacts.up_to_date(target, inputs, settings, _CODE):
             with artefacts.building(
-                target, kind="bmodel", inputs=inputs, settings=settings, extra=extra
+                target, kind="bmodel", inputs=inputs, settings=settings, code=_CODE, extra=extra
             ) as partial:
                 combine([records[net]["bmodel"] for net in plan.nets], partial)
                 bmodel.strip_time(partial)
@@ -252,10 +249,7 @@ def _bring_vocabulary(plan: Plan, out: Path) -> str | None:
     if (source := plan.vocabulary) is None:
         return None
     target = out / source.name
-    if not target.exists() or artefacts.sha256_file(source) != artefacts.sha256_file(target):
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        shutil.copyfile(source, partial)
-        os.replace(partial, target)
+    artefacts.write_file(target, source.read_bytes())
     return target.name
 
 

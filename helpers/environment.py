@@ -26,6 +26,8 @@ GB = 1e9
 # Measured: compiling the embedded model takes 1.4 GB a net, its artefacts 0.5 GB; less than this cannot end well.
 NEEDED_MEMORY = 2 * GB
 NEEDED_DISK = 2 * GB
+# Seconds after which a program is taken to hang: far beyond what the slowest machine needs.
+PATIENCE = 600
 CPU_FLAGS = ("avx2", "avx512f", "f16c", "amx_tile")
 # What PyPI's CUDA build of torch needs and the CPU build does not.
 CUDA_ONLY = re.compile(r"(nvidia-|cuda-|triton$)")
@@ -45,7 +47,7 @@ def _state(ok: bool, needed: bool = True) -> str:
     return OK if ok else NOT_OK if needed else OPTIONAL
 
 
-def _output(*command: str, seconds: float = 20, **options) -> str | None:
+def _output(*command: str, seconds: float = PATIENCE, **options) -> str | None:
     """What a program prints; None where it is missing, fails or does not answer."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, **options)
@@ -77,7 +79,7 @@ def _check_compiler_starts(needed: bool) -> Check:
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=60,
+            timeout=PATIENCE,
             env=toolchain.environment(),
             check=False,
         )

@@ -21,6 +21,8 @@ OPSET = 15
 # Candidates that survive top_p whatever their probability (documented penalty_sample_head).
 MIN_TOKENS_TO_KEEP = 5
 FLOAT32_BYTES = 4
+# What of these helpers decides the content of a net; the code of the model is among its inputs.
+_CODE = artefacts.code_of("exporting", "modeling", "checkpoint")
 _COPY_BYTES = 64 << 20
 # torch, its exporter and one traced layer's activations; measured with benchmarks/export_memory.py.
 _BASE_MEMORY = 1_000_000_000
@@ -418,8 +420,8 @@ def export(
     """Export all nets of a patched checkpoint for sequence length S to `out`/<net>.onnx.
 
     rows: R, new tokens that the decode nets and the head take at once; more than one is for helpers.lookahead.
-    A group of nets whose inputs (code, config, weights) and settings are unchanged and whose files are whole is
-    skipped; a killed export goes on where it was.
+    A group of nets whose inputs (code, config, weights), settings and exporter are unchanged and whose files are whole
+    is skipped; a killed export goes on where it was.
     Raises UserError where the checkpoint is not a patched Qwen-1, S is not positive, or memory or disk are too small.
     """
     from tqdm.auto import tqdm
@@ -445,7 +447,7 @@ def export(
         for name in ("config.json", "modeling_qwen.py", "configuration_qwen.py")
         if (checkpoint.path / name).exists()
     }
-    settings = {"seq_length": seq_length, "opset": OPSET, "rows": rows}
+    settings = {"seq_length": seq_length, "opset": OPSET, "rows": rows, "candidates": CANDIDATES}
     builder = NetBuilder(checkpoint, seq_length)
     traced: dict[str, tuple] = {}
     groups = net_groups(checkpoint.layers, rows)
@@ -454,9 +456,9 @@ def export(
         prefixes = checkpoint_prefixes(group)
         inputs = code | {prefix: checkpoint.digest(prefix) for prefix in prefixes}
         artefact = out / f"{group}.onnx"
-        if artefacts.up_to_date(artefact, inputs, settings):
+        if artefacts.up_to_date(artefact, inputs, settings, _CODE):
             continue
-        with artefacts.building(artefact, kind="onnx", inputs=inputs, settings=settings) as partial:
+        with artefacts.building(artefact, kind="onnx", inputs=inputs, settings=settings, code=_CODE) as partial:
             weights = WeightFile(partial.with_name(f"{group}.weights"))
             if prefixes:
                 weights.write(_renamed(checkpoint, prefixes))
@@ -526,8 +528,9 @@ def _write_folder_manifest(out: Path, checkpoint: Checkpoint, code: dict, settin
             "kind": "onnx",
             "inputs": code,
             "settings": settings,
+            "code": _CODE,
             "versions": artefacts.tool_versions(),
-            "machine": artefacts.machine(),
+            "machine": next(iter(manifests.values()))["machine"],
             "seconds": round(sum(m["seconds"] for m in manifests.values()), 3),
             "outputs": {name: entry for m in manifests.values() for name, entry in m["outputs"].items()},
             "nets": {net: group for group, nets in groups.items() for net in nets},
@@ -548,7 +551,7 @@ def _copy_vocabulary(checkpoint: Checkpoint, out: Path) -> str | None:
     except UserError as error:
         artefacts.log(f"warning: {error} The nets are exported all the same; chatting will want --tokenizer.")
         return None
-    (out / VOCABULARY).write_bytes(tokenizer.vocabulary)
+    artefacts.write_file(out / VOCABULARY, tokenizer.vocabulary)
     return VOCABULARY
 
 

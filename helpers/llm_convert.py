@@ -26,6 +26,8 @@ from helpers.hubs import check_huggingface_variables
 from helpers.tokenizer import VOCABULARY, QwenTokenizer
 
 QUANTIZE = {"bf16": "bf16", "int8": "w8bf16", "int4": "w4bf16"}
+# What of these helpers decides what comes out.
+_CODE = artefacts.code_of("llm_convert", "checkpoint", "compiler_profile")
 _RENAMED = {
     "ln_1": "input_layernorm",
     "ln_2": "post_attention_layernorm",
@@ -167,13 +169,15 @@ def convert(
         "via": "llm_convert",
     }
     inputs = {"checkpoint": checkpoint.digest("")}
-    if artefacts.up_to_date(target, inputs, settings):
+    if artefacts.up_to_date(target, inputs, settings, _CODE):
         return target
     extra: dict = {"config": checkpoint.config, "layers": checkpoint.layers, "seq_length": seq_length}
     out.mkdir(parents=True, exist_ok=True)
     extra["tokenizer"] = _bring_vocabulary(checkpoint, out)
     with (
-        artefacts.building(target, kind="bmodel", inputs=inputs, settings=settings, extra=extra) as partial,
+        artefacts.building(
+            target, kind="bmodel", inputs=inputs, settings=settings, code=_CODE, extra=extra
+        ) as partial,
         # Not in the staging folder: all that is left there would become part of the artefact.
         tempfile.TemporaryDirectory(prefix="llm_convert.", dir=out) as scratch,
     ):
@@ -198,7 +202,7 @@ def _bring_vocabulary(checkpoint: Checkpoint, out: Path) -> str | None:
     except UserError:
         # The bmodel is of use without: the chat asks for --tokenizer.
         return None
-    (out / VOCABULARY).write_bytes(vocabulary)
+    artefacts.write_file(out / VOCABULARY, vocabulary)
     return VOCABULARY
 
 

@@ -198,6 +198,13 @@ def require_patched(model_path: str | Path) -> None:
             f"{folder} is not patched: {', '.join(missing)} had to be applied first. Run `python -m helpers patch "
             f"--model_path {folder}`, with --out to leave this folder as it is."
         )
+    originals, record = _read(folder)
+    # Without a record it was patched by hand, and is its owner's.
+    if record and texts != _results(originals, plan(originals, record["seq_length"], set(record["patches"]))):
+        raise UserError(
+            f"{folder} was patched by other code than this repository's own of today: run `python -m helpers patch` "
+            f"again, as it was made ({RECORD} there has the originals, and nothing else is touched)."
+        )
 
 
 def trained_seq_length(model_path: str | Path) -> int:

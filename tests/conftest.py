@@ -9,6 +9,8 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,53 @@ def preload(tmp_path):
         return os.environ | {"LD_PRELOAD": str(library)}
 
     return environment
+
+
+@pytest.fixture
+def as_user():
+    """(user id, writable folder) -> the beginning of a command line that runs the rest as that user.
+
+    He may read everything (the environment may lie in a folder of root's) and write only what is his.
+    """
+    if os.getuid() != 0:
+        pytest.skip("only root can become another user")
+
+    def become(user: int, home: Path) -> list[str]:
+        os.chown(home, user, user)
+        command = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
+        command += ["--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search"]
+        return [*command, "env", f"HOME={home}"]
+
+    return become
+
+
+@pytest.fixture
+def open_folder():
+    """A temporary folder that every user may enter: pytest's own are for their owner."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        yield Path(folder)
+
+
+@pytest.fixture
+def own_copy(tmp_path):
+    """A copy of these helpers and patches, for commands that are to run with other code."""
+    for name in ("helpers", "patches"):
+        shutil.copytree(ROOT / name, tmp_path / "copy" / name, ignore=shutil.ignore_patterns("__pycache__"))
+
+    class Copy:
+        root = tmp_path / "copy"
+
+        def edit(self, file: str, old: str, new: str) -> None:
+            text = (self.root / file).read_text(encoding="utf-8")
+            assert text.count(old) == 1, f"{file} has {old!r} {text.count(old)} times"
+            (self.root / file).write_text(text.replace(old, new), encoding="utf-8")
+
+        def run(self, *arguments) -> subprocess.CompletedProcess:
+            command = [sys.executable, "-m", "helpers", *map(str, arguments)]
+            return subprocess.run(command, cwd=self.root, capture_output=True, text=True, check=False)
+
+    return Copy()
 
 
 @pytest.fixture(scope="session")

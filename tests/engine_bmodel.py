@@ -102,8 +102,9 @@ def build() -> dict[str, Path]:
     """{"basic": FILE, "io_alone": FILE}: the address mode is the one of `cache`. Made once, kept under out/tests."""
     kept = ROOT / "out" / "tests" / "engine_bmodel"
     inputs = {"recipe": artefacts.sha256_file(__file__)}
-    if not artefacts.up_to_date(kept, inputs, {}):
-        with artefacts.building(kept, kind="engine test bmodel", inputs=inputs, settings={}) as partial:
+    code = artefacts.code_of("compiler_graph", "compiler_jobs", "compiler_worker", "compiling")
+    if not artefacts.up_to_date(kept, inputs, {}, code):
+        with artefacts.building(kept, kind="engine test bmodel", inputs=inputs, settings={}, code=code) as partial:
             partial.mkdir(parents=True)
             work = partial / "work"
             work.mkdir()

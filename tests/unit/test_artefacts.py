@@ -41,6 +41,47 @@ def test_a_failure_leaves_what_was_there(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file.bin", "file.bin.json"]
 
 
+def test_what_was_built_is_moved_into_place_not_copied(tmp_path):
+    """A copy would be there in part for a while, for others to read or a kill to leave; and need room twice."""
+    file, folder = tmp_path / "net.onnx", tmp_path / "folder"
+    for text in ("first", "second"):
+        with artefacts.building(file, kind="test", inputs={}, settings={}) as partial:
+            partial.write_text(text)
+            partial.with_name("net.weights").write_text(text)
+            built = [partial.stat().st_ino, partial.with_name("net.weights").stat().st_ino]
+        assert [path.stat().st_ino for path in (file, tmp_path / "net.weights")] == built
+        with artefacts.building(folder, kind="test", inputs={}, settings={}) as partial:
+            partial.mkdir()
+            (partial / "part").write_text(text)
+            built = [partial.stat().st_ino, (partial / "part").stat().st_ino]
+        assert [path.stat().st_ino for path in (folder, folder / "part")] == built
+
+
+def test_who_reads_while_it_is_replaced_reads_the_old_one_whole(tmp_path):
+    path = tmp_path / "file.bin"
+    build(path, "first" * 100_000)
+    artefacts.write_json(tmp_path / "record", ["first"] * 100_000)
+    with open(path) as file, open(tmp_path / "record") as record:
+        assert file.read(5) == "first" and record.read(1) == "["
+        build(path, "second")
+        artefacts.write_json(tmp_path / "record", [])
+        assert file.read() == "first" * 99_999
+        assert record.read().count("first") == 100_000
+
+
+def test_what_other_code_made_is_not_up_to_date_and_said_once_a_folder(tmp_path, capsys):
+    code = artefacts.code_of("artefacts")
+    for name in ("a", "b"):
+        with artefacts.building(tmp_path / name, kind="test", inputs={}, settings={}, code=code) as partial:
+            partial.write_text(name)
+    assert artefacts.up_to_date(tmp_path / "a", {}, {}, code) and not capsys.readouterr().err
+    other = code | {"artefacts": "0" * 64}
+    assert not artefacts.up_to_date(tmp_path / "a", {}, {}, other)
+    assert not artefacts.up_to_date(tmp_path / "b", {}, {}, other)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and str(tmp_path) in said and "made anew" in said
+
+
 def test_companions_move_in_with_their_file(tmp_path):
     path = tmp_path / "net.onnx"
     with artefacts.building(path, kind="test", inputs={}, settings={}) as partial:
@@ -97,10 +138,14 @@ def test_a_manifest_that_is_not_json_says_so(tmp_path):
 
 
 def test_seconds_are_measured(tmp_path):
+    started = time.monotonic()
     with artefacts.building(tmp_path / "x", kind="t", inputs={}, settings={}) as partial:
+        inside = time.monotonic()
         partial.write_text("x")
-        time.sleep(0.05)
-    assert artefacts.read_manifest(tmp_path / "x")["seconds"] >= 0.05
+        while time.monotonic() < inside + 0.05:
+            pass
+        inside = time.monotonic() - inside
+    assert inside <= artefacts.read_manifest(tmp_path / "x")["seconds"] + 0.001 <= time.monotonic() - started + 0.002
 
 
 @pytest.mark.parametrize("text", ["null", "[]", '{"outputs": 3}', '{"outputs": {"a": "b"}}', '{"tokenizer": 3}'])

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -90,9 +89,9 @@ def test_the_file_has_the_documented_name_and_a_manifest(compiled):
 
 def test_a_second_compile_makes_nothing(nets, compiled):
     before = {path: path.stat().st_mtime_ns for path in compiled.parent.rglob("*.bmodel")}
-    started = time.monotonic()
+    compiler_jobs.machine.close()
     compiling.compile_model(nets, compiled.parent, "small", "int8")
-    assert time.monotonic() - started < 2
+    assert compiler_jobs.machine._server is None  # not even begun
     assert before == {path: path.stat().st_mtime_ns for path in compiled.parent.rglob("*.bmodel")}
 
 
@@ -367,28 +366,53 @@ def test_a_disk_without_locks_and_links_compiles_with_one_warning(nets, compiled
     assert_same_blocks(tmp_path / "out", compiled)
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can be two other users")
-def test_users_compile_one_after_the_other_and_at_once(nets, compiled):
+def test_users_compile_one_after_the_other_and_at_once(nets, compiled, as_user, open_folder):
     """The compiler would leave locks in /tmp that only their owner may open."""
 
     def started(user):
-        out = Path(folder, str(user))
+        out = open_folder / str(user)
         out.mkdir()
-        os.chown(out, user, user)
-        # They may read everything: the environment may lie in a folder of root's.
-        become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"]
-        become += ["--inh-caps=-all,+dac_read_search", "--ambient-caps=+dac_read_search"]
-        environment = os.environ | {"HOME": str(out)}
-        return subprocess.Popen([*become, *command(nets, out)], env=environment, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen([*as_user(user, out), *command(nets, out)], stderr=subprocess.PIPE, text=True)
 
-    with tempfile.TemporaryDirectory() as folder:
-        os.chmod(folder, 0o755)
-        for users in ([12345], [12346, 12347]):
-            for user, process in [(user, started(user)) for user in users]:
-                _, said = process.communicate()
-                assert process.returncode == 0, said
-                assert_same_blocks(Path(folder, str(user)), compiled)
+    for users in ([12345], [12346, 12347]):
+        for user, process in [(user, started(user)) for user in users]:
+            _, said = process.communicate()
+            assert process.returncode == 0, said
+            assert_same_blocks(open_folder / str(user), compiled)
     assert not [path for path in Path("/tmp").glob("ppl_*.lock") if path.stat().st_uid in range(12345, 12348)]
+
+
+def test_a_folder_that_may_only_be_read_and_is_up_to_date_is_no_failure(nets, compiled, as_user, open_folder):
+    out, home = open_folder / "out", open_folder / "home"
+    shutil.copytree(compiled.parent, out)
+    home.mkdir()
+    done = subprocess.run(
+        [*as_user(12345, home), *command(nets, out)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    assert done.stdout == f"{out / compiled.name}\n"
+
+
+def test_nets_of_another_version_of_the_compiling_code_are_made_anew(nets, compiled, tmp_path, own_copy):
+    out = shutil.copytree(compiled.parent, tmp_path / "out")
+
+    def compile():
+        done = own_copy.run(*command(nets, out)[3:])
+        assert done.returncode == 0, done.stderr
+        return done.stderr, (out / compiled.name).read_bytes()
+
+    said, content = compile()
+    assert "made anew" not in said and content == compiled.read_bytes()
+    own_copy.edit("helpers/compiler_graph.py", ', "only_merge = true")', ', "only_merge = false")')
+    said, content = compile()
+    assert said.count("made anew") == 1 and "compiler_graph" in said
+    assert content != compiled.read_bytes()
+    # A manifest of before there was such a key counts as one of other code.
+    manifest = artefacts.read_manifest(out / "int8_1dev" / "lm_head")
+    del manifest["code"]
+    artefacts.write_json(out / "int8_1dev" / "lm_head" / "manifest.json", manifest)
+    assert compile() == (compile()[0], content)
+    assert "code" in artefacts.read_manifest(out / "int8_1dev" / "lm_head")
 
 
 def test_a_lock_of_somebody_else_is_named_with_its_owner(tmp_path):
@@ -546,7 +570,7 @@ def left_running(folder):
 
 
 def assert_nothing_left_running(folder):
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 300
     while left_running(folder) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert left_running(folder) == []
@@ -589,11 +613,10 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(nets, compiled, tm
 def test_ctrl_c_ends_everything_and_says_one_line(nets, tmp_path):
     process = subprocess.Popen(command(nets, tmp_path / "out"), stderr=subprocess.PIPE, text=True)
     log = tmp_path / "out" / "int8_1dev" / "embedding.log"
-    deadline = time.monotonic() + 60
-    while not log.exists() and time.monotonic() < deadline:
+    while not log.exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    said = process.communicate(timeout=30)[1]
+    said = process.communicate(timeout=600)[1]
     assert process.returncode == 130
     assert "interrupted" in said and "Traceback" not in said
     assert_nothing_left_running(tmp_path)
@@ -639,8 +662,7 @@ def test_a_net_that_fails_on_a_dask_worker_tells_why(nets, tmp_path):
 
 @pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense", "http://127.0.0.1:8786"])
-def test_no_scheduler_is_one_sentence(nets, tmp_path, monkeypatch, address):
-    monkeypatch.setattr(compiler_jobs, "SCHEDULER_TIMEOUT", "1s")
+def test_no_scheduler_is_one_sentence(nets, tmp_path, address):
     with pytest.raises(UserError, match=f"No Dask scheduler answers at {address}"):
         compiling.compile_model(nets, tmp_path, "small", "int8", scheduler=address)
     gc.collect()

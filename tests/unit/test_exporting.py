@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -80,7 +82,7 @@ def test_a_second_export_writes_nothing_and_a_damaged_file_is_written_again(onnx
     after = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     changed = {name for name in after if after[name] != before[name]}
     assert changed == {
-        "block_1.onnx", "block_1.onnx.json", "block_1.weights", "block_cache_1.onnx", "manifest.json", "qwen.tiktoken"
+        "block_1.onnx", "block_1.onnx.json", "block_1.weights", "block_cache_1.onnx", "manifest.json"
     }  # fmt: skip
     assert artefacts.sha256_file(folder / "block_1.weights") == whole
 
@@ -141,3 +143,80 @@ def test_code_that_lacks_a_class_is_one_sentence(patched_tiny, tmp_path):
     (folder / "modeling_qwen.py").write_text(code.replace("class QWenPreTrainedModel(", "class Pre("))
     with pytest.raises(UserError, match="cannot be imported"):
         exporting.export(folder, tmp_path / "onnx", 64)
+
+
+def test_nets_of_another_version_of_the_exporting_code_are_made_anew(patched_tiny, tmp_path, own_copy):
+    out = tmp_path / "onnx"
+
+    def export():
+        done = own_copy.run("export", "--model_path", patched_tiny, "--out", out, "--seq_length", 16)
+        assert done.returncode == 0, done.stderr
+        return done.stderr, {path.name: path.read_bytes() for path in out.glob("*.onnx")}
+
+    said, first = export()
+    assert "made anew" not in said
+    own_copy.edit("helpers/exporting.py", "seen < 0, seen * penalty", "seen > 0, seen * penalty")
+    said, second = export()
+    assert said.count("made anew") == 1 and "exporting" in said
+    assert [name for name in first if first[name] != second[name]] == ["penalty_sample_head.onnx"]
+    assert "made anew" not in export()[0]
+
+
+def test_a_checkpoint_that_other_code_patched_is_patched_anew_before_it_is_exported(tiny, tmp_path, own_copy):
+    folder = tmp_path / "patched"
+    export = ("export", "--model_path", folder, "--out", tmp_path / "onnx", "--seq_length", 16)
+    patch = ("patch", "--model_path", tiny, "--out", folder)
+    assert own_copy.run(*patch).returncode == 0
+    before = (folder / "modeling_qwen.py").read_bytes()
+    own_copy.edit("patches/02_constant_scale.py", 'f"({ast.unparse(divisor.args[1])})"', "'((self.head_dim ** 0.5))'")
+    done = own_copy.run(*export)
+    assert done.returncode == 2 and "was patched by other code" in done.stderr and "Traceback" not in done.stderr
+    assert (folder / "modeling_qwen.py").read_bytes() == before
+    assert own_copy.run(*patch).returncode == 0
+    assert (folder / "modeling_qwen.py").read_bytes() != before
+    assert own_copy.run(*export).returncode == 0
+    assert own_copy.run("patch", "--model_path", folder, "--revert").returncode == 0
+    assert (folder / "modeling_qwen.py").read_bytes() == (tiny / "modeling_qwen.py").read_bytes()
+
+
+def test_a_folder_that_may_only_be_read_and_is_up_to_date_is_no_failure(
+    patched_tiny, onnx_tiny, tiny, as_user, open_folder
+):
+    home, onnx, patched = open_folder / "home", open_folder / "onnx", open_folder / "patched"
+    home.mkdir()
+    shutil.copytree(onnx_tiny, onnx)
+    shutil.copytree(patched_tiny, patched)
+    before = {path: path.stat().st_mtime_ns for folder in (onnx, patched) for path in folder.rglob("*")}
+    for command in (
+        ["export", "--model_path", patched, "--out", onnx, "--seq_length", SEQ_LENGTH],
+        ["patch", "--model_path", patched],
+    ):
+        line = [*as_user(12345, home), sys.executable, "-m", "helpers", *map(str, command)]
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+@pytest.mark.parametrize("lost", ["manifest.json", "qwen.tiktoken", "lm_head.onnx"])
+def test_a_disk_that_is_full_is_named(patched_tiny, onnx_tiny, tmp_path, preload, lost):
+    """Where there is no room the system refuses to write, and names no file."""
+    full = shutil.copytree(onnx_tiny, tmp_path / "full")
+    (full / lost).unlink()
+    environment = preload(
+        """
+        #include <stdio.h>
+        #include <sys/syscall.h>
+        ssize_t write(int file, const void *bytes, size_t count) {
+            char link[64], path[4096] = {0};
+            snprintf(link, sizeof link, "/proc/self/fd/%d", file);
+            if (readlink(link, path, sizeof path - 1) > 0 && strstr(path, "/full/")) { errno = ENOSPC; return -1; }
+            return syscall(SYS_write, file, bytes, count);
+        }
+        """
+    )
+    command = [sys.executable, "-m", "helpers", "export", "--model_path", patched_tiny, "--out", full]
+    command += ["--seq_length", str(SEQ_LENGTH)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    error = done.stderr.splitlines()[-1]
+    assert error.startswith("error: ") and "No space left on" in error and str(full) in error

@@ -15,6 +15,12 @@ from helpers.errors import UserError
 from helpers.generation import QwenRunner
 from helpers.reference import OriginalModel
 
+
+def raise_interrupted(*arguments):
+    """It was begun anew."""
+    raise InterruptedError
+
+
 needs_parallel = pytest.mark.skipif(not shutil.which("parallel"), reason="GNU parallel is not installed")
 
 
@@ -62,7 +68,9 @@ def test_a_wrong_setting_is_refused(tiny, tmp_path, monkeypatch, arguments, mess
 @needs_parallel
 @pytest.mark.slow
 @pytest.mark.parametrize("mode, num_device, addr_mode", [("int8", 1, "io_alone"), ("int4", 2, "basic")])
-def test_it_makes_a_qwen_bmodel(tiny, tmp_path, mode, num_device, addr_mode, chat_prompt, demo_questions, stop_ids):
+def test_it_makes_a_qwen_bmodel(
+    tiny, tmp_path, monkeypatch, mode, num_device, addr_mode, chat_prompt, demo_questions, stop_ids
+):
     def convert():
         return llm_convert.convert(tiny, tmp_path, "tiny", mode, 64, num_device=num_device, addr_mode=addr_mode)
 
@@ -80,6 +88,11 @@ def test_it_makes_a_qwen_bmodel(tiny, tmp_path, mode, num_device, addr_mode, cha
     made = path.stat().st_mtime_ns
     assert convert().stat().st_mtime_ns == made
     assert not list(tmp_path.glob("llm_convert.*"))
+    assert manifest["code"] == llm_convert._CODE
+    with pytest.raises(InterruptedError), monkeypatch.context() as patched:
+        patched.setitem(llm_convert._CODE, "llm_convert", "0" * 64)
+        patched.setattr(llm_convert, "write_qwen2_checkpoint", raise_interrupted)
+        convert()
     if num_device == 1:
         prompt = chat_prompt(demo_questions[0])
         with open_engine(path, engine="simulator") as engine:

@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import nbformat
@@ -247,10 +246,8 @@ def clone(tmp_path):
 def test_setup_then_nothing_to_do(clone):
     done, asked = clone()
     assert (done.returncode, asked) == (0, ["venv", "pip"]), done.stderr
-    started = time.monotonic()
     done, asked = clone()
     assert (done.returncode, asked, done.stdout + done.stderr) == (0, [], "")
-    assert time.monotonic() - started < 5
 
 
 def test_setup_installs_into_the_same_environment_when_the_pins_change(clone):
