@@ -266,14 +266,15 @@ _without_locks: set[int] = set()
 
 
 @contextlib.contextmanager
-def locked(path: str | Path, busy: str | None = None) -> Iterator[None]:
-    """Hold a file as a lock, which goes with the process, however that ends. The file stays.
+def locked(path: str | Path, busy: str | None = None) -> Iterator[bool]:
+    """Hold a file as a lock, which goes with the process, however that ends. The file stays. Yields whether it is held.
 
     busy: what to say where another process has it; without it, wait. Raises UserError(busy).
     Where the disk has no locks (Lustre or NFS, as they are often mounted) it goes on without, with one warning; where
     the folder cannot be written, without one: whoever may not write there disturbs nobody.
     """
     path = Path(path)
+    held = False
     with contextlib.ExitStack() as stack:
         try:
             file = stack.enter_context(open(path, "a"))
@@ -284,6 +285,7 @@ def locked(path: str | Path, busy: str | None = None) -> Iterator[None]:
         try:
             if file is not None:
                 fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
+                held = True
         except BlockingIOError:
             raise UserError(busy) from None
         except OSError as error:
@@ -294,7 +296,7 @@ def locked(path: str | Path, busy: str | None = None) -> Iterator[None]:
                     f"warning: the disk that holds {path.parent} has no file locks ({error.strerror}): do not run two "
                     "commands at once that write there."
                 )
-        yield
+        yield held
 
 
 def free_bytes(path: str | Path) -> int:

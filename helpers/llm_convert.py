@@ -59,9 +59,7 @@ def savez(file, *args, **arrays):
 cache_mode, *sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
 numpy.savez = savez
-environment = dict(os.environ)
 import tpu_mlir
-os.environ.update(environment)
 from llm.LlmConverter import LlmConverter
 submit = LlmConverter.submit_deploy_task
 
@@ -221,10 +219,19 @@ def _records(folder: Path, model: bmodel.Bmodel) -> dict[str, dict]:
 
 def _run(work: Path, addr_mode: str, options: list[str], log: Path) -> None:
     tool = toolchain.wheel_path() / "python" / "tools" / "llm_convert.py"
-    # It passes paths on without quotes, and its jobs, each in a folder of its own, take turns at the kernels.
-    command = [sys.executable, "-c", _RUNNER, addr_mode, str(tool), "-m", "qwen2", "-o", "converted", *options]
-    env = toolchain.environment() | {"PPL_CACHE_PATH": "../kernels/"}
-    with open(log, "wb") as file:
+    # It passes paths on without quotes.
+    folder = toolchain.plain(work)
+    command = [sys.executable, "-c", _RUNNER, addr_mode, str(tool), "-m", str(folder / "qwen2")]
+    command += ["-o", str(folder / "converted"), *options]
+    with open(log, "wb") as file, artefacts.locked(work / "lock") as locks, contextlib.ExitStack() as stack:
+        # Its jobs, each in a folder of its own, take turns at the kernels; where they cannot, each makes its own.
+        kernels = "../kernels/" if locks else "./kernels/"
+        if not toolchain.is_plain(work):
+            kernels = stack.enter_context(tempfile.TemporaryDirectory(dir=toolchain.plain_parent()))
+        env = toolchain.environment() | {"PPL_CACHE_PATH": kernels}
+        # Its scripts put the wheel's own libraries first.
+        if library := toolchain.own_kernel_library(locks):
+            env["LD_PRELOAD"] = f"{library} {env.get('LD_PRELOAD', '')}"
         process = subprocess.Popen(command, cwd=work, env=env, stdout=file, stderr=file, start_new_session=True)
         try:
             status = process.wait()

@@ -80,7 +80,7 @@ def _scratch() -> Path:
     return Path(folder)
 
 
-def _plain(path: Path) -> Path:
+def plain(path: Path) -> Path:
     """The path, or another way to it through a link of this process where its own is not plain."""
     if is_plain(path):
         return path
@@ -99,7 +99,7 @@ def wheel_path() -> Path:
             f"TPU-MLIR is not installed for {sys.executable}: run `make setup` (its wheel needs Python 3.10 on x86-64 "
             "Linux)."
         )
-    return _plain(Path(next(iter(spec.submodule_search_locations))))
+    return plain(Path(next(iter(spec.submodule_search_locations))))
 
 
 def wheel_version() -> str:
@@ -192,22 +192,22 @@ def other_sdk() -> dict[str, str]:
 
 
 @functools.cache
-def _own_kernel_library(wheel: Path, locks: bool) -> Path | None:
-    """A folder with the wheel's library that builds kernels, whose lock is not everybody's; None where it is unknown.
+def own_kernel_library(locks: bool) -> Path | None:
+    """The wheel's library that builds kernels, with a lock that is not everybody's; None where it is unknown.
 
     As it comes, it opens a lock in /tmp that is named after the kernel, and stays: whoever is not its owner may not
     open it, on most systems whatever its mode (fs.protected_regular). locks: the lock is in the folder above the
     current one; else none is taken, by flock's name being that of a harmless function.
     """
     try:
-        code = (wheel / "lib" / _KERNEL_LIBRARY).read_bytes()
+        code = (wheel_path() / "lib" / _KERNEL_LIBRARY).read_bytes()
         if code.count(_EVERYBODYS_LOCK) != 1 or code.count(b"\0flock\0") != 1:
             return None
         code = code.replace(_EVERYBODYS_LOCK, _OWN_LOCK)
         folder = _scratch() / ("kernels" if locks else "kernels-unlocked")
         folder.mkdir(exist_ok=True)
         (folder / _KERNEL_LIBRARY).write_bytes(code if locks else code.replace(b"\0flock\0", b"\0fsync\0"))
-        return folder
+        return folder / _KERNEL_LIBRARY
     except (OSError, UserError):
         return None
 
@@ -226,7 +226,7 @@ def environment(threads: int | None = None, kernel_locks: bool = True) -> dict[s
     foreign = other_sdk()
     env = {name: value for name, value in os.environ.items() if name not in SDK_VARIABLES}
     roots = tuple(f"{value.rstrip('/')}/" for value in foreign.values() if value.strip("/") and value.startswith("/"))
-    kernels = _own_kernel_library(wheel, kernel_locks)
+    kernels = own_kernel_library(kernel_locks)
 
     def prepend(name: str, *folders: Path | None) -> None:
         rest = [entry for entry in env.get(name, "").split(os.pathsep) if entry and not f"{entry}/".startswith(roots)]
@@ -238,10 +238,11 @@ def environment(threads: int | None = None, kernel_locks: bool = True) -> dict[s
         *(python / name for name in ("tools", "utils", "test", "samples")),
         wheel / "customlayer" / "python",
         ppl / "bin",
-        _plain(Path(sys.executable).parent),
+        plain(Path(sys.executable).parent),
     )
     prepend("PYTHONPATH", wheel, python, wheel / "customlayer" / "python")
-    prepend("LD_LIBRARY_PATH", kernels, wheel / "lib", wheel / "lib" / "capi", wheel / "lib" / "third_party")
+    libraries = wheel / "lib"
+    prepend("LD_LIBRARY_PATH", kernels and kernels.parent, libraries, libraries / "capi", libraries / "third_party")
     env["TPUC_ROOT"] = str(wheel)
     env["PPL_PROJECT_ROOT"] = str(ppl)
     env["PPL_BUILD_PATH"] = str(wheel / "build" / "ppl")
