@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -302,3 +303,18 @@ def test_setup_without_a_python(clone):
     done, asked = clone(python="")
     assert done.returncode == 2 and asked == []
     assert "error: no Python 3.10 was found" in done.stderr
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="it is root that JupyterLab refuses")
+def test_jupyterlab_starts_for_root(tmp_path):
+    command = ["make", "-o", "setup", "lab", "ARGS=--no-browser --port=0 --ip=127.0.0.1"]
+    environment = os.environ | {"JUPYTER_RUNTIME_DIR": str(tmp_path), "JUPYTER_CONFIG_DIR": str(tmp_path)}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        said = ""
+        for line in process.stderr:
+            said += line
+            if "is running at" in line:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert "is running at" in said, said
