@@ -7,6 +7,7 @@ UserError.
 """
 
 import math
+import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -213,6 +214,10 @@ def read_bmodel(path: str | Path) -> Bmodel:
 def _description(path: Path) -> tuple[bytes, int, int]:
     """(flatbuffer, bytes of the binaries after it, where it begins in the file)"""
     try:
+        kind = stat.filemode(path.stat().st_mode)[0]
+        if kind != "-":  # from a pipe nothing may ever come
+            found = {"d": "a folder", "p": "a pipe", "s": "a socket"}.get(kind, "a device")
+            raise UserError(f"{path} cannot be read (it is {found}, not a file): give the path of a .bmodel file.")
         with open(path, "rb") as file:
             head = file.read(_HEADER_BYTES)
             if not head:

@@ -26,6 +26,7 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; return the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    _open_closed_streams()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         # Whatever the locale: a character that it lacks, or a byte that is none, is a question mark, not the end.
         if hasattr(stream, "reconfigure"):
@@ -46,6 +47,16 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: what was finished is kept; the same command goes on from there.", file=sys.stderr)
         return 130
+
+
+def _open_closed_streams() -> None:
+    """Where a standard stream is closed (`<&- >&-`), open it on nothing: a file would else get its number."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            if (null := os.open(os.devnull, os.O_RDWR)) != number:
+                os.dup2(null, number)
+            os.set_inheritable(number, True)
+            setattr(sys, name, open(number, mode, encoding="utf-8"))
 
 
 def _let_go_of_stdout() -> None:

@@ -47,6 +47,8 @@ def open_engine(bmodel: str | os.PathLike, engine: str = "auto", devid: Sequence
             raise UserError(f"Neither a chip nor the simulator is here. Chip: {no_chip} Simulator: {error}") from error
         raise
     opened.reason = f"simulator: {'asked for' if no_chip is None else no_chip}"
+    if opened.no_yield:
+        opened.reason += f" (many times slower than it could be: its threads do not yield. {opened.no_yield})"
     return opened
 
 

@@ -13,11 +13,12 @@ import sys
 import tempfile
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from pathlib import Path
 from socket import socketpair
+from typing import BinaryIO
 
 import numpy as np
 
@@ -58,7 +59,8 @@ class SimulatorEngine(Engine):
 
     scheduling: how the simulator's threads are kept from waiting for each other. "yield": by the preloaded library
     (simulator_yield.c). "priority": by the threads' priorities, which needs no C compiler. "plain": not at all.
-    None takes the best that this machine can have. What is computed is the same.
+    None takes the best that this machine can have; why that is not "yield" is in `no_yield`. What is computed is the
+    same.
 
     Raises UserError where the wheel is not installed, the bmodel cannot be loaded, or memory does not suffice.
     """
@@ -74,7 +76,7 @@ class SimulatorEngine(Engine):
                 "free: close other programs, or take a smaller model."
             )
         self._worker = SimulatorProcess(scheduling, need)
-        self.scheduling = self._worker.scheduling
+        self.scheduling, self.no_yield = self._worker.scheduling, self._worker.no_yield
         try:
             nets, self._own = _nets(self._worker.call("open", str(bmodel), subject=f"{bmodel} could not be opened"))
         except BaseException:
@@ -191,45 +193,106 @@ class SimulatorProcess:
         libraries = wheel_path() / "lib"
         if not (libraries / "libcmodel_bm1684x.so").exists():
             raise UserError(f"No simulator in {libraries}: install tpu-mlir again (`make setup`).")
-        preload = yield_library.path() if scheduling in (None, "yield") else None
-        self.scheduling = scheduling or ("yield" if preload else "priority")
-        if self.scheduling == "yield" and not preload:
-            raise UserError("No C compiler (cc) to build the simulator's yield library: install one, or leave it out.")
-        self._scratch = tempfile.mkdtemp(prefix="qwen-simulator-")
-        self._log = os.path.join(self._scratch, "log")
-        try:
-            self._process, connection = self._start(libraries, preload, need)
-        except OSError as error:
-            shutil.rmtree(self._scratch, ignore_errors=True)
-            raise UserError(f"The simulator's process could not be started: {error}.") from error
-        self._requests: queue.SimpleQueue = queue.SimpleQueue()
+        self.no_yield = ""
         self._closed = False
         self._lock = threading.Lock()
-        self._finalizer = weakref.finalize(self, _end, os.getpid(), self._process, self._requests, self._scratch)
+        self._requests: queue.SimpleQueue = queue.SimpleQueue()
+        scratch = None
+        try:
+            self._scratch = scratch = tempfile.mkdtemp(prefix="qwen-simulator-")
+            self._log = os.path.join(scratch, "log")
+            # The wheel's libcmodel.so and libbmlib.so.0 are links that its tools turn to other chips.
+            os.symlink(libraries / "libcmodel_bm1684x.so", os.path.join(scratch, "libcmodel.so"))
+            os.symlink(libraries / "libbmlib_bm1684x.so.0", os.path.join(scratch, "libbmlib.so.0"))
+            connection = self._start_best(libraries, scheduling, need)
+        except BaseException as error:
+            if scratch:
+                shutil.rmtree(scratch, ignore_errors=True)
+            if isinstance(error, OSError):
+                raise UserError(f"The simulator's process could not be started: {error}.") from error
+            raise
+        self._finalizer = weakref.finalize(self, _end, os.getpid(), self._process, self._requests, scratch)
         threading.Thread(target=_converse, args=(connection, self._requests), name="simulator", daemon=True).start()
 
-    def _start(self, libraries: Path, preload: Path | None, need: int) -> tuple[subprocess.Popen, Connection]:
-        # The wheel's libcmodel.so and libbmlib.so.0 are links that its tools turn to other chips.
-        os.symlink(libraries / "libcmodel_bm1684x.so", os.path.join(self._scratch, "libcmodel.so"))
-        os.symlink(libraries / "libbmlib_bm1684x.so.0", os.path.join(self._scratch, "libbmlib.so.0"))
-        environment = os.environ | {"LD_LIBRARY_PATH": f"{self._scratch}:{libraries}", "OMP_NUM_THREADS": "1"}
-        # Hexadecimal. The simulator takes it from the host page by page, as it is touched.
-        environment["CMODEL_GLOBAL_MEM_SIZE"] = hex(FIRMWARE_BYTES + need + need // 4 + RUNTIME_BYTES + SLACK_BYTES)
-        if preload:
-            environment["LD_PRELOAD"] = str(preload)
+    def _start_best(self, libraries: Path, scheduling: str | None, need: int) -> Connection:
+        """Start the process so that its threads yield, if this machine loads the library, else as asked for."""
+        failures = []
+        for library in yield_library.candidates() if scheduling in (None, "yield") else ():
+            if isinstance(library, str):
+                failures.append(library)
+                continue
+            for in_memory in (True, False):
+                with contextlib.suppress(OSError), self._file_of(library, in_memory) as preload:
+                    if connection := self._start(libraries, "yield", need, preload.fileno()):
+                        yield_library.keep(library)
+                        return connection
+            said = Path(self._log).read_text(errors="replace").strip().splitlines() if os.path.exists(self._log) else []
+            failures.append(f"The library is not loaded ({said[-1] if said else 'the system says nothing'})")
+        self.no_yield = "; ".join(dict.fromkeys(failures))
+        if scheduling == "yield":
+            raise UserError(f"The simulator's threads cannot be made to yield. {self.no_yield}.")
+        if not (connection := self._start(libraries, scheduling or "priority", need)):
+            raise UserError(f"The simulator's process could not be started: {self._cause_of_death()}")
+        return connection
+
+    @contextlib.contextmanager
+    def _file_of(self, library: bytes, in_memory: bool) -> Iterator[BinaryIO]:
+        """The library as an open file, on no disk or, where code in anonymous memory cannot be run, on one."""
+        if in_memory and not hasattr(os, "memfd_create"):  # a Python that was built on an old system
+            raise OSError
+        place = os.memfd_create("simulator_yield") if in_memory else os.path.join(self._scratch, "simulator_yield.so")
+        with open(place, "wb") as file:
+            file.write(library)
+            file.flush()
+            yield file
+
+    def _start(self, libraries: Path, scheduling: str, need: int, preload: int | None = None) -> Connection | None:
+        """Start the process; None where it ends at once, or it was to yield and has not loaded the library."""
+        self.scheduling = scheduling
         ours, theirs = socketpair()
-        arguments = (libraries, theirs.fileno(), os.getpid(), self._scratch, self.scheduling)
-        with ours, theirs, open(self._log, "ab") as log:
-            process = subprocess.Popen(
+        with contextlib.ExitStack() as opened:
+            opened.enter_context(theirs)
+            connection = Connection(ours.detach())
+            log = opened.enter_context(open(self._log, "ab"))
+            log.truncate(0)
+            # The loader splits its variables at colons, and LD_PRELOAD at spaces; /proc/self/fd/N has neither.
+            folders = [os.open(folder, os.O_PATH) for folder in (self._scratch, libraries)]
+            for folder in folders:
+                opened.callback(os.close, folder)
+            environment = os.environ | {
+                "LD_LIBRARY_PATH": ":".join(f"/proc/self/fd/{folder}" for folder in folders),
+                "OMP_NUM_THREADS": "1",
+                # Hexadecimal. The simulator takes it from the host page by page, as it is touched.
+                "CMODEL_GLOBAL_MEM_SIZE": hex(FIRMWARE_BYTES + need + need // 4 + RUNTIME_BYTES + SLACK_BYTES),
+            }
+            inherited = [theirs.fileno(), *folders]
+            if preload is not None:
+                environment["LD_PRELOAD"] = f"/proc/self/fd/{preload}"
+                inherited.append(preload)
+            arguments = (libraries, theirs.fileno(), os.getpid(), self._scratch, scheduling)
+            self._process = process = subprocess.Popen(
                 [sys.executable, "-I", "-S", str(WORKER), *map(str, arguments)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 env=environment,
-                pass_fds=[theirs.fileno()],
+                pass_fds=inherited,
                 start_new_session=True,  # Ctrl-C in the terminal is the caller's to answer
             )
-            return process, Connection(ours.detach())
+        try:
+            yields = connection.recv()
+            if yields or preload is None:
+                return connection
+        except (EOFError, OSError):
+            pass
+        except BaseException:
+            process.kill()
+            raise
+        connection.close()
+        if preload is not None:
+            process.kill()
+        process.wait()
+        return None
 
     def call(self, *request: object, data: np.ndarray | None = None, subject: str = "The simulator stopped") -> object:
         """One operation of the worker; raises UserError where it refuses or dies."""
@@ -259,12 +322,11 @@ class SimulatorProcess:
     def _cause_of_death(self) -> str:
         if self._closed:
             return "the engine was closed."
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(timeout=5)
-        code = self._process.returncode
+        # It ends the conversation only by ending itself.
+        code = self._process.wait()
         if code == -signal.SIGKILL:
             cause = "its process was killed, most likely because the machine ran out of memory"
-        elif code is not None and code < 0:
+        elif code < 0:
             cause = f"its process died of {signal.Signals(-code).name}"
         else:
             cause = f"its process ended with code {code}"

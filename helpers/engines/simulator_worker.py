@@ -5,8 +5,9 @@ milliseconds, and nothing that a bmodel does to it reaches the caller. Device me
 
     simulator_worker.py LIBRARIES PIPE_FD PARENT_PID SCRATCH_FOLDER yield|priority|plain
 
-Requests are tuples (operation, *arguments), one answer each: ("ok", value) or ("error", message). Data follows the
-request of a write and the answer of a read as a message of its own.
+Its first message is whether the library of simulator_yield.c is loaded. Requests are tuples (operation, *arguments),
+one answer each: ("ok", value) or ("error", message). Data follows the request of a write and the answer of a read as a
+message of its own.
 """
 
 import contextlib
@@ -301,11 +302,17 @@ def main():
     libc.setvbuf(c_void_p.in_dll(libc, "stdout"), None, 1, 0)
     threading.Thread(target=exit_with_parent, args=(int(parent), scratch), daemon=True).start()
     set_idle = getattr(libc, "simulator_idle", None)
+    connection = Connection(int(pipe))
     try:
+        connection.send(set_idle is not None)
         one_core = OneCore(libc) if set_idle else contextlib.nullcontext()
-        serve(Simulator(libraries), Connection(int(pipe)), set_idle, one_core, scheduling)
+        serve(Simulator(libraries), connection, set_idle, one_core, scheduling)
     except (EOFError, ConnectionError):
         end(scratch)
+    except BaseException:
+        # At once: the caller takes the end of the conversation for the end of this process.
+        sys.excepthook(*sys.exc_info())
+        os._exit(1)
 
 
 if __name__ == "__main__":
