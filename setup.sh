@@ -4,6 +4,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
+# The user of a container may have no home: uv keeps its cache, and the Python that it fetches, in one.
+[ -d "${HOME:-}" ] && [ -w "$HOME" ] || { export HOME=$PWD/.tools/home && mkdir -p "$HOME"; }
+
 venv=.venv
 python=$venv/bin/python
 stamp=$venv/.installed   # hash of the requirements.txt that is installed, whole

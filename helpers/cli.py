@@ -90,8 +90,9 @@ def _run(argv: list[str]) -> int:
         if name == asked:
             implementation = importlib.import_module(module)
             implementation.add_arguments(command)
-    args = parser.parse_args(argv)
-    code = implementation.run(args) or 0
-    # What does not reach its reader must not end as success.
-    sys.stdout.flush()
-    return code
+    try:
+        args = parser.parse_args(argv)
+        return implementation.run(args) or 0
+    finally:
+        # What does not reach its reader must not end as success, nor in a traceback at the interpreter's end.
+        sys.stdout.flush()

@@ -17,8 +17,8 @@ def provide() -> None:
             pwd.getpwuid(os.getuid())
         except KeyError:
             os.environ["USER"] = str(os.getuid())
-    home = os.path.expanduser("~")
-    if os.path.isdir(home) and os.access(home, os.W_OK | os.X_OK):
+    home = os.environ.get("HOME", os.path.expanduser("~"))
+    if os.path.isabs(home) and os.path.isdir(home) and os.access(home, os.W_OK | os.X_OK):
         return
     try:
         os.environ["HOME"] = _stand_in()

@@ -13,6 +13,7 @@ import importlib.machinery
 import importlib.util
 import inspect
 import sys
+import traceback
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,6 +65,11 @@ def load_modeling(folder: str | Path) -> types.ModuleType:
     except Exception as error:
         for loaded in [other for other in sys.modules if other.split(".")[0] == package]:
             del sys.modules[loaded]
+        if library := _failing_library(error, folder, package):
+            raise UserError(
+                f"{file} needs {library}, which cannot be imported ({type(error).__name__}: {error}): the environment "
+                "is at fault, not the checkpoint; run `python -m helpers doctor`, and `make setup` to repair it."
+            ) from error
         raise UserError(
             f"{file} cannot be imported ({type(error).__name__}: {error}): take the .py files from the checkpoint's "
             "repository again, all of one revision."
@@ -71,6 +77,23 @@ def load_modeling(folder: str | Path) -> types.ModuleType:
     if not hasattr(module.QWenPreTrainedModel, "get_head_mask"):
         module.QWenPreTrainedModel.get_head_mask = _get_head_mask
     return module
+
+
+def _failing_library(error: BaseException, folder: Path, package: str) -> str | None:
+    """Name of the library whose import failed; None where the folder's own code did."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        root = error.name.partition(".")[0]
+        if root != package and importlib.util.find_spec(root) is None:
+            return root
+    cause: BaseException | None = error
+    while cause:
+        frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
+        files = [frame for frame in frames if frame.f_code.co_name == "<module>" and "__file__" in frame.f_globals]
+        # The innermost module that was being imported.
+        if files and Path(files[-1].f_globals["__file__"]).parent != folder:
+            return files[-1].f_globals["__name__"]
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def make_config(module: types.ModuleType, checkpoint: Checkpoint) -> object:

@@ -1,3 +1,5 @@
+import os
+import socket
 import struct
 import subprocess
 import sys
@@ -90,6 +92,25 @@ def test_a_missing_file_and_a_folder_are_one_sentence(tmp_path):
     for path in (tmp_path / "none.bmodel", tmp_path):
         with pytest.raises(UserError, match="cannot be read"):
             read_bmodel(path)
+
+
+@pytest.mark.parametrize("command", [["info"], ["chat", "--question", "hi"], ["serve", "--port", "0"]])
+def test_a_pipe_a_socket_or_a_device_is_refused_at_once(tmp_path, command):
+    pipe, listening = tmp_path / "pipe", tmp_path / "socket"
+    os.mkfifo(pipe)
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(listening))
+        for path, kind in ((pipe, "a pipe"), (listening, "a socket"), ("/dev/zero", "a device"), (tmp_path, "a folder")):
+            done = subprocess.run(
+                [sys.executable, "-m", "helpers", *command, "--model", path],
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=600,  # where it is opened nothing ever comes
+                check=False,
+            )
+            said = f"error: {path} cannot be read (it is {kind}, not a file): give the path of a .bmodel file.\n"
+            assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
 
 def test_another_chip_is_refused(tmp_path, contents):

@@ -8,7 +8,8 @@ import pytest
 
 from helpers import cli, patching
 
-STATUS = [sys.executable, "-m", "helpers", "patch", "--status", "--model_path", "models/tiny"]
+HELPERS = [sys.executable, "-m", "helpers"]
+STATUS = [*HELPERS, "patch", "--status", "--model_path", "models/tiny"]
 
 
 @pytest.mark.parametrize(
@@ -40,8 +41,38 @@ def test_other_failures_of_the_system_are_ours_to_mend(monkeypatch):
         cli.main(["patch", "--status", "--model_path", "models/tiny"])
 
 
-def test_a_reader_that_has_enough_is_no_error():
-    process = subprocess.Popen(STATUS, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+COMMANDS = {
+    "doctor": [*HELPERS, "doctor"],
+    "fetch": [*HELPERS, "fetch", "--source", "models/tiny", "--out", "{tmp}/fetched"],
+    "patch": [*HELPERS, "patch", "--model_path", "models/tiny", "--out", "{tmp}/patched", "--seq_length", "64"],
+    "help": [*HELPERS, "compile", "--help"],
+}
+OUTCOMES = {"doctor": (0, 1), "fetch": (0,), "patch": (0,), "help": (0,)}
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_closed_stream_is_no_error(tmp_path, command, closed):
+    """As a service manager or a script may start a command."""
+    told = tmp_path / "told"
+    words = [word.format(tmp=tmp_path) for word in COMMANDS[command]]
+    script = f'exec "$@" {closed}' if "2>&-" in closed else f'exec "$@" {closed} 2>"{told}"'
+    done = subprocess.run(["bash", "-c", script, "bash", *words], stdin=subprocess.DEVNULL, check=False)
+    assert done.returncode in OUTCOMES[command]
+    assert "Traceback" not in (told.read_text() if told.exists() else "")
+
+
+def test_a_file_does_not_get_the_number_of_a_closed_stream():
+    """What is then printed would be written into it."""
+    code = "import sys; from helpers import cli; cli._run = lambda argv: print(open('README.md').fileno() > 2) or 0; "
+    script = f'exec "{sys.executable}" -c "{code} sys.exit(cli.main([]))" <&- 2>&-'
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "True\n")
+
+
+@pytest.mark.parametrize("command", [STATUS, COMMANDS["doctor"], COMMANDS["help"]])
+def test_a_reader_that_has_enough_is_no_error(command):
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert process.stderr.read() == ""
     assert process.wait() == 1

@@ -109,6 +109,32 @@ def test_missing_and_broken_code_is_named(copy):
     assert not [name for name in sys.modules if name.startswith("qwen_checkpoint") and "elsewhere" in name]
 
 
+def test_a_library_that_fails_is_not_the_codes_fault(copy, tmp_path_factory, monkeypatch):
+    """Whether it fails at once, deep within another, or after the code called something; and one that is absent."""
+    libraries = tmp_path_factory.mktemp("libraries")
+    monkeypatch.syspath_prepend(str(libraries))
+    (libraries / "failing_library.py").write_text("raise KeyError('getpwuid(): uid not found: 12345')\n")
+    (libraries / "lazy_library.py").write_text(
+        "def use():\n"
+        "    try:\n        import failing_library\n"
+        "    except KeyError as error:\n        raise RuntimeError('no failing_library') from error\n"
+    )
+    original = (copy / "modeling_qwen.py").read_text(encoding="utf-8")
+    for statement, library in (
+        ("import failing_library", "failing_library"),
+        ("import lazy_library\nlazy_library.use()", "failing_library"),
+        ("import absent_library.part", "absent_library"),
+    ):
+        (copy / "modeling_qwen.py").write_text(f"{statement}\n{original}", encoding="utf-8")
+        with pytest.raises(UserError, match=f"modeling_qwen.py needs {library}, which .* not the checkpoint; run"):
+            load_modeling(copy)
+    # A library that refuses what the code gives it, or lacks what the code asks it for, is well.
+    for statement in ("import json\njson.loads('{')", "from transformers import NoSuchModel", "import torch.no_such"):
+        (copy / "modeling_qwen.py").write_text(f"{statement}\n{original}", encoding="utf-8")
+        with pytest.raises(UserError, match="modeling_qwen.py cannot be imported .*: take the .py files"):
+            load_modeling(copy)
+
+
 @pytest.mark.parametrize("dtype", ["float32", torch.bfloat16])
 def test_a_block_is_the_models_block(dtype):
     module, checkpoint = load_modeling(TINY), Checkpoint.open(TINY)

@@ -228,13 +228,13 @@ def clone(tmp_path):
         (tools / name).chmod(0o755)
     log = tmp_path / "log"
 
-    def run(install="true", python=sys.executable, sick=False):
+    def run(install="true", python=sys.executable, sick=False, home=str(tmp_path)):
         log.write_text("")
         doctor.write_text("raise SystemExit(1)" if sick else "")
         (tools / "uv").write_text(STUB_UV.format(log=log, python=python, install=install))
         (tools / "uv").chmod(0o755)
-        environment = {**os.environ, "PATH": f"{tools}:/usr/bin:/bin", "HOME": str(tmp_path)}
-        for name in ("PYENV_ROOT", "CONDA_PREFIX"):
+        environment = {**os.environ, "PATH": f"{tools}:/usr/bin:/bin", "HOME": home}
+        for name in ("PYENV_ROOT", "CONDA_PREFIX", *(["HOME"] if home is None else [])):
             environment.pop(name, None)
         done = subprocess.run(["./setup.sh"], cwd=folder, env=environment, capture_output=True, text=True, check=False)
         asked = [line.split()[0] for line in log.read_text().splitlines()]
@@ -249,6 +249,14 @@ def test_setup_then_nothing_to_do(clone):
     assert (done.returncode, asked) == (0, ["venv", "pip"]), done.stderr
     done, asked = clone()
     assert (done.returncode, asked, done.stdout + done.stderr) == (0, [], "")
+
+
+@pytest.mark.parametrize("home", [None, "", "/proc/nobody"])
+def test_setup_without_a_home(clone, home):
+    """As in a container whose user is a number only."""
+    done, asked = clone(home=home)
+    assert (done.returncode, asked) == (0, ["venv", "pip"]), done.stderr
+    assert (clone.folder / ".tools" / "home").is_dir()
 
 
 def test_setup_installs_into_the_same_environment_when_the_pins_change(clone):
