@@ -271,26 +271,28 @@ class EngineContract:
             engine.read(tensor)
 
     def test_other_threads_go_on_during_a_run(self, engine):
-        stop, ticks = threading.Event(), []
+        """Were Python's lock held during a run, another thread would get it before and after, never often within."""
+        stop, ticks = threading.Event(), [0]
 
         def tick():
             while not stop.is_set():
-                ticks.append(time.monotonic())
+                ticks[0] += 1
                 time.sleep(0.0005)
 
+        inputs, outputs = ([get("cache", k) for k in range(2)] for get in (engine.input_tensor, engine.output_tensor))
+        within = []
         thread = threading.Thread(target=tick)
         thread.start()
         try:
-            started = time.monotonic()
-            for seed in range(10):
-                run_cache(engine, bf16(STATES, seed)[0], bf16(PAST, seed)[0])
-            ended = time.monotonic()
+            # On a busy machine a thread may get no turn in one run or in many, but not in all.
+            while len(within) < 1000 and max(within, default=0) <= 5:
+                before = ticks[0]
+                engine.run("cache", inputs, outputs)
+                within.append(ticks[0] - before)
         finally:
             stop.set()
             thread.join()
-        within = [tick for tick in ticks if started < tick < ended]
-        longest = max(b - a for a, b in zip([started, *within], [*within, ended], strict=True))
-        assert len(within) > 5 and longest < 0.7 * (ended - started)
+        assert max(within) > 5
 
     def test_threads_take_turns(self, engine):
         tensors = [engine.allocate((64,), "int32") for _ in range(4)]

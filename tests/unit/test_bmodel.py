@@ -100,7 +100,8 @@ def test_a_pipe_a_socket_or_a_device_is_refused_at_once(tmp_path, command):
     os.mkfifo(pipe)
     with socket.socket(socket.AF_UNIX) as bound:
         bound.bind(str(listening))
-        for path, kind in ((pipe, "a pipe"), (listening, "a socket"), ("/dev/zero", "a device"), (tmp_path, "a folder")):
+        kinds = {pipe: "a pipe", listening: "a socket", "/dev/zero": "a device", tmp_path: "a folder"}
+        for path, kind in kinds.items():
             done = subprocess.run(
                 [sys.executable, "-m", "helpers", *command, "--model", path],
                 stdin=subprocess.DEVNULL,
