@@ -106,9 +106,9 @@ def _net_modules():
 
         def __init__(self):
             super().__init__()
-            keep = torch.zeros((1, CANDIDATES), dtype=torch.bool)
-            keep[0, :MIN_TOKENS_TO_KEEP] = True
-            self.register_buffer("keep", keep, persistent=False)
+            weighed = torch.ones(1, CANDIDATES)
+            weighed[0, :MIN_TOKENS_TO_KEEP] = 0
+            self.register_buffer("weighed", weighed, persistent=False)
 
         def forward(self, logits, input_ids, top_p, temperature, penalty):
             seen = torch.gather(logits, 1, input_ids)
@@ -116,7 +116,8 @@ def _net_modules():
             logits = torch.scatter(logits, 1, input_ids, seen)
             logits, tokens = torch.topk(logits, CANDIDATES)
             logits = logits / temperature
-            inside = (logits.softmax(dim=1).cumsum(dim=1) < top_p) + self.keep
+            # 0 is under any top_p. A sum of truth values would say the same, but is no valid ONNX.
+            inside = logits.softmax(dim=1).cumsum(dim=1) * self.weighed < top_p
             logits = torch.where(inside, logits, torch.tensor([-1000.0]))
             return logits.softmax(dim=1), tokens
 

@@ -183,6 +183,36 @@ def onnx_tiny(patched_tiny, in_turn) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sample_head(patched_tiny):
+    """S -> penalty_sample_head as the code of now exports it, in onnxruntime: run(*inputs) -> probabilities, tokens.
+
+    Traced here: a net of an earlier run in out/tests would hide what has changed since.
+    """
+    import numpy as np
+    import onnxruntime
+
+    from helpers import exporting
+    from helpers.checkpoint import Checkpoint
+
+    net = "penalty_sample_head"
+
+    def fresh(seq_length: int):
+        builder = exporting.NetBuilder(Checkpoint.open(patched_tiny), seq_length)
+        module = exporting.net_module(builder, net)
+        graph = exporting.attach_weights(exporting.trace(module, net, builder.example(net)), module, None)
+        session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+        kinds = {"tensor(int64)": np.int64, "tensor(float)": np.float32}
+
+        def run(*inputs):
+            wanted = zip(session.get_inputs(), inputs, strict=True)
+            return session.run(None, {w.name: np.asarray(a, kinds[w.type]).reshape(w.shape) for w, a in wanted})
+
+        return run
+
+    return fresh
+
+
+@pytest.fixture(scope="session")
 def compile_tiny(onnx_tiny, in_turn):
     """(mode, addr_mode) -> bmodel of the embedded checkpoint for one device."""
     from helpers import compiling

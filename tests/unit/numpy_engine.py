@@ -61,13 +61,16 @@ class RandomModel:
 
 
 class NumpyEngine(Engine):
-    """`model` compiled, as it were, for S = seq_length and `rows` new tokens a decode step."""
+    """`model` compiled, as it were, for S = seq_length and `rows` new tokens a decode step.
+
+    sample_head: what computes penalty_sample_head, where there is one (the fixture of that name).
+    """
 
     name = "numpy"
     kind_of_time = "none"
 
-    def __init__(self, model, seq_length, rows=1):
-        self.model = model
+    def __init__(self, model, seq_length, rows=1, sample_head=None):
+        self.model, self.sample_head = model, sample_head
         s, r, w, v = seq_length, rows, model.width, model.vocabulary
         cache, new = (1, s, model.heads, model.head_dim), (1, r, model.heads, model.head_dim)
         nets = {
@@ -76,6 +79,12 @@ class NumpyEngine(Engine):
             "lm_head": ([((r, w), "bfloat16")], [((r, v), "float32")]),
             "greedy_head": ([((r, v), "float32")], [((r, 1), "int32")]),
         }
+        if sample_head:
+            number, candidates = ((1,), "float32"), (1, 50)
+            nets["penalty_sample_head"] = (
+                [((1, v), "float32"), ((1, s), "int32"), number, number, number],
+                [(candidates, "float32"), (candidates, "int32")],
+            )
         bf16 = "bfloat16"
         for i in range(len(model.layers)):
             nets[f"block_{i}"] = (
@@ -146,5 +155,7 @@ class NumpyEngine(Engine):
             return [arrays[0] @ self.model.head]
         if net == "greedy_head":
             return [arrays[0].argmax(axis=-1)]
+        if net == "penalty_sample_head":
+            return self.sample_head(*arrays)
         states, positions, mask, *past = arrays
         return self.model.layer(int(net.split("_")[-1]), states[0], positions[0], mask[0, 0], *(p[0] for p in past))

@@ -8,6 +8,9 @@ from helpers.engines import open_engine
 from helpers.errors import UserError
 from helpers.generation import MASKED, QwenRunner, Sampling, decode_mask, prefill_mask
 from tests.conftest import SEQ_LENGTH
+from tests.unit.numpy_engine import NumpyEngine, RandomModel
+
+VOCABULARY = 3008
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +106,105 @@ def test_the_penalty_head_computes_what_its_definition_says(runner, chat_prompt,
     second = int(np.argsort(logits)[-2])
     token = runner.sample_token(Sampling(temperature=0.0, repetition_penalty=1000.0), np.random.default_rng(0))
     assert logits[best] > 0 and token == second
+
+
+def penalised(logits, window, penalty):
+    """Logits [V] with those of the window's tokens, once each, made less likely: as published for CTRL."""
+    result = logits.astype(np.float64)
+    for token in set(window):
+        result[token] = result[token] * penalty if result[token] < 0 else result[token] / penalty
+    return result
+
+
+def distribution(logits, window, *, temperature, top_p, top_k, penalty):
+    """Token -> probability, written from what the options promise: penalise, sort, heat, cut the nucleus, cut k."""
+    logits = penalised(logits, window, penalty)
+    tokens = np.argsort(-logits, kind="stable")[:50]
+    weights = np.exp((logits[tokens] - logits[tokens[0]]) / temperature)
+    weights /= weights.sum()
+    reached = np.cumsum(weights)
+    kept = [i for i in range(min(50, top_k)) if i < 5 or reached[i] < top_p]
+    return {int(tokens[i]): weights[i] / weights[kept].sum() for i in kept}
+
+
+@pytest.fixture(scope="module")
+def sampler(sample_head):
+    """A runner over a small random model and the real penalty_sample_head, S = 24: a draw takes no time."""
+    return QwenRunner(NumpyEngine(RandomModel(VOCABULARY, seed=7), 24, sample_head=sample_head(24)))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"top_k": 3},
+        {"top_k": 1},
+        {"top_p": 0.6},
+        {"top_p": 0.01},
+        {"top_p": 0.9, "top_k": 7, "temperature": 0.7},
+        {"temperature": 2.5},
+        {"repetition_penalty": 1.5},
+        {"repetition_penalty": 1.5, "repetition_last_n": 2, "top_k": 12},
+        {"repetition_penalty": 0.7, "repetition_last_n": 100, "temperature": 0.5},
+    ],
+    ids=str,
+)
+def test_draws_are_spread_as_the_options_promise(sampler, settings):
+    """Against plain numpy, with a tolerance of five standard deviations; the seed makes it the same every time."""
+    options = {"temperature": 1.0, "top_p": 0.97, "top_k": 50, "repetition_penalty": 1.0, "repetition_last_n": 32}
+    sampling = Sampling(**options | settings)
+    # Of the likely tokens some were said long ago, some of late, most never; the last 40 can be drawn by mistake only.
+    prompt = [0, 1, 2, 3, 4, 90, 91, 92, 93, 5, 94, 6, 5]
+    logits = np.full(VOCABULARY, -9.0, dtype=np.float32)
+    logits[:60] = np.linspace(2.0, -2.0, 60)
+    logits[7] = -0.01
+    sampler.prefill(prompt)
+    sampler.engine.write(sampler.engine.output_tensor("lm_head", 0), logits[None])
+    expected = distribution(
+        logits,
+        prompt[-sampling.repetition_last_n :],
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        penalty=sampling.repetition_penalty,
+    )
+    random, draws = np.random.default_rng(11), 3000
+    counts = np.bincount([sampler.sample_token(sampling, random) for _ in range(draws)], minlength=VOCABULARY)
+    assert set(np.flatnonzero(counts)) <= expected.keys()
+    for token, share in expected.items():
+        assert abs(counts[token] / draws - share) <= 5 * np.sqrt(share * (1 - share) / draws) + 1e-9, token
+
+
+@pytest.mark.parametrize("last_n", [1, 3, 6, 24])
+def test_the_penalty_reaches_back_over_the_last_tokens_of_prompt_and_answer(sampler, last_n):
+    prompt, penalty = [7, 8, 9, 10], 4.0
+    sampling = Sampling(repetition_penalty=penalty, repetition_last_n=last_n)
+    text, other = list(prompt), {"all of the text": False, "the prompt alone": False}
+    for token in sampler.generate(prompt, sampling=sampling):
+        logits = sampler.logits()
+        assert token == int(penalised(logits, text[-last_n:], penalty).argmax()), text
+        other["all of the text"] |= token != int(penalised(logits, text, penalty).argmax())
+        other["the prompt alone"] |= token != int(penalised(logits, prompt[-last_n:], penalty).argmax())
+        text.append(token)
+    assert len(text) == sampler.seq_length + 1
+    # Else this would have shown nothing: what is forgotten and what is remembered both decided here.
+    assert other == {"all of the text": last_n < 24, "the prompt alone": True}
+
+
+def test_a_prompt_forgets_what_was_said_before(sampler):
+    sampling = Sampling(repetition_penalty=4.0)
+    first = list(sampler.generate([7, 8, 9], sampling=sampling))
+    list(sampler.generate([100, 101, 102], sampling=sampling))
+    assert list(sampler.generate([7, 8, 9], sampling=sampling)) == first
+
+
+def test_without_the_head_sampling_is_refused_and_greedy_is_not():
+    runner = QwenRunner(NumpyEngine(RandomModel(60, seed=1), 8))
+    with pytest.raises(UserError, match="no penalty_sample_head"):
+        next(runner.generate([1], sampling=Sampling(temperature=1.0)))
+    with pytest.raises(UserError, match="no penalty_sample_head"):
+        next(runner.generate([1], sampling=Sampling(repetition_penalty=1.1)))
+    assert len(list(runner.generate([1], sampling=Sampling(top_p=0.1, top_k=1, seed=1)))) == 8
 
 
 def test_cancelling_stops_between_tokens(runner, chat_prompt, demo_questions):
