@@ -155,7 +155,7 @@ class NetBuilder:
 
         layer = _without_weights(lambda: modeling.make_block(self.module, self.config))
         # Within the trained length Qwen's log-n scaling is exactly 1; but a decode step's key is padded to S + 1
-        # rows, which the code would take for a longer text.
+        # rows, which the code would take for a longer text. Patch 06 takes it out of config.json, where it is in it.
         layer.attn.use_logn_attn = False
         return layer.eval()
 

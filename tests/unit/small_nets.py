@@ -1,10 +1,16 @@
-"""A Qwen of one layer, hidden size 64, two heads, S = 32, 192 tokens, as ONNX nets of the documented form."""
+"""A Qwen of one layer, hidden size 64, two heads, S = 32, 192 tokens, as ONNX nets of the documented form.
 
+And a checkpoint of random weights, for what the embedded model's config and sureness would hide.
+"""
+
+import json
 import math
+import shutil
 import warnings
 from pathlib import Path
 
 from helpers.engines import open_engine
+from tests.conftest import TINY
 
 HIDDEN, HEADS, FF, S, VOCAB = 64, 2, 128, 32, 192
 
@@ -107,6 +113,35 @@ def write_nets(out: Path, layers: int = 1, nets: tuple[str, ...] = ()) -> Path:
         decode = (torch.zeros(1, 1, HIDDEN), torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, S + 1))
         export(f"block_cache_{i}", block, (*decode, past, past), names, outputs)
     return out
+
+
+def write_random_checkpoint(folder: Path, **config) -> Path:
+    """Write a checkpoint of two layers and 512 tokens with the embedded model's code, and `config` in its config.json.
+
+    Its weights are random, the same each time: nothing about it is sure of itself.
+    """
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir()
+    for path in TINY.iterdir():
+        if path.suffix in (".py", ".json", ".tiktoken"):
+            shutil.copy(path, folder)
+    smaller = {"num_hidden_layers": 2, "vocab_size": 512}
+    whole = json.loads((TINY / "config.json").read_text(encoding="utf-8")) | smaller | config
+    (folder / "config.json").write_text(json.dumps(whole), encoding="utf-8")
+    generator, tensors = torch.Generator().manual_seed(1), {}
+    for name, weight in load_file(TINY / "model.safetensors").items():
+        if ".h.2." in name or ".h.3." in name:
+            continue
+        shape = [512 if size == 3008 else size for size in weight.shape]
+        noise = torch.randn(shape, generator=generator)
+        if len(shape) == 1:
+            tensors[name] = 0.1 * noise + (1 if "ln_" in name else 0)
+        else:
+            tensors[name] = noise if "wte" in name else noise * shape[-1] ** -0.5
+    save_file({name: tensor.bfloat16().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    return folder
 
 
 def task(nets, folder, net, settings):

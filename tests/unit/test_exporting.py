@@ -5,13 +5,15 @@ import sys
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 
-from helpers import artefacts, exporting
+from helpers import artefacts, exporting, patching
 from helpers.checkpoint import Checkpoint
 from helpers.errors import UserError
 from helpers.reference import HostChain, OnnxNets, OriginalModel, TorchNets, parity
 from tests.conftest import SEQ_LENGTH
+from tests.unit.small_nets import write_random_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,8 @@ def test_every_net_is_there_with_its_contract(onnx_tiny, patched_tiny):
             for values in (graph.input, graph.output)
         )
         assert found == shapes, net
+        # The checker does not look whether an operator takes such types.
+        onnxruntime.InferenceSession(str(onnx_tiny / f"{net}.onnx"), providers=["CPUExecutionProvider"])
 
 
 def test_onnx_agrees_with_pytorch_net_by_net_and_in_the_chain(patched_tiny, onnx_tiny, prompt, stop_ids, tiny):
@@ -52,6 +56,46 @@ def test_onnx_agrees_with_pytorch_net_by_net_and_in_the_chain(patched_tiny, onnx
     assert all(f["max_abs"] < 1e-4 for f in parity(chain.record, OnnxNets(onnx_tiny), tokens=len(prompt)).values())
     expected = OriginalModel(tiny).greedy(prompt, stop_ids, 96, SEQ_LENGTH)
     assert HostChain(OnnxNets(onnx_tiny)).greedy(prompt, stop_ids, 96) == expected
+
+
+@pytest.mark.parametrize("base, trained", [(1_000_000, 16), (100_000, 16), (10_000, 12)])
+def test_nets_rotate_and_scale_as_the_checkpoint_says(base, trained, tmp_path):
+    """Outputs of the ONNX nets, position by position, against the checkpoint's own code in PyTorch.
+
+    A decode net's past of S rows looks longer than what the model was trained for, and Qwen's code would scale its
+    query. Here nothing in config.json says so: then the code's own default does, which the patch does not see.
+    """
+    checkpoint = write_random_checkpoint(tmp_path / "random", rotary_emb_base=base, seq_length=trained)
+    config = json.loads((checkpoint / "config.json").read_text())
+    del config["use_logn_attn"]
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    patched = tmp_path / "patched"
+    patching.apply(checkpoint, out=patched, seq_length=16)
+    chain, original = HostChain(OnnxNets(exporting.export(patched, tmp_path / "onnx", 16))), OriginalModel(checkpoint)
+    text = np.random.default_rng(0).integers(0, 512, trained).tolist()
+    found = [chain.prefill(text[: trained // 2])] + [chain.decode(token) for token in text[trained // 2 :]]
+    for count, logits in enumerate(found, start=trained // 2):
+        np.testing.assert_allclose(logits, original.states(text[:count])[1], atol=2e-4, err_msg=f"{count} tokens")
+
+
+@pytest.mark.parametrize("penalty", [1.0, 1.7, 0.5])
+def test_the_sampling_head_computes_its_formula(sample_head, penalty):
+    """The net as the code of now makes it, in onnxruntime, for all logits of a vocabulary; tokens without a tie."""
+    random, size = np.random.default_rng(2), 3008
+    head = sample_head(40)
+    for top_p, temperature in ((0.8, 1.0), (0.3, 0.6), (0.05, 3.0), (0.999, 0.2)):
+        logits = np.float32(random.normal(-2 if top_p == 0.3 else 0, 1, size))
+        # Likely tokens of both signs, some of them twice, and others of no consequence.
+        said = np.concatenate([np.argsort(-logits)[:30:2], random.integers(0, size, 22), np.argsort(-logits)[:6:2]])
+        probabilities, tokens = head(logits[None], said[None], top_p, temperature, penalty)
+        wanted = logits.astype(np.float64)
+        for token in set(said.tolist()):
+            wanted[token] *= penalty if wanted[token] < 0 else 1 / penalty
+        order = np.argsort(-wanted)[:50]
+        weights = np.exp((wanted[order] - wanted[order[0]]) / temperature)
+        kept = (np.cumsum(weights) / weights.sum() < top_p) | (np.arange(50) < 5)
+        assert tokens[0].tolist() == order.tolist()
+        np.testing.assert_allclose(probabilities[0], weights * kept / (weights * kept).sum(), atol=1e-6)
 
 
 @pytest.mark.parametrize("net", ["block_2", "lm_head", "embedding"])

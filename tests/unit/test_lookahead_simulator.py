@@ -1,7 +1,5 @@
 """Lookahead on the real chain: exported, compiled, run on the simulator; the tokens are those of plain decoding."""
 
-import json
-import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +9,8 @@ from helpers.engines import open_engine
 from helpers.errors import UserError
 from helpers.generation import QwenRunner
 from helpers.lookahead import LookaheadRunner, LookaheadSizes, NgramPool
-from tests.conftest import SEQ_LENGTH, TINY, WORK
+from tests.conftest import SEQ_LENGTH, WORK
+from tests.unit.small_nets import write_random_checkpoint
 
 pytestmark = pytest.mark.slow
 ROWS = LookaheadSizes().rows
@@ -91,31 +90,7 @@ class Forgetful(NgramPool):
 
 @pytest.fixture(scope="module")
 def random_checkpoint(tmp_path_factory):
-    """A patched checkpoint of two layers and 512 tokens with random weights: nothing about it is sure of itself."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    folder = tmp_path_factory.mktemp("random") / "checkpoint"
-    folder.mkdir()
-    for path in TINY.iterdir():
-        if path.suffix in (".py", ".json", ".tiktoken"):
-            shutil.copy(path, folder)
-    config = json.loads((TINY / "config.json").read_text(encoding="utf-8")) | {
-        "num_hidden_layers": 2,
-        "vocab_size": 512,
-    }
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    generator, tensors = torch.Generator().manual_seed(1), {}
-    for name, weight in load_file(TINY / "model.safetensors").items():
-        if ".h.2." in name or ".h.3." in name:
-            continue
-        shape = [512 if size == 3008 else size for size in weight.shape]
-        noise = torch.randn(shape, generator=generator)
-        if len(shape) == 1:
-            tensors[name] = 0.1 * noise + (1 if "ln_" in name else 0)
-        else:
-            tensors[name] = noise if "wte" in name else noise * shape[-1] ** -0.5
-    save_file({name: tensor.bfloat16().contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    folder = write_random_checkpoint(tmp_path_factory.mktemp("random") / "checkpoint")
     patched = folder.with_name("patched")
     patching.apply(folder, out=patched, seq_length=64)
     return patched
