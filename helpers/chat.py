@@ -386,8 +386,16 @@ def _stdout_to_stderr() -> Iterator[None]:
 
 
 def _print_object(value: dict) -> None:
-    """Print a JSON object; what libraries print as the process ends goes to standard error."""
-    print(json.dumps(value, ensure_ascii=False), flush=True)
+    """Print a JSON object, escaped where the terminal lacks a character.
+
+    What libraries print as the process ends goes to standard error.
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value)
+    print(text, flush=True)
     atexit.register(os.dup2, 2, 1)
 
 
@@ -460,6 +468,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.json and args.question is None:
         raise UserError("--json answers one question: give it with --question.")
+    if sys.__stdout__ is None:
+        raise UserError("Standard output is closed, and the answer goes there: leave it open, or write `> FILE`.")
     sampling = Sampling(
         args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.repetition_last_n, args.seed
     )

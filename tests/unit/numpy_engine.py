@@ -64,44 +64,54 @@ class NumpyEngine(Engine):
     """`model` compiled, as it were, for S = seq_length and `rows` new tokens a decode step.
 
     sample_head: what computes penalty_sample_head, where there is one (the fixture of that name).
+    devices: how many share the heads of its blocks; head_devices: how many are given what lm_head reads.
     """
 
     name = "numpy"
     kind_of_time = "none"
 
-    def __init__(self, model, seq_length, rows=1, sample_head=None):
+    def __init__(self, model, seq_length, rows=1, sample_head=None, devices=1, head_devices=1):
         self.model, self.sample_head = model, sample_head
         s, r, w, v = seq_length, rows, model.width, model.vocabulary
-        cache, new = (1, s, model.heads, model.head_dim), (1, r, model.heads, model.head_dim)
+        cache, new = ((1, length, model.heads // devices, model.head_dim) for length in (s, r))
+        bf16 = "bfloat16"
         nets = {
-            "embedding": ([((1, s), "int32")], [((1, s, w), "bfloat16")]),
-            "embedding_cache": ([((1, r), "int32")], [((1, r, w), "bfloat16")]),
-            "lm_head": ([((r, w), "bfloat16")], [((r, v), "float32")]),
-            "greedy_head": ([((r, v), "float32")], [((r, 1), "int32")]),
+            "embedding": ([((1, s), "int32")], [((1, s, w), bf16)], devices),
+            "embedding_cache": ([((1, r), "int32")], [((1, r, w), bf16)], devices),
+            "lm_head": ([((r, w), bf16)], [((r, v), "float32")], head_devices),
+            "greedy_head": ([((r, v), "float32")], [((r, 1), "int32")], 1),
         }
         if sample_head:
             number, candidates = ((1,), "float32"), (1, 50)
             nets["penalty_sample_head"] = (
                 [((1, v), "float32"), ((1, s), "int32"), number, number, number],
                 [(candidates, "float32"), (candidates, "int32")],
+                1,
             )
-        bf16 = "bfloat16"
         for i in range(len(model.layers)):
             nets[f"block_{i}"] = (
                 [((1, s, w), bf16), ((1, s), "int32"), ((1, 1, s, s), bf16)],
                 [((1, s, w), bf16), (cache, bf16), (cache, bf16)],
+                devices,
             )
             nets[f"block_cache_{i}"] = (
                 [((1, r, w), bf16), ((1, r), "int32"), ((1, 1, r, s + r), bf16), (cache, bf16), (cache, bf16)],
                 [((1, r, w), bf16), (new, bf16), (new, bf16)],
+                devices,
             )
         infos = {
-            net: NetInfo(net, *(tuple(TensorInfo("", *t) for t in side) for side in sides), "io_alone", False)
-            for net, sides in nets.items()
+            net: NetInfo(
+                net,
+                *(tuple(TensorInfo("", *t, k) for k in range(count) for t in side) for side in sides),
+                "io_alone",
+                False,
+            )
+            for net, (*sides, count) in nets.items()
         }
-        super().__init__((0,), infos)
+        self._sharing = {net: count for net, (*_, count) in nets.items()}
+        super().__init__(range(devices), infos)
         self._own = {
-            (net, side, index): self.allocate(info.shape, info.dtype)
+            (net, side, index): self.allocate(info.shape, info.dtype, info.device)
             for net, described in infos.items()
             for side, tensors in (("in", described.inputs), ("out", described.outputs))
             for index, info in enumerate(tensors)
@@ -115,12 +125,12 @@ class NumpyEngine(Engine):
 
     def allocate(self, shape, dtype, device=0):
         shape = check_allocation(shape, dtype)
-        return DeviceTensor(shape, dtype, 0, np.zeros(shape, HOST_DTYPE[dtype]).reshape(-1))
+        return DeviceTensor(shape, dtype, device, np.zeros(shape, HOST_DTYPE[dtype]).reshape(-1))
 
     def view(self, tensor, offset_elements, shape):
         offset_elements, shape = check_view(tensor, offset_elements, shape)
         memory = tensor.memory[offset_elements : offset_elements + int(np.prod(shape))]
-        return DeviceTensor(shape, tensor.dtype, 0, memory, tensor)
+        return DeviceTensor(shape, tensor.dtype, tensor.device, memory, tensor)
 
     def write(self, tensor, values):
         values = check_values(tensor, values)
@@ -144,7 +154,22 @@ class NumpyEngine(Engine):
         arrays = [
             from_bf16(a).astype(np.float64) if t.dtype == "bfloat16" else a for t, a in zip(inputs, arrays, strict=True)
         ]
-        for tensor, result in zip(outputs, self._compute(net, *arrays), strict=True):
+        count = self._sharing[net]
+        parts = [arrays[k * len(arrays) // count : (k + 1) * len(arrays) // count] for k in range(count)]
+        # Keys and values have their heads over the devices; everything else each of them has whole.
+        whole = 3 if net.startswith("block") else len(parts[0])
+        for part in parts[1:]:
+            for a, b in zip(part[:whole], parts[0][:whole], strict=True):
+                np.testing.assert_array_equal(a, b)
+        merged = [np.concatenate(p, axis=2) for p in zip(*(part[whole:] for part in parts), strict=True)]
+        results = self._compute(net, *parts[0][:whole], *merged)
+        if net.startswith("block"):
+            states, *new = results
+            shares = [np.split(rows, count, axis=1) for rows in new]
+            each = [result for k in range(count) for result in (states, *(share[k] for share in shares))]
+        else:
+            each = results * count
+        for tensor, result in zip(outputs, each, strict=True):
             result = to_bf16(result.astype(np.float32)) if tensor.dtype == "bfloat16" else result
             tensor.memory[:] = result.astype(HOST_DTYPE[tensor.dtype]).reshape(-1)
 

@@ -272,9 +272,10 @@ def test_columns_that_the_answer_overtakes_go():
     assert state.window == [before[2] + 1, 20, 20]
 
 
-def test_the_longest_of_several_guesses_is_taken():
+@pytest.mark.parametrize("tails", itertools.permutations([(50, 51), (11, 51), (11, 12)]))
+def test_the_longest_of_several_guesses_is_taken(tails):
     state = LookaheadState([20], 10, 64)
-    for tail in [(50, 51), (11, 51), (11, 12)]:
+    for tail in tails:
         state.pool.add((10, *tail))
     assert state.verify(state.step().ids[0] + 1).tokens == [11, 12, 13]
 
@@ -348,6 +349,8 @@ def test_runner_gives_the_tokens_the_reason_and_the_cache_of_plain_decoding(task
     plain, ahead, expected, found = answers(task, sizes)
     assert found == expected
     assert ahead.finish_reason == plain.finish_reason
+    # The first token comes from the prefill, and a stop token is counted: nothing behind it is.
+    assert 1 + sum(ahead.statistics.accepted) == len(found) + (ahead.finish_reason == "stop")
     # Plain decoding stops within a run of tokens that lookahead accepted as a whole: it may be short of their rows.
     filled = min(plain.position, ahead.position)
     for one, many in zip(plain._caches, ahead._caches, strict=True):
@@ -359,7 +362,10 @@ def test_runner_gives_the_tokens_the_reason_and_the_cache_of_plain_decoding(task
 def test_runner_counts_steps_and_shows_them():
     sizes, steps = LookaheadSizes(), []
     runner = LookaheadRunner(NumpyEngine(RandomModel(4, 1), 48, sizes.rows))
+    assert runner.statistics == Statistics()
     tokens = list(runner.generate([1, 2, 3], on_step=lambda step, accepted: steps.append((step, accepted))))
+    assert [step.guesses for step, _ in steps] == runner.statistics.guessed
+    assert {0, sizes.guesses} <= set(runner.statistics.guessed) <= set(range(sizes.guesses + 1))
     assert [len(accepted.tokens) for _, accepted in steps] == runner.statistics.accepted
     assert 1 + sum(runner.statistics.accepted) == len(tokens) == len(runner.timings.decode_s) + 1
     assert max(runner.statistics.accepted) > 1
@@ -369,7 +375,7 @@ def test_the_time_of_a_step_is_shared_by_its_tokens(monkeypatch):
     runner = LookaheadRunner(NumpyEngine(RandomModel(4, 1), 48, LookaheadSizes().rows))
     monkeypatch.setattr("helpers.lookahead.time", SimpleNamespace(perf_counter=itertools.count().__next__))
     list(runner.generate([1, 2, 3]))
-    assert max(runner.statistics.accepted) > 1
+    assert max(runner.statistics.accepted) > 1 and runner.timings.first_token_s == 1
     assert sum(runner.timings.decode_s) == pytest.approx(runner.statistics.steps)
 
 
@@ -409,3 +415,18 @@ def test_an_answer_can_be_cancelled():
     tokens = list(runner.generate([1, 2], should_stop=lambda: next(asked)))
     assert runner.finish_reason == "cancelled" and runner.statistics.steps == 1
     assert len(tokens) == 1 + runner.statistics.accepted[0]
+    assert list(runner.generate([1, 2], should_stop=lambda: True)) == []
+    assert runner.finish_reason == "cancelled" and runner.statistics == Statistics()
+
+
+@pytest.mark.parametrize("devices, head_devices", [(2, 1), (2, 2), (4, 1), (4, 4)])
+def test_several_devices_give_the_tokens_and_the_cache_of_one(devices, head_devices):
+    model, prompt, sizes = RandomModel(5, 3, width=16, layers=3, heads=4), [1, 2, 3, 1, 4], LookaheadSizes()
+    for kind, rows in ((QwenRunner, 1), (LookaheadRunner, sizes.rows)):
+        one = kind(NumpyEngine(model, 40, rows))
+        many = kind(NumpyEngine(model, 40, rows, devices=devices, head_devices=head_devices))
+        assert list(many.generate(prompt)) == list(one.generate(prompt))
+        for layer, whole in zip(many._caches, one._caches, strict=True):
+            for n in (0, 1):
+                parts = [many.engine.read(caches[n]) for caches in layer]
+                np.testing.assert_array_equal(np.concatenate(parts, axis=2), one.engine.read(whole[0][n]))
