@@ -335,12 +335,22 @@ def _interrupt_stops(session: ChatSession) -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
+def as_typed(text: str) -> str:
+    """What was typed, where the locale has hidden bytes in the text because it cannot say them; without a BOM.
+
+    Those bytes are UTF-8 on nearly every terminal, LC_ALL=C or not; U+FFFD where they are not.
+    """
+    if any("\udc80" <= character <= "\udcff" for character in text):
+        text = os.fsencode(text).decode("utf-8", "replace")
+    return text.removeprefix("\ufeff")
+
+
 def talk(session: ChatSession, model: str | Path, terminal: _Terminal) -> None:
     """Questions from the terminal (or from a pipe, a line each) until `exit` or end of input; model: the bmodel."""
     terminal.say("`clear` forgets the conversation, Ctrl-C stops an answer, `exit` leaves.")
     while True:
         try:
-            question = terminal.question()
+            question = as_typed(terminal.question())
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -482,7 +492,7 @@ def run(args: argparse.Namespace) -> None:
             session = ChatSession(
                 QwenRunner(engine),
                 tokenizer,
-                system=args.system,
+                system=as_typed(args.system),
                 max_turns=args.max_turns,
                 sampling=sampling,
                 max_new_tokens=args.max_new_tokens,
@@ -490,7 +500,7 @@ def run(args: argparse.Namespace) -> None:
             if args.question is None:
                 talk(session, args.model, _Terminal())
                 return
-            pieces = session.ask(args.question)
+            pieces = session.ask(as_typed(args.question))
             if not args.json:
                 _Terminal().answer(pieces)
                 log(figures(session, args.model))

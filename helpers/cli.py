@@ -28,9 +28,9 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; return the exit code: 0, 2 for what the user can mend, 130 after Ctrl-C."""
     _open_closed_streams()
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        # Whatever the locale: a character that it lacks, or a byte that is none, is a question mark, not the end.
+        # Whatever the locale: a character that it lacks is a question mark, not the end; a byte that is none is kept.
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+            stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "replace")
     try:
         return _run(sys.argv[1:] if argv is None else argv)
     except UserError as error:

@@ -203,7 +203,7 @@ def _write(file: Path, contents: bytes) -> None:
 
 def _parse(contents: bytes, file: Path) -> dict[bytes, int]:
     try:
-        lines = [line.split() for line in contents.splitlines() if line]
+        lines = [line.split() for line in contents.removeprefix(codecs.BOM_UTF8).splitlines() if line]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except (ValueError, binascii.Error):
         ranks = {}

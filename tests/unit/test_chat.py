@@ -1,3 +1,4 @@
+import codecs
 import contextlib
 import io
 import json
@@ -72,6 +73,14 @@ def test_a_stop_string_ends_the_answer_and_the_computation(tokenizer):
     answer = Answer(runner, tokenizer, [1], stop=[" three"])
     assert "".join(answer) == "one two" and answer.finish_reason == "stop"
     assert runner.answers[0]["computed"] < len(tokenizer.encode("one two three four five six seven"))
+
+
+@pytest.mark.parametrize("name", ["im_end", "im_start", "endoftext"])
+def test_every_token_that_ends_a_turn_ends_the_answer(tokenizer, name):
+    tokens = [*tokenizer.encode("one two"), getattr(tokenizer, name), *tokenizer.encode(" three")]
+    answer = Answer(FakeRunner(lambda ids: tokens), tokenizer, [1])
+    assert "".join(answer) == answer.text == "one two" and answer.finish_reason == "stop"
+    assert answer.tokens == tokenizer.encode("one two")
 
 
 # History
@@ -272,6 +281,88 @@ def test_device_ids_that_are_none(text, capsys):
 
 def test_device_ids():
     assert chat.device_ids("2,3") == (2, 3)
+
+
+def chat_in_shell(redirected, bmodel, *arguments, stdin="", **environment):
+    """`python -m helpers chat` as a shell runs it, with its redirections: the real bmodel on the simulator."""
+    command = [sys.executable, "-m", "helpers", "chat", "--engine", "simulator", "--model", str(bmodel)]
+    return subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f'"$@" {redirected}', "bash", *command, "--max-new-tokens", "3", *arguments],
+        cwd=ROOT,
+        input=stdin.encode(),
+        env=os.environ | environment,
+        capture_output=True,
+        check=False,
+    )
+
+
+ASCII = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0"}
+CHINESE = "你知道深圳的历史吗?写一段小作文介绍下。"
+
+
+def test_json_keeps_the_text_on_a_terminal_without_its_characters(bmodel_tiny, tokenizer):
+    done = chat_in_shell("", bmodel_tiny, "--json", "--question", CHINESE, **ASCII)
+    value = json.loads(done.stdout.decode("ascii"))
+    assert value["text"] == tokenizer.decode(value["tokens"]) and not value["text"].isascii()
+    # The question arrived too: it gets the answer that the embedded model has learnt.
+    entries = json.loads((TINY / "demo_questions.json").read_text(encoding="utf-8"))
+    (learnt,) = (entry["answer"] for entry in entries if entry["question"] == CHINESE)
+    assert learnt.startswith(value["text"].rstrip("\ufffd"))
+    readable = chat_in_shell("", bmodel_tiny, "--json", "--question", CHINESE, PYTHONIOENCODING="utf-8").stdout
+    assert value["text"] in readable.decode("utf-8")
+
+
+@pytest.mark.parametrize("environment", [ASCII, {"PYTHONIOENCODING": "utf-8"}], ids=["ascii", "utf-8"])
+def test_a_piped_question_is_what_was_typed(tokenizer, environment):
+    """Whatever the locale, after the byte-order mark that some editors write, with a byte that is no UTF-8."""
+    script = (
+        "import helpers.chat as chat, helpers.cli as cli\n"
+        "class Terminal(chat._Terminal):\n"
+        "    def say(self, text, style=''): pass\n"
+        "class Session:\n"
+        "    def ask(self, question): raise chat.UserError(print(ascii(question)) or '')\n"
+        "cli._run = lambda argv: chat.talk(Session(), '', Terminal())\n"
+        "cli.main([])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        input="\ufeff深圳\nnaïve".encode() + b" \xe4\xb8\n",
+        env=os.environ | environment,
+        capture_output=True,
+        check=True,
+    )
+    assert done.stdout.decode("ascii").splitlines() == [ascii("深圳"), ascii("naïve \ufffd")]
+
+
+@pytest.mark.parametrize(
+    "redirected, arguments, code, out, err",
+    [
+        ("<&-", (), 0, "`exit` leaves", "simulator"),
+        ("<&-", ("--question", "Hello, how are you?"), 0, "I am", "simulator"),
+        (">&-", ("--question", "Hello, how are you?"), 2, "", "error: Standard output is closed"),
+        (">&-", ("--json", "--question", "Hello, how are you?"), 2, "", "error: Standard output is closed"),
+        ("2>&-", ("--json", "--question", "Hello, how are you?"), 0, '{"tokens": [', ""),
+        ("| head -1", (), (0, 1), "`exit` leaves", "simulator"),
+    ],
+)
+def test_a_stream_that_is_closed_is_no_traceback(bmodel_tiny, redirected, arguments, code, out, err):
+    # 1 where the reader had left before all was said, 0 where the pipe took it.
+    done = chat_in_shell(redirected, bmodel_tiny, *arguments, stdin="Hello, how are you?\n" * 3)
+    said, errors = done.stdout.decode(), done.stderr.decode()
+    assert done.returncode in (code if isinstance(code, tuple) else (code,)) and "Traceback" not in errors, errors
+    assert out in said and err in errors and (out or not said)
+    if "--json" in arguments and not code:
+        assert json.loads(said)["text"]
+
+
+def test_a_manifest_and_a_vocabulary_with_a_byte_order_mark_are_read(bmodel_tiny, tokenizer, tmp_path):
+    name = bmodel_tiny.name
+    (tmp_path / name).write_bytes(bmodel_tiny.read_bytes())
+    for marked in (f"{name}.json", "qwen.tiktoken"):
+        (tmp_path / marked).write_bytes(codecs.BOM_UTF8 + bmodel_tiny.with_name(marked).read_bytes())
+    opened = chat.open_tokenizer(tmp_path / name, None)
+    assert opened.specials == tokenizer.specials and opened.encode("深圳 Hello") == tokenizer.encode("深圳 Hello")
 
 
 def test_what_libraries_print_does_not_reach_standard_output(tmp_path):

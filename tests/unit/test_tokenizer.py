@@ -173,6 +173,15 @@ def test_the_cut_file_is_made_where_it_is_absent_or_damaged(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["qwen.tiktoken", "tokenizer_config.json"]
 
 
+def test_files_with_a_byte_order_mark_are_read(tmp_path, tiny):
+    config = (TINY / "tokenizer_config.json").read_bytes()
+    for name, contents in (("tokenizer_config.json", config), ("qwen.tiktoken", tiny.vocabulary)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_bytes(b"\xef\xbb\xbf" + contents)
+        assert QwenTokenizer.open(folder).encode("深圳 Hello") == tiny.encode("深圳 Hello")
+
+
 def test_a_folder_without_a_vocabulary(tmp_path):
     with pytest.raises(UserError, match="no vocabulary"):
         QwenTokenizer.open(tmp_path)
