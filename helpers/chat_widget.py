@@ -11,7 +11,9 @@ from helpers.errors import UserError
 from helpers.generation import QwenRunner
 from helpers.tokenizer import QwenTokenizer
 
-TEXT_FOLLOWS_S = 0.3
+# After Enter: how long until a text that is there already is asked as it is, and how long to wait for one.
+TEXT_STAYS_S = 0.3
+TEXT_COMES_S = 30.0
 STYLE = {
     "question": "font-weight:600;margin-top:.6em",
     "answer": "",
@@ -44,6 +46,8 @@ class ChatBox:
         self._send, self._stop, self._clear = buttons
         self._send.on_click(lambda _: self.send(self._question.value))
         self._question.on_msg(self._submitted)
+        self._question.observe(lambda change: change["new"] and self._text_is_whole(), "value")
+        self._entered: threading.Timer | None = None
         self._stop.on_click(lambda _: session.stop())
         self._clear.on_click(lambda _: self.clear())
         self._thread: threading.Thread | None = None
@@ -52,8 +56,17 @@ class ChatBox:
 
     def _submitted(self, widget: object, content: dict, buffers: list) -> None:
         if content.get("event") == "submit":
-            # The browser tells that Enter was pressed just before it tells the text.
-            threading.Timer(TEXT_FOLLOWS_S, lambda: self.send(self._question.value)).start()
+            # The browser tells that Enter was pressed just before it tells the text; not at all what it told before.
+            wait = TEXT_STAYS_S if self._question.value else TEXT_COMES_S
+            self._entered = threading.Timer(wait, self._text_is_whole)
+            self._entered.daemon = True
+            self._entered.start()
+
+    def _text_is_whole(self) -> None:
+        entered, self._entered = self._entered, None
+        if entered:
+            entered.cancel()
+            self.send(self._question.value)
 
     def send(self, question: str) -> None:
         """Ask; returns at once."""

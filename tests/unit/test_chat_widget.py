@@ -1,4 +1,4 @@
-import time
+import threading
 
 import pytest
 
@@ -24,10 +24,6 @@ def test_a_conversation_in_the_box(box_saying):
     # As JupyterLab sends it: Enter first, then the text.
     box._question._handle_custom_msg({"event": "submit"}, [])
     box._question.value = "how are you?"
-    deadline = time.monotonic() + 10
-    while not box.session.history:
-        assert time.monotonic() < deadline, "Enter asked nothing"
-        time.sleep(0.01)
     box.wait()
     assert "how are you?" in box._transcript.value and "a &lt; b &amp; 深圳" in box._transcript.value
     assert "simulator wall time" in box._transcript.value
@@ -41,14 +37,42 @@ def test_a_conversation_in_the_box(box_saying):
     assert box._transcript.value == "" and box.session.history == []
 
 
-def test_stop_is_heard_while_it_answers(box_saying):
-    box = box_saying("word " * 500, step_s=0.01)
+def test_enter_asks_a_text_that_was_told_before(box_saying, monkeypatch):
+    """The box was left and entered again: no text follows. One that is late is waited for."""
+    box, answered = box_saying("a"), threading.Event()
+    box._transcript.observe(lambda change: "first token" in change["new"] and answered.set(), "value")
+    box._question.value = "before"
+    assert box._transcript.value == ""
+    box._question._handle_custom_msg({"event": "submit"}, [])
+    assert answered.wait(300)
+    box.wait()
+    monkeypatch.setattr(chat_widget, "TEXT_STAYS_S", 0)
+    box._question._handle_custom_msg({"event": "submit"}, [])
+    box._question.value = "late"
+    box.wait()
+    assert [question for question, _ in box.session.history] == ["before", "late"]
+
+
+def test_enter_without_a_text_says_so(box_saying, monkeypatch):
+    box, said = box_saying("a"), threading.Event()
+    box._transcript.observe(lambda change: "question is empty" in change["new"] and said.set(), "value")
+    monkeypatch.setattr(chat_widget, "TEXT_COMES_S", 0)
+    box._question._handle_custom_msg({"event": "submit"}, [])
+    assert said.wait(300)
+
+
+def test_stop_is_heard_while_it_answers(box_saying, monkeypatch):
+    box, go_on = box_saying("word " * 500), threading.Event()
+    runner = box.session.runner
+    monkeypatch.setattr(runner, "reply", lambda ids, reply=runner.reply: go_on.wait(300) and reply(ids))
     box.send("talk")
     assert box._send.disabled and not box._stop.disabled
     box.send("a second question meanwhile is not asked")
     box._stop.click()
+    go_on.set()
     box.wait()
     assert box.session.last.finish_reason == "cancelled" and len(box.session.runner.answers) == 1
+    assert not box._send.disabled and box._stop.disabled
 
 
 def test_errors_are_shown_in_the_box(box_saying):

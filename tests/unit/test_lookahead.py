@@ -208,7 +208,7 @@ def tasks(draw):
     return vocabulary, seq_length, prompt, stop, limit, draw(st.integers(0, 2**32 - 1))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(tasks(), all_sizes, st.sampled_from([1, 2, 3, 100]))
 def test_same_tokens_as_greedy_with_ties_and_cycles(task, sizes, reach):
     vocabulary, seq_length, prompt, stop, limit, seed = task
@@ -217,7 +217,7 @@ def test_same_tokens_as_greedy_with_ties_and_cycles(task, sizes, reach):
     assert state.tokens == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(tasks(), all_sizes)
 def test_same_tokens_as_greedy_on_random_transformers(task, sizes):
     vocabulary, seq_length, prompt, stop, limit, seed = task
@@ -239,7 +239,7 @@ def test_every_small_size_accepts_and_still_equals_greedy(window, ngram, guesses
     assert state.statistics.tokens_per_step > (1 + ngram) / 2
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(tasks(), all_sizes)
 def test_the_cache_afterwards_is_that_of_plain_decoding(task, sizes):
     vocabulary, seq_length, prompt, stop, limit, seed = task
@@ -312,7 +312,7 @@ def test_rows_that_are_missing_are_noticed():
         state.verify([1])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32 - 1))
 def test_the_same_prompt_gives_the_same_steps(seed):
     first, second = (ahead(HashMachine(30, 4, 2, seed), [1, 2, 3], LookaheadSizes()) for _ in range(2))
@@ -343,7 +343,7 @@ def answers(task, sizes):
     return plain, ahead, *given
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(tasks(), all_sizes)
 def test_runner_gives_the_tokens_the_reason_and_the_cache_of_plain_decoding(task, sizes):
     plain, ahead, expected, found = answers(task, sizes)
