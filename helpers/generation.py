@@ -123,9 +123,7 @@ class QwenRunner:
         self.devices = len(nets["block_0"].inputs) // 3
         self.seq_length = nets["block_0"].inputs[0].shape[1]
         self.hidden_size = nets["block_0"].inputs[0].shape[2]
-        head = nets["lm_head"].outputs[0]
         self.head_gives_token = "greedy_head" not in nets
-        self.vocab_size = None if self.head_gives_token else head.shape[-1]
         self.can_sample = "penalty_sample_head" in nets
         self.position = 0
         self.visited: list[int] = []
@@ -275,7 +273,7 @@ class QwenRunner:
                 "This bmodel has no penalty_sample_head: ask with temperature 0, or compile with both heads."
             )
         engine = self.engine
-        window = self.visited[-min(sampling.repetition_last_n, self.seq_length) :]
+        window = self.visited[-sampling.repetition_last_n :]
         # The net penalises every id it is given, so the rest is filled with one that is in the window anyway.
         ids = np.full((1, self.seq_length), window[-1], dtype=np.int32)
         ids[0, : len(window)] = window

@@ -64,13 +64,14 @@ class NumpyEngine(Engine):
     """`model` compiled, as it were, for S = seq_length and `rows` new tokens a decode step.
 
     sample_head: what computes penalty_sample_head, where there is one (the fixture of that name).
+    token_head: lm_head gives the token, as the documented lm_head_with_topk does, and there is no greedy_head.
     devices: how many share the heads of its blocks; head_devices: how many are given what lm_head reads.
     """
 
     name = "numpy"
     kind_of_time = "none"
 
-    def __init__(self, model, seq_length, rows=1, sample_head=None, devices=1, head_devices=1):
+    def __init__(self, model, seq_length, rows=1, sample_head=None, token_head=False, devices=1, head_devices=1):
         self.model, self.sample_head = model, sample_head
         s, r, w, v = seq_length, rows, model.width, model.vocabulary
         cache, new = ((1, length, model.heads // devices, model.head_dim) for length in (s, r))
@@ -78,9 +79,10 @@ class NumpyEngine(Engine):
         nets = {
             "embedding": ([((1, s), "int32")], [((1, s, w), bf16)], devices),
             "embedding_cache": ([((1, r), "int32")], [((1, r, w), bf16)], devices),
-            "lm_head": ([((r, w), bf16)], [((r, v), "float32")], head_devices),
-            "greedy_head": ([((r, v), "float32")], [((r, 1), "int32")], 1),
+            "lm_head": ([((r, w), bf16)], [((r, 1), "int32") if token_head else ((r, v), "float32")], head_devices),
         }
+        if not token_head:
+            nets["greedy_head"] = ([((r, v), "float32")], [((r, 1), "int32")], 1)
         if sample_head:
             number, candidates = ((1,), "float32"), (1, 50)
             nets["penalty_sample_head"] = (
@@ -177,7 +179,8 @@ class NumpyEngine(Engine):
         if net.startswith("embedding"):
             return [self.model.embedding[arrays[0]]]
         if net == "lm_head":
-            return [arrays[0] @ self.model.head]
+            logits = arrays[0] @ self.model.head
+            return [logits if "greedy_head" in self.nets else logits.argmax(axis=-1)]
         if net == "greedy_head":
             return [arrays[0].argmax(axis=-1)]
         if net == "penalty_sample_head":

@@ -1,4 +1,7 @@
-"""Prefill and decode on the real simulator, against PyTorch and onnxruntime."""
+"""Prefill, decode and sampling: on the real simulator, against PyTorch; and over numpy, against plain formulas."""
+
+import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -6,9 +9,10 @@ import pytest
 from helpers.bf16 import from_bf16
 from helpers.engines import open_engine
 from helpers.errors import UserError
-from helpers.generation import MASKED, QwenRunner, Sampling, decode_mask, prefill_mask
+from helpers.generation import MASKED, QwenRunner, Sampling, Timings, decode_mask, prefill_mask
+from helpers.lookahead import LookaheadRunner
 from tests.conftest import SEQ_LENGTH
-from tests.unit.numpy_engine import NumpyEngine, RandomModel
+from tests.unit.numpy_engine import NumpyEngine, RandomModel, rounded
 
 VOCABULARY = 3008
 
@@ -214,13 +218,108 @@ def test_cancelling_stops_between_tokens(runner, chat_prompt, demo_questions):
     assert len(seen) == 2 and runner.finish_reason == "cancelled"
 
 
+def test_logits_are_those_of_the_whole_text_at_once():
+    """Against the model without cache, positions handed on or masks of S rows: one causal pass over all tokens."""
+    model = RandomModel(30, seed=4, width=16, layers=4, heads=4)
+    runner, text = QwenRunner(NumpyEngine(model, 20)), [3, 1, 4, 1, 5]
+    for token in runner.generate(text[:5]):
+        # The engine keeps states in bfloat16 between its nets.
+        states = rounded(model.embedding[text])
+        for i in range(4):
+            mask = np.triu(np.full((len(text), len(text)), -np.inf), 1)
+            states = rounded(model.layer(i, states, np.arange(len(text)), mask)[0])
+        logits = states[-1] @ model.head
+        np.testing.assert_allclose(runner.logits(), logits, atol=0.02 * logits.std())
+        text.append(token)
+    assert len(text) == 21 and runner.finish_reason == "length" and runner.position == 20
+    with pytest.raises(UserError, match="cache of 20 tokens is full"):
+        runner.decode(text[-1])
+
+
+def test_a_head_that_gives_tokens_gives_the_same():
+    model = RandomModel(30, seed=4)
+    for kind, rows in ((QwenRunner, 1), (LookaheadRunner, 10)):
+        with_logits, without = (kind(NumpyEngine(model, 30, rows, token_head=way)) for way in (False, True))
+        assert list(without.generate([3, 1])) == list(with_logits.generate([3, 1]))
+
+
+@pytest.mark.parametrize("net", ["embedding", "embedding_cache", "lm_head", "block_cache_0", "block_cache_1"])
+def test_a_bmodel_that_lacks_a_net_is_refused_by_its_name(net):
+    engine = NumpyEngine(RandomModel(30, seed=4), 8)
+    del engine.nets[net]
+    with pytest.raises(UserError, match=f"has no net {net}: "):
+        QwenRunner(engine)
+
+
+def test_before_its_first_answer_a_runner_has_nothing_to_tell():
+    runner = QwenRunner(NumpyEngine(RandomModel(30, seed=4), 8))
+    assert (runner.position, runner.visited, runner.timings, runner.finish_reason) == (0, [], Timings(), None)
+    with pytest.raises(UserError, match="empty"):
+        next(runner.generate([]))
+
+
+def test_a_draw_is_as_random_as_its_seed(sampler):
+    def answer(seed):
+        hot = Sampling(temperature=20.0, top_p=1.0, seed=seed)
+        return list(sampler.generate([7, 8, 9], sampling=hot, max_new_tokens=12))
+
+    assert answer(3) == answer(3) != answer(4)
+    assert answer(None) != answer(None)
+
+
+@pytest.mark.parametrize("stop", [0, 1, 5])
+def test_a_stop_token_ends_the_answer_and_is_not_given(stop):
+    runner = QwenRunner(NumpyEngine(RandomModel(30, seed=4), 20))
+    whole = list(runner.generate([3, 1, 4]))
+    assert whole.index(whole[stop]) == stop
+    assert list(runner.generate([3, 1, 4], stop_ids=iter([999, whole[stop]]))) == whole[:stop]
+    assert runner.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("limit", [0, 1, 4, 18, 100])
+def test_an_answer_has_as_many_tokens_as_it_may(limit):
+    runner = QwenRunner(NumpyEngine(RandomModel(30, seed=4), 20))
+    assert len(list(runner.generate([3, 1, 4], max_new_tokens=limit))) == min(limit, 18)
+    assert runner.finish_reason == "length"
+
+
+def test_cancelling_is_asked_before_every_token():
+    runner, seen = QwenRunner(NumpyEngine(RandomModel(30, seed=4), 20)), []
+    assert list(runner.generate([3, 1, 4], should_stop=lambda: True)) == [] and runner.finish_reason == "cancelled"
+    for token in runner.generate([3, 1, 4], should_stop=lambda: len(seen) == 2):
+        seen.append(token)
+    assert len(seen) == 2 and runner.finish_reason == "cancelled"
+
+
+def test_the_time_of_every_token_is_told(monkeypatch):
+    runner = QwenRunner(NumpyEngine(RandomModel(30, seed=4), 20))
+    clock = (n * n for n in itertools.count())
+    monkeypatch.setattr("helpers.generation.time", SimpleNamespace(perf_counter=clock.__next__))
+    list(runner.generate([3, 1, 4], max_new_tokens=3))
+    assert runner.timings == Timings(first_token_s=1, decode_s=[5, 9])
+    assert runner.timings.tokens_per_s == pytest.approx(1 / 7) and Timings().tokens_per_s == 0
+
+
+@pytest.mark.parametrize(
+    "right",
+    [
+        {"temperature": 0}, {"temperature": 1000}, {"top_p": 1e-6}, {"top_p": 1}, {"top_k": 1}, {"top_k": 50},
+        {"repetition_penalty": 0.001}, {"repetition_penalty": 1000}, {"repetition_last_n": 1}, {"seed": 0},
+    ],
+)  # fmt: skip
+def test_sampling_takes_the_ends_of_its_ranges(right):
+    Sampling(**right)
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"temperature": -1}, {"temperature": float("inf")}, {"top_p": 0}, {"top_p": 1.5}, {"top_k": 0}, {"top_k": 51},
-        {"repetition_penalty": 0}, {"repetition_penalty": 1e-39}, {"repetition_penalty": 1e39},
+        {"temperature": -0.1}, {"temperature": 1000.5}, {"temperature": float("inf")}, {"top_p": 0}, {"top_p": 1.01},
+        {"top_k": 0}, {"top_k": 51}, {"repetition_penalty": 0}, {"repetition_penalty": 1e-39},
+        {"repetition_penalty": 1000.5}, {"repetition_last_n": 0}, {"seed": -1},
     ],
 )  # fmt: skip
 def test_sampling_outside_its_range_is_refused(wrong):
-    with pytest.raises(UserError, match=next(iter(wrong))):
+    ((name, value),) = wrong.items()
+    with pytest.raises(UserError, match=f"^{name} is {value}, it must be "):
         Sampling(**wrong)
