@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from helpers import chat
 from helpers.chat import Answer, ChatSession, StopStrings, fit_history
 from helpers.errors import UserError
+from helpers.generation import Sampling
 from tests.unit.fake_runner import FakeRunner
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,6 +84,32 @@ def test_every_token_that_ends_a_turn_ends_the_answer(tokenizer, name):
     assert answer.tokens == tokenizer.encode("one two")
 
 
+def test_what_might_have_become_a_stop_string_is_given_at_the_end(tokenizer):
+    answer = Answer(runner_saying(tokenizer, "one two thr"), tokenizer, [1], stop=[" three"])
+    assert "".join(answer) == "one two thr" and answer.finish_reason == "stop"
+
+
+def test_an_answer_tells_its_figures_also_where_it_is_given_up(tokenizer):
+    answer = Answer(runner_saying(tokenizer, "one two three", step_s=0.001), tokenizer, [1, 2, 3])
+    assert (answer.prompt_tokens, answer.finish_reason, answer.first_token_s, answer.decode_s) == (
+        3,
+        "cancelled",
+        0,
+        [],
+    )
+    pieces = iter(answer)
+    assert next(pieces) + next(pieces) == answer.text
+    pieces.close()
+    assert (answer.finish_reason, answer.first_token_s, answer.decode_s) == ("cancelled", 0.001, [0.001])
+
+
+def test_settings_reach_the_runner(tokenizer):
+    sampling = Sampling(temperature=0.5)
+    runner = runner_saying(tokenizer, "one two three")
+    assert len(list(ChatSession(runner, tokenizer, sampling=sampling, max_new_tokens=1).ask("count"))) == 1
+    assert runner.answers[0]["sampling"] is sampling and runner.answers[0]["computed"] == 1
+
+
 # History
 
 
@@ -133,6 +160,50 @@ def test_the_oldest_turns_are_dropped_and_it_says_so(tokenizer):
     assert len(session.history) < 4
     session.clear()
     assert session.notice is None and session.history == []
+
+
+@pytest.mark.parametrize("above", [0, 1])
+@pytest.mark.parametrize("limited", [False, True])
+def test_a_quarter_is_kept_free_or_what_the_answer_may_take(tokenizer, limited, above):
+    """An earlier turn is dropped where it leaves one token too few, and not before."""
+    runner = runner_saying(tokenizer, "a")
+    session = ChatSession(runner, tokenizer, max_new_tokens=5 if limited else None)
+    list(session.ask("first"))
+    list(session.ask("second"))
+    (turn,) = session.history[:1]
+    said = [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    system = {"role": "system", "content": chat.SYSTEM_PROMPT}
+    length = len(tokenizer.chatml([system, *said, {"role": "user", "content": "second"}]))
+    room = next(s for s in range(length, 4 * length) if s - min(s // 4, 5 if limited else s) == length)
+    assert limited or room % 4, "here a fraction of a token would make no difference"
+    runner.seq_length = room - above
+    session.history = [turn]
+    list(session.ask("second"))
+    assert session.dropped_turns == above and len(session.history) == 2 - above
+
+
+def test_a_question_may_take_all_tokens_and_not_one_more(tokenizer):
+    length = len(tokenizer.chatml([{"role": "user", "content": "how are you?"}]))
+    runner = runner_saying(tokenizer, "a", seq_length=length)
+    session = ChatSession(runner, tokenizer, system="")
+    assert list(session.ask("how are you?")) == ["a"]
+    assert runner.answers[0]["ids"] == tokenizer.chatml([{"role": "user", "content": "how are you?"}])
+    runner.seq_length -= 1
+    with pytest.raises(UserError, match=f"takes {length} tokens .* {length - 1} .S"):
+        session.ask("how are you?")
+
+
+def test_settings_of_a_session_have_ends(tokenizer):
+    runner = runner_saying(tokenizer, "a")
+    session = ChatSession(runner, tokenizer, max_turns=0, max_new_tokens=1)
+    assert session.notice is None and session.last is None and session.history == []
+    for _ in range(2):
+        list(session.ask("q"))
+    assert len(runner.answers[0]["ids"]) == len(runner.answers[1]["ids"]) and session.dropped_turns == 1
+    with pytest.raises(UserError, match="turns to remember is -1"):
+        ChatSession(runner, tokenizer, max_turns=-1)
+    with pytest.raises(UserError, match="new tokens is 0"):
+        ChatSession(runner, tokenizer, max_new_tokens=0)
 
 
 def test_max_turns_limits_what_is_remembered(tokenizer):
@@ -389,12 +460,13 @@ def test_chat_imports_without_torch_and_the_tool_chain():
 
 
 def test_the_object_has_just_the_documented_keys(tokenizer):
-    runner = runner_saying(tokenizer, "fine")
+    runner = runner_saying(tokenizer, "fine again", step_s=0.0012345678)
     answer = Answer(runner, tokenizer, [1])
     list(answer)
     value = json.loads(json.dumps(chat.answer_object(answer, runner.engine)))
     assert sorted(value) == ["engine", "first_token_s", "kind", "text", "tokens", "tokens_per_s"]
-    assert value["kind"] == "simulator wall" and value["tokens"] == tokenizer.encode("fine")
+    assert value["kind"] == "simulator wall" and value["tokens"] == tokenizer.encode("fine again")
+    assert value["first_token_s"] == 0.001235 and value["tokens_per_s"] == 810.000066
 
 
 @pytest.mark.parametrize(
