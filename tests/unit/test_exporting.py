@@ -11,6 +11,7 @@ import pytest
 from helpers import artefacts, exporting, patching
 from helpers.checkpoint import Checkpoint
 from helpers.errors import UserError
+from helpers.generation import prefill_mask
 from helpers.reference import HostChain, OnnxNets, OriginalModel, TorchNets, parity
 from tests.conftest import SEQ_LENGTH
 from tests.unit.small_nets import write_random_checkpoint
@@ -59,23 +60,60 @@ def test_onnx_agrees_with_pytorch_net_by_net_and_in_the_chain(patched_tiny, onnx
 
 
 @pytest.mark.parametrize("base, trained", [(1_000_000, 16), (100_000, 16), (10_000, 12)])
-def test_nets_rotate_and_scale_as_the_checkpoint_says(base, trained, tmp_path):
+def test_nets_rotate_scale_and_normalise_as_the_checkpoint_says(base, trained, tmp_path):
     """Outputs of the ONNX nets, position by position, against the checkpoint's own code in PyTorch.
 
     A decode net's past of S rows looks longer than what the model was trained for, and Qwen's code would scale its
     query. Here nothing in config.json says so: then the code's own default does, which the patch does not see.
     """
-    checkpoint = write_random_checkpoint(tmp_path / "random", rotary_emb_base=base, seq_length=trained)
+    settings = {"rotary_emb_base": base, "seq_length": trained, "layer_norm_epsilon": 0.02}
+    checkpoint = write_random_checkpoint(tmp_path / "random", **settings)
     config = json.loads((checkpoint / "config.json").read_text())
     del config["use_logn_attn"]
     (checkpoint / "config.json").write_text(json.dumps(config))
     patched = tmp_path / "patched"
     patching.apply(checkpoint, out=patched, seq_length=16)
-    chain, original = HostChain(OnnxNets(exporting.export(patched, tmp_path / "onnx", 16))), OriginalModel(checkpoint)
+    folder = exporting.export(patched, tmp_path / "onnx", 16)
+    nets = {"embedding", "embedding_cache", *(f"{kind}_{i}" for kind in ("block", "block_cache") for i in (0, 1))}
+    nets |= {"lm_head", "lm_head_with_topk", "greedy_head", "penalty_sample_head"}
+    written = {path.stem for path in folder.glob("*.onnx")}
+    groups = artefacts.read_manifest(folder)["nets"]
+    assert written == groups.keys() == nets >= set(groups.values())
+    chain, original = HostChain(OnnxNets(folder)), OriginalModel(checkpoint)
     text = np.random.default_rng(0).integers(0, 512, trained).tolist()
     found = [chain.prefill(text[: trained // 2])] + [chain.decode(token) for token in text[trained // 2 :]]
     for count, logits in enumerate(found, start=trained // 2):
         np.testing.assert_allclose(logits, original.states(text[:count])[1], atol=2e-4, err_msg=f"{count} tokens")
+
+
+def test_a_decode_step_of_several_rows_gives_what_each_would_alone(tmp_path):
+    checkpoint, patched = write_random_checkpoint(tmp_path / "random"), tmp_path / "patched"
+    patching.apply(checkpoint, out=patched, seq_length=16)
+    folder, rows, past = exporting.export(patched, tmp_path / "onnx", 16, rows=3), 3, 6
+    blocks = {f"{kind}_{i}" for kind in ("block", "block_cache") for i in (0, 1)}
+    wanted = {"embedding", "embedding_cache", "lm_head", "greedy_head"} | blocks
+    assert {path.stem for path in folder.glob("*.onnx")} == set(artefacts.read_manifest(folder)["nets"]) == wanted
+    text = np.random.default_rng(0).integers(0, 512, past + rows).tolist()
+    nets = OnnxNets(folder)
+    states = nets.run("embedding", np.array([text[:past] + [0] * 10]))[0]
+    new = nets.run("embedding_cache", np.array([text[past:]]))[0]
+    mask = np.full((1, 1, rows, 16 + rows), -9984.0)
+    mask[..., :past] = 0
+    mask[..., 16:][..., np.tri(rows, dtype=bool)] = 0
+    for i in (0, 1):
+        places = np.minimum(np.arange(16), past)[None]
+        states, *cache = nets.run(f"block_{i}", states, places, prefill_mask(past, 16))
+        new, *_ = nets.run(f"block_cache_{i}", new, np.arange(past, past + rows)[None], mask, *cache)
+        # An Add with the mask in front is none that the compiler would fuse.
+        graph = onnx.load(folder / f"block_cache_{i}.onnx", load_external_data=False).graph
+        assert [node.input[0] for node in graph.node if node.op_type == "Add" and "attention_mask" in node.input] == [
+            "attention_mask"
+        ]
+    logits, original = nets.run("lm_head", new[0])[0], OriginalModel(checkpoint)
+    for row in range(rows):
+        expected = original.states(text[: past + row + 1])[1]
+        np.testing.assert_allclose(logits[row], expected, atol=2e-4, err_msg=f"row {row}")
+    assert nets.run("greedy_head", logits)[0].tolist() == logits.argmax(axis=1)[:, None].tolist()
 
 
 @pytest.mark.parametrize("penalty", [1.0, 1.7, 0.5])

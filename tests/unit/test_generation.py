@@ -101,7 +101,7 @@ def test_sampling_is_seeded_and_follows_its_candidates(runner, tiny, chat_prompt
     assert list(runner.generate(prompt, max_new_tokens=6, sampling=Sampling(temperature=1.0, top_k=1))) == greedy
 
 
-def test_the_penalty_head_computes_what_its_definition_says(runner, chat_prompt, demo_questions):
+def test_the_penalty_head_computes_what_its_definition_says(runner, chat_prompt, demo_questions, sample_head):
     runner.prefill(chat_prompt(demo_questions[0]))
     logits = runner.logits().astype(np.float64)
     best = int(logits.argmax())
@@ -110,6 +110,14 @@ def test_the_penalty_head_computes_what_its_definition_says(runner, chat_prompt,
     second = int(np.argsort(logits)[-2])
     token = runner.sample_token(Sampling(temperature=0.0, repetition_penalty=1000.0), np.random.default_rng(0))
     assert logits[best] > 0 and token == second
+    # And all candidates, compiled and run on the simulated chip, as the net gives them in onnxruntime.
+    for temperature, top_p in ((3.0, 0.8), (8.0, 0.1)):
+        runner.sample_token(Sampling(temperature, top_p, repetition_penalty=2.0), np.random.default_rng(0))
+        found = [runner.engine.read(runner.engine.output_tensor("penalty_sample_head", n)) for n in (0, 1)]
+        expected = sample_head(SEQ_LENGTH)(logits[None], [[best] * SEQ_LENGTH], top_p, temperature, 2.0)
+        np.testing.assert_allclose(found[0], expected[0], atol=0.01)
+        assert (found[0] > 0.001).sum() == (expected[0] > 0.001).sum() >= 5
+        assert found[1].tolist() == expected[1].tolist()
 
 
 def penalised(logits, window, penalty):
