@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -198,6 +199,20 @@ def test_too_little_memory_and_disk_are_said_before_anything_is_written(patched_
     with pytest.raises(UserError, match="disk"):
         exporting.export(patched_tiny, tmp_path / "onnx", SEQ_LENGTH)
     assert not (tmp_path / "onnx").exists()
+
+
+def test_what_it_says_to_need_is_what_an_export_takes(onnx_tiny, patched_tiny):
+    """Disk: the files that were written. Memory: what was measured for Qwen-7B's size, see README.md."""
+    checkpoint = Checkpoint.open(patched_tiny)
+    written = sum(path.stat().st_size for path in onnx_tiny.glob("*.weights"))
+    assert exporting.needed_bytes(checkpoint)[1] == pytest.approx(written, rel=0.02)
+    large = replace(checkpoint, hidden_size=4096, heads=32, intermediate_size=11008, vocab_size=151936)
+    assert 5.8e9 < exporting.needed_bytes(large, 512)[0] < 1.15 * 5.8e9
+    # A block is the largest net where the vocabulary is small, and attention where S is large: more of it needs more.
+    small = replace(large, vocab_size=1000)
+    assert 1.5e9 < exporting.needed_bytes(small, 512)[0] < exporting.needed_bytes(large, 512)[0]
+    longer = [exporting.needed_bytes(small, length)[0] - exporting.needed_bytes(small)[0] for length in (2048, 4096)]
+    assert longer[0] > 32 * 2048**2 * 4 and longer[1] == pytest.approx(4 * longer[0])
 
 
 def test_weights_that_are_equal_stay_apart(patched_tiny, tmp_path):
