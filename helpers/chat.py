@@ -33,19 +33,29 @@ class StopStrings:
     """Cuts a stream of text before the first of some strings, even where one spans several pieces."""
 
     def __init__(self, stops: Sequence[str]):
-        self.stops = [stop for stop in stops if stop]
+        # Each with, for every beginning of it, the length of the longest shorter beginning that this one ends with.
+        self.stops: list[tuple[str, list[int]]] = []
+        for stop in filter(None, stops):
+            shorter = [0] * len(stop)
+            for n in range(1, len(stop)):
+                shorter[n] = _begun(stop, shorter, shorter[n - 1], stop[n])
+            self.stops.append((stop, shorter))
         self.found = False
         self._held = ""
 
     def push(self, piece: str) -> str:
         """The text that is certain by now; what may be the beginning of a stop string is held back."""
         text = self._held + piece
-        places = [place for stop in self.stops if (place := text.find(stop)) >= 0]
+        places = [place for stop, _ in self.stops if (place := text.find(stop)) >= 0]
         if places:
             self.found, self._held = True, ""
             return text[: min(places)]
-        beginnings = [stop[:n] for stop in self.stops for n in range(1, len(stop))]
-        held = max((len(beginning) for beginning in beginnings if text.endswith(beginning)), default=0)
+        held = 0
+        for stop, shorter in self.stops:
+            begun = 0
+            for character in text[max(0, len(text) - len(stop) + 1) :]:
+                begun = _begun(stop, shorter, begun, character)
+            held = max(held, begun)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]
 
@@ -53,6 +63,13 @@ class StopStrings:
         """What was held back and turned out not to be a stop string."""
         held, self._held = self._held, ""
         return held
+
+
+def _begun(stop: str, shorter: list[int], begun: int, character: str) -> int:
+    """How many characters of `stop` a text ends with after one more, where it ended with `begun`: Knuth-Morris-Pratt."""
+    while begun and stop[begun] != character:
+        begun = shorter[begun - 1]
+    return begun + (stop[begun] == character)
 
 
 class Answer:
