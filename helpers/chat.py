@@ -66,7 +66,7 @@ class StopStrings:
 
 
 def _begun(stop: str, shorter: list[int], begun: int, character: str) -> int:
-    """How many characters of `stop` a text ends with after one more, where it ended with `begun`: Knuth-Morris-Pratt."""
+    """How many characters of `stop` text ends with after one more, where it ended with `begun` (Knuth-Morris-Pratt)."""
     while begun and stop[begun] != character:
         begun = shorter[begun - 1]
     return begun + (stop[begun] == character)

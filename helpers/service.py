@@ -7,10 +7,12 @@ import argparse
 import contextlib
 import ipaddress
 import os
+import re
 import resource
 import signal
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from helpers.artefacts import log
 from helpers.chat import add_model_arguments, open_tokenizer
@@ -19,13 +21,15 @@ from helpers.errors import UserError
 from helpers.generation import QwenRunner
 from helpers.latency import KINDS
 
+if TYPE_CHECKING:
+    from helpers.service_front import Access
+
 PORT = 8000  # as documented
 WAITING = 16
 BACKLOG = 2048
-# A connection whose client takes nothing for this long is cut: closing it would wait for the client for ever.
-STALLED_S = 60
-# What the kernel holds for a client counts as taken. By itself it holds up to 4 MB on Linux and asks for more when a
-# third is gone: a client that reads 20 kB a second would seem to take nothing for a minute.
+# A connection whose client takes nothing for this long is cut: sending and closing would wait for it for ever.
+STALLED_S = 600
+# What the kernel holds for a client that does not read; by itself Linux goes up to 4 MB.
 SEND_BUFFER_BYTES = 64 << 10
 KEY_VARIABLE = "QWEN_SERVICE_API_KEY"
 
@@ -36,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="default: this machine only; 0.0.0.0 for all")
     parser.add_argument("--port", type=int, default=PORT, help="0 takes a free one")
     parser.add_argument("--api-key", help=f"ask every client for it; better given as {KEY_VARIABLE}")
+    parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="a name to be reached by")
+    parser.add_argument(
+        "--allow-origin", action="append", default=[], metavar="ORIGIN", help="whose pages may ask: https://NAME or *"
+    )
+    parser.add_argument(
+        "--forwarded-allow-ips", default="", metavar="IP[,IP]", help="proxies whose X-Forwarded-* are believed, or *"
+    )
     parser.add_argument("--waiting", type=int, default=WAITING, help="requests that may wait; more get 429")
     parser.add_argument("--time-limit", type=float, default=600, metavar="S", help="seconds a request, waiting too")
     parser.add_argument("--max-body", type=int, default=1 << 19, metavar="BYTES", help="longest request")
@@ -62,6 +73,48 @@ def is_loopback(bound: socket.socket) -> bool:
     return ipaddress.ip_address(bound.getsockname()[0]).is_loopback
 
 
+def read_key(args: argparse.Namespace) -> str | None:
+    """The API key that clients must send, None for none. Raises UserError where no client can send it."""
+    where = f"The API key in {KEY_VARIABLE}" if args.api_key is None else "The --api-key"
+    key = args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE) or None
+    if key is not None and (not key or not key.isascii() or not key.isprintable() or key != key.strip()):
+        raise UserError(
+            f"{where} cannot be sent in a header: it must be ASCII letters, digits and signs, without blanks around it."
+        )
+    return key
+
+
+def read_access(args: argparse.Namespace, loopback: bool, has_key: bool) -> "Access":
+    """Who may ask. Raises UserError where an option is none. loopback: whether it listens on this machine only."""
+    from helpers.service_front import Access, host_name
+
+    for origin in args.allow_origin:
+        if origin in ("*", "null") and not has_key:
+            raise UserError(
+                f"--allow-origin {origin} lets every page on the web ask: set an API key ({KEY_VARIABLE}), or name the "
+                "pages' origin."
+            )
+        if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9._:\[\]-]+", origin):
+            raise UserError(
+                f"--allow-origin is {origin!r}, an origin as browsers send it is needed: https://chat.example.com, "
+                "perhaps with a port, nothing after it."
+            )
+    for name in map(host_name, args.allow_host):
+        if not re.fullmatch(r"[a-z0-9._-]+|\[[0-9a-f:.]+\]", name):
+            raise UserError(f"--allow-host names {name!r}, a host name such as chat.example.com is needed.")
+    try:
+        names = ["0.0.0.0/0", "::/0"] if args.forwarded_allow_ips == "*" else args.forwarded_allow_ips.split(",")
+        proxies = tuple(ipaddress.ip_network(name.strip(), strict=False) for name in names if name.strip())
+    except ValueError as error:
+        raise UserError(
+            f"--forwarded-allow-ips: {error}; addresses such as 127.0.0.1 or 10.0.0.0/8 are needed."
+        ) from None
+    hosts = None
+    if loopback or args.allow_host:
+        hosts = frozenset(map(host_name, ["localhost", "127.0.0.1", "::1", args.host, *args.allow_host]))
+    return Access(hosts, tuple(args.allow_origin), proxies)
+
+
 def run(args: argparse.Namespace) -> None:
     try:
         from helpers.service_api import Server, Settings, create_app
@@ -73,11 +126,12 @@ def run(args: argparse.Namespace) -> None:
     for name, least in (("waiting", 0), ("time_limit", 1), ("max_body", 1)):
         if not getattr(args, name) >= least:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be {least} or more.")
-    api_key = args.api_key or os.environ.get(KEY_VARIABLE) or None
+    api_key = read_key(args)
     # A service is ended by SIGTERM, in the same order as by Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     bound = listen(args.host, args.port)
     with contextlib.closing(bound):
+        access = read_access(args, is_loopback(bound), api_key is not None)
         tokenizer = open_tokenizer(args.model, args.tokenizer)
 
         def open_runner() -> QwenRunner:
@@ -91,6 +145,7 @@ def run(args: argparse.Namespace) -> None:
             api_key=api_key,
             time_limit_s=args.time_limit,
             max_body_bytes=args.max_body,
+            access=access,
         )
         app = create_app(queue, runner, settings)
         # Each connection is a file: a burst of a thousand must not be cut at the usual soft limit of 1024.

@@ -18,27 +18,27 @@ import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
 from sse_starlette import EventSourceResponse, ServerSentEvent
-from sse_starlette.sse import SendTimeoutError
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from helpers.artefacts import log
 from helpers.chat import MAX_TURNS, fit_history
 from helpers.errors import UserError
 from helpers.generation import QwenRunner, Sampling
+from helpers.service_front import HEADERS_WITHIN_S, Access, Connection, Refused, short
 from helpers.service_queue import ChipQueue, EngineFailed, Job, QueueFull, TimeLimit
 
 WEB = Path(__file__).with_name("web")
-BODY_TIMEOUT_S = 30
-# Nothing more is sent to a client that takes nothing for this long; the chip has long been free.
-SEND_TIMEOUT_S = 60
 # What is too long is read and thrown away up to here, so that the client gets to read the refusal.
 DISCARD_BYTES = 64 << 20
 CLIENT_GONE = 499
-# To tell clients whose answers stream that the service ends; then their connections are cut.
-FAREWELL_S = 3
+# At the end every client is told; a connection that then still has something to send after this long is cut.
+FAREWELL_S = 60
+STOP_CHARACTERS = 1000
 
 Model = TypeVar("Model", bound=BaseModel)
 Result = TypeVar("Result")
@@ -53,6 +53,7 @@ class Settings:
     api_key: str | None = None
     time_limit_s: float = 600
     max_body_bytes: int = 1 << 19
+    access: Access = Access()
 
 
 class ApiError(Exception):
@@ -84,7 +85,8 @@ class DocumentedRequest(BaseModel):
     """Body of `POST /chat/completions` as Sophgo's demo documents it."""
 
     question: str
-    history: list[str] = []
+    # Every list ends at its first fault: the faults of a list of small ones would take a thousand times its memory.
+    history: Annotated[list[str], Field(fail_fast=True)] = []
     stream: bool = False
 
 
@@ -95,11 +97,14 @@ class TextPart(BaseModel):
 
 class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)]
 
     def chatml(self) -> dict[str, str]:
         text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+StopString = Annotated[str, Field(max_length=STOP_CHARACTERS)]
 
 
 class StreamOptions(BaseModel):
@@ -117,7 +122,7 @@ class CompletionRequest(BaseModel):
     model_config = ConfigDict(strict=True)
 
     model: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -128,7 +133,7 @@ class CompletionRequest(BaseModel):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     repetition_last_n: int | None = None
     seed: int | None = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=4, fail_fast=True)] | None = None
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None
     frequency_penalty: Literal[0, 0.0] | None = None
@@ -157,8 +162,8 @@ class CompletionRequest(BaseModel):
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The request's body. Raises ApiError where it is longer than `limit`, or does not arrive."""
+async def read_body(request: Request, limit: int, time_limit_s: float) -> bytes:
+    """The request's body. Raises ApiError where it is longer than `limit` bytes, or does not arrive."""
 
     async def read() -> bytes:
         body, total = bytearray(), 0
@@ -173,15 +178,18 @@ async def read_body(request: Request, limit: int) -> bytes:
         return bytes(body)
 
     try:
-        return await asyncio.wait_for(read(), BODY_TIMEOUT_S)
+        return await asyncio.wait_for(read(), time_limit_s)
     except asyncio.TimeoutError:
-        raise ApiError(408, f"The request did not arrive within {BODY_TIMEOUT_S} s.") from None
+        raise ApiError(408, f"The request did not arrive within {time_limit_s:g} s.") from None
 
 
 def parse(body: bytes, model: type[Model], invalid: int) -> Model:
     """Raises ApiError, 400 where it is not JSON and `invalid` where a field is not as it must be."""
     try:
-        return model.model_validate_json(body)
+        # Any of JSON's encodings, with a byte-order mark or without.
+        return model.model_validate_json(body.decode(json.detect_encoding(body)))
+    except UnicodeDecodeError as error:
+        raise ApiError(400, f"The body is not valid JSON: {error}.", "invalid_json") from None
     except ValidationError as error:
         errors = error.errors(include_url=False, include_input=False)
         first = errors[0]
@@ -192,8 +200,15 @@ def parse(body: bytes, model: type[Model], invalid: int) -> Model:
         same = [e for e in errors if e["loc"][:1] == first["loc"][:1]]
         told = next((e for e in same if not e["type"].endswith("_type")), first)
         names = (str(part) for part in told["loc"])
-        field = ".".join(name for name in names if name != "str" and "[" not in name)
+        field = ".".join(name for name in names if name not in ("str", "constrained-str") and "[" not in name)
         raise ApiError(invalid, f"{field or 'The body'}: {told['msg']}.", "invalid_value", field) from None
+
+
+def has_messages(body: bytes) -> bool:
+    try:
+        return "messages" in parse(body, RootModel[dict[str, Any]], 422).root
+    except ApiError:
+        return False
 
 
 class ClientGone(Exception):
@@ -223,16 +238,12 @@ class AnswerStream(EventSourceResponse):
     """Server-sent events of one job; when they end for whatever reason, nobody waits for the job any more."""
 
     def __init__(self, queue: ChipQueue, job: Job, events: AsyncIterator[ServerSentEvent], **headers: str):
-        super().__init__(
-            events, sep="\n", send_timeout=SEND_TIMEOUT_S, shutdown_grace_period=FAREWELL_S, headers=headers
-        )
+        super().__init__(events, sep="\n", shutdown_grace_period=FAREWELL_S, headers=headers)
         self.queue, self.job = queue, job
 
     async def __call__(self, scope, receive, send) -> None:
         try:
             await super().__call__(scope, receive, send)
-        except SendTimeoutError:
-            log(f"a client took nothing for {SEND_TIMEOUT_S} s: given up")
         finally:
             self.queue.cancel(self.job)
 
@@ -241,10 +252,40 @@ def event(value: dict) -> ServerSentEvent:
     return ServerSentEvent(json.dumps(value, ensure_ascii=False), sep="\n")
 
 
+def refusal(scope: Scope, error: ApiError) -> Response:
+    """The error in the shape of its route; in both where only the body, not read yet, would tell which is meant."""
+    path, body = scope["path"], {}
+    is_openai = path.startswith("/v1") or scope.get("state", {}).get("openai", path == "/chat/completions")
+    if not path.startswith("/v1") and not scope.get("state", {}).get("openai"):
+        body["detail"] = str(error)
+    return JSONResponse(body | (error.openai() if is_openai else {}), error.status, error.headers)
+
+
+class Front:
+    """What every request passes first: whether it is served, and which route is meant."""
+
+    def __init__(self, app: ASGIApp, access: Access):
+        self.app, self.access = app, access
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # uvicorn leaves out the body where HEAD was asked.
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        path = scope["path"].rstrip("/") or "/"
+        # OpenAI clients whose base URL lacks /v1.
+        path = f"/v1{path}" if path == "/models" or path.startswith("/models/") else path
+        scope = {**scope, "method": method, "path": path}
+        answer = self.app
+        try:
+            self.access.check(Headers(scope=scope), scope["client"] and scope["client"][0])
+        except Refused as error:
+            answer = refusal(scope, ApiError(403, str(error), error.code))
+        await answer(scope, receive, send)
+
+
 def create_app(queue: ChipQueue, runner: QwenRunner, settings: Settings) -> FastAPI:
     """The service over a queue whose engine is open; `runner` is read for its sizes only."""
     # Swagger's own pages load their scripts from elsewhere; /openapi.json says the same.
-    app = FastAPI(title="Qwen on BM1684X", docs_url=None, redoc_url=None)
+    app = FastAPI(title="Qwen on BM1684X", docs_url=None, redoc_url=None, redirect_slashes=False)
     seq_length, can_sample = runner.seq_length, runner.can_sample
     engine_name, kind_of_time = runner.engine.name, runner.engine.kind_of_time
     started = int(time.time())
@@ -262,31 +303,34 @@ def create_app(queue: ChipQueue, runner: QwenRunner, settings: Settings) -> Fast
                 WWW_Authenticate="Bearer",
             )
 
-    def check_origin(request: Request) -> None:
-        # A browser says which page a request comes from: other sites' pages have no business on the chip.
-        origin = request.headers.get("origin")
-        if origin and origin.partition("://")[2] != request.headers.get("host"):
-            raise ApiError(403, f"Requests from the pages of {origin} are not served.", "foreign_origin")
-
-    closed = [Depends(check_key), Depends(check_origin)]
+    closed = [Depends(check_key)]
+    if settings.access.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.access.origins,
+            allow_methods=["GET", "HEAD", "POST"],
+            allow_headers=["*"],
+            allow_private_network=True,
+            expose_headers=["Retry-After", "X-Dropped-Turns"],
+        )
+    app.add_middleware(Front, access=settings.access)
 
     def no_model(name: str) -> ApiError:
-        known = f"There is no model {name!r} here, only {settings.model!r}."
+        known = f"There is no model {short(name)!r} here, only {settings.model!r}."
         return ApiError(404, known, "model_not_found", "model")
-
-    def refusal(request: Request, error: ApiError) -> Response:
-        openai = request.url.path.startswith("/v1")
-        body = error.openai() if openai else {"detail": str(error)}
-        return JSONResponse(body, error.status, error.headers)
 
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:
-        return refusal(request, error)
+        return refusal(request.scope, error)
 
     @app.exception_handler(HTTPException)
     async def no_route(request: Request, error: HTTPException) -> Response:
-        where = f"{request.method} {request.url.path}"
-        return refusal(request, ApiError(error.status_code, f"{where}: {error.detail}."))
+        headers = {}
+        if error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "GET")
+            headers["Allow"] = f"{allowed}, HEAD" if "GET" in allowed else allowed
+        where = f"{request.method} {short(request.url.path)}"
+        return refusal(request.scope, ApiError(error.status_code, f"{where}: {error.detail}.", **headers))
 
     @app.exception_handler(ClientGone)
     @app.exception_handler(ClientDisconnect)
@@ -343,9 +387,14 @@ def create_app(queue: ChipQueue, runner: QwenRunner, settings: Settings) -> Fast
 
         The last event is named `done` and repeats the whole text, so that a client that knows no event names
         still ends with it; an `error` event carries one sentence instead. Greedy. Turns that do not fit S with
-        the question are dropped, oldest first; the header X-Dropped-Turns counts them.
+        the question are dropped, oldest first; the header X-Dropped-Turns counts them. A body with `messages` comes
+        from an OpenAI client whose base URL lacks /v1, and is answered as there.
         """
-        asked = parse(await read_body(request, settings.max_body_bytes), DocumentedRequest, 422)
+        body = await read_body(request, settings.max_body_bytes, settings.time_limit_s)
+        request.state.openai = has_messages(body)
+        if request.state.openai:
+            return await answer_openai(request, body)
+        asked = parse(body, DocumentedRequest, 422)
         if len(asked.history) % 2:
             raise ApiError(
                 400,
@@ -407,8 +456,11 @@ def create_app(queue: ChipQueue, runner: QwenRunner, settings: Settings) -> Fast
     @app.post("/v1/chat/completions", dependencies=closed, openapi_extra=takes(CompletionRequest))
     async def completions(request: Request) -> Response:
         """OpenAI's chat completions; `timings` beside `usage` are this service's own."""
+        return await answer_openai(request, await read_body(request, settings.max_body_bytes, settings.time_limit_s))
+
+    async def answer_openai(request: Request, body: str) -> Response:
         # Every invalid request is a 400 to OpenAI, and to the exceptions of its client.
-        asked = parse(await read_body(request, settings.max_body_bytes), CompletionRequest, 400)
+        asked = parse(body, CompletionRequest, 400)
         if asked.model not in (None, settings.model):
             raise no_model(asked.model)
         if asked.response_format and asked.response_format.get("type") != "text":
@@ -501,7 +553,10 @@ def create_app(queue: ChipQueue, runner: QwenRunner, settings: Settings) -> Fast
         }
         return JSONResponse(body, 200 if queue.state == "ok" else 503)
 
-    page_headers = {"Content-Security-Policy": "default-src 'self'", "X-Content-Type-Options": "nosniff"}
+    page_headers = {
+        "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'",
+        "X-Content-Type-Options": "nosniff",
+    }
 
     @app.get("/", include_in_schema=False)
     async def page() -> Response:
@@ -515,7 +570,20 @@ class Server(uvicorn.Server):
     """uvicorn's server, which at its end tells those who wait for answers that none will come."""
 
     def __init__(self, app: FastAPI, queue: ChipQueue):
-        super().__init__(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+        # Nothing is left to what happens to be installed, or to stand in the environment.
+        config = uvicorn.Config(
+            app,
+            http=Connection,
+            ws="none",
+            loop="asyncio",
+            lifespan="off",
+            workers=1,
+            proxy_headers=False,
+            log_level="error",
+            timeout_keep_alive=HEADERS_WITHIN_S,
+            timeout_graceful_shutdown=FAREWELL_S + 5,
+        )
+        super().__init__(config)
         self.queue = queue
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -19,8 +19,6 @@ from helpers.errors import UserError
 from helpers.generation import QwenRunner, Sampling
 from helpers.tokenizer import QwenTokenizer
 
-# After a failed attempt to open the engine again, requests are refused for this long before the next attempt.
-REOPEN_AFTER_S = 5.0
 # A prefill on the simulator takes minutes with a large model: nobody should wait for it to stop the service.
 CLOSE_WITHIN_S = 5.0
 CLOSING = "The service is shutting down."
@@ -123,7 +121,7 @@ class ChipQueue:
     open_runner: makes a QwenRunner on a fresh engine; called again after the engine died. waiting: how many
     requests may wait besides the one that runs.
     `state` is "ok", "reopening" (the engine died and is being opened) or "failed" (opening it did not work;
-    `failure` says why, and the next request after a while tries again).
+    `failure` says why, and the next request tries again).
     """
 
     def __init__(self, open_runner: Callable[[], QwenRunner], tokenizer: QwenTokenizer, waiting: int):
@@ -139,7 +137,6 @@ class ChipQueue:
         self._changed = threading.Condition()
         self._closing = False
         self._typical_s = 1.0
-        self._attempted = 0.0
         self._opened = threading.Event()
         self._first_error: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="chip", daemon=True)
@@ -181,12 +178,10 @@ class ChipQueue:
         return self._running is not None
 
     def check_room(self) -> None:
-        """Raise QueueFull where one more request would be too many, EngineFailed where there is no engine."""
+        """Raise QueueFull where one more request would be too many, EngineFailed where the service ends."""
         with self._changed:
             if self._closing:
                 raise EngineFailed(CLOSING)
-            if self.state == "failed" and time.monotonic() - self._attempted < REOPEN_AFTER_S:
-                raise EngineFailed(self.failure)
             # Counted together: before the thread has taken the first of a burst, all of it is waiting.
             if len(self._waiting) + (self._running is not None) > self.waiting_limit:
                 retry = math.ceil(self._typical_s * (len(self._waiting) + 1))
@@ -281,7 +276,6 @@ class ChipQueue:
         try:
             self._open()
         except Exception as error:
-            self._attempted = time.monotonic()
             self.state = "failed"
             self.failure = f"The engine could not be opened again: {error}"
             log(self.failure)
