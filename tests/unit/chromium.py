@@ -96,7 +96,7 @@ class Page:
             raise RuntimeError(done["exceptionDetails"]["exception"]["description"])
         return done["result"].get("value")
 
-    def wait_for(self, expression: str, seconds: float = 30) -> None:
+    def wait_for(self, expression: str, seconds: float = 300) -> None:
         """Until the expression is true; AssertionError where it takes longer."""
         deadline = time.monotonic() + seconds
         while not self.value(f"!!({expression})"):

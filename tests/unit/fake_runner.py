@@ -32,7 +32,9 @@ class FakeRunner:
         self.reply, self.seq_length, self.step_s, self.fail_after = reply, seq_length, step_s, fail_after
         self.can_sample = can_sample
         self.answers: list[dict] = []
-        self.engine = SimpleNamespace(name="simulator", kind_of_time="simulator wall", reason="a fake", close=self.close)
+        self.engine = SimpleNamespace(
+            name="simulator", kind_of_time="simulator wall", reason="a fake", close=self.close
+        )
         self.timings, self.finish_reason = Timings(), None
         self._allowed, self._closed = allowed, False
         self._changed = threading.Condition()
