@@ -3,11 +3,10 @@
 import concurrent.futures
 import json
 import os
-import re
 import signal
+import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from helpers.chat import ChatSession
 from helpers.engines import open_engine
 from helpers.generation import QwenRunner
 from tests.unit.chromium import Page, find_chromium
+from tests.unit.served import Served
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,8 +26,6 @@ TINY = ROOT / "models" / "tiny"
 # The documented example's two turns, which the embedded model knows by heart.
 QUESTIONS = ["Hello, how are you?", "你知道深圳的历史吗?写一段小作文介绍下。"]
 FEW = 6
-# No machine is so slow or busy that what comes at all comes later; what never comes is waited for so long.
-PATIENCE = 600
 
 
 @pytest.fixture(scope="module")
@@ -45,48 +43,10 @@ def expected(bmodel_tiny, tokenizer):
         return turns
 
 
-class Server:
-    """`python -m helpers serve` in a process of its own."""
-
-    def __init__(self, command, **environment):
-        self.process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-            env=os.environ | environment,
-        )
-        self.log = []
-        for line in self.process.stderr:
-            self.log.append(line)
-            if found := re.search(r"listening on (http://127\.0\.0\.1:\d+)", line):
-                self.url = found[1]
-                break
-        else:
-            raise AssertionError("".join(self.log))
-        threading.Thread(target=self.log.extend, args=(self.process.stderr,), daemon=True).start()
-
-    def resident_bytes(self):
-        return int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    def simulators(self):
-        """Process ids of the simulators that it started."""
-        children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
-        return [int(child) for file in children for child in file.read_text().split()]
-
-    def close(self, number=signal.SIGINT):
-        self.process.send_signal(number)
-        try:
-            return self.process.wait(PATIENCE)
-        finally:
-            self.process.kill()
-
-
 @pytest.fixture(scope="module")
 def server(bmodel_tiny):
     command = [sys.executable, "-m", "helpers", "serve", "--model", bmodel_tiny]
-    server = Server([*command, "--engine", "simulator", "--port", "0", "--name", "tiny", "--waiting", "6"])
+    server = Served([*command, "--engine", "simulator", "--port", "0", "--name", "tiny", "--waiting", "6"])
     yield server
     assert server.simulators()
     code = server.close()
@@ -99,7 +59,7 @@ def client_of(server):
         base_url=f"{server.url}/v1",
         api_key="none",
         max_retries=0,
-        http_client=httpx.Client(trust_env=False, timeout=PATIENCE),
+        http_client=httpx.Client(trust_env=False, timeout=600),
     )
 
 
@@ -194,7 +154,7 @@ def test_the_page_on_the_simulator(server, expected):
         for turn, question in enumerate(QUESTIONS):
             page.type("#question", question)
             page.press_enter()
-            page.wait_for(f"document.querySelectorAll('#log .figures').length === {turn + 1}", PATIENCE)
+            page.wait_for(f"document.querySelectorAll('#log .figures').length === {turn + 1}")
         answers = page.value("[...document.querySelectorAll('#log .assistant')].map((e) => e.textContent)")
         assert answers == [text for _, text in expected]
         assert page.value("document.querySelectorAll('#log .user').length") == 2
@@ -214,12 +174,12 @@ def test_a_simulator_that_is_killed_is_opened_again(server, expected):
             list(stream)
         made = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": QUESTIONS[0]}])
     assert made.choices[0].message.content == expected[0][1]
-    assert httpx.get(f"{server.url}/health", trust_env=False, timeout=PATIENCE).json()["status"] == "ok"
+    assert httpx.get(f"{server.url}/health", trust_env=False).json()["status"] == "ok"
 
 
 def test_sigterm_while_an_answer_streams(bmodel_tiny):
     command = [sys.executable, "-m", "helpers", "serve", "--model", bmodel_tiny, "--engine", "simulator", "--port", "0"]
-    server = Server([*command, "--name", "tiny"])
+    server = Served([*command, "--name", "tiny"])
     simulators = server.simulators()
     with client_of(server) as client:
         stream = client.chat.completions.create(
@@ -234,23 +194,20 @@ def test_sigterm_while_an_answer_streams(bmodel_tiny):
 
 
 def crowd(url, clients, question, **more):
-    """So many clients at once, every third of which leaves early: statuses of the others."""
+    """So many clients at once, every third of which leaves before its answer: statuses of the others."""
 
     def one(k):
-        leaves = k % 3 == 0
         body = {"messages": [{"role": "user", "content": question}], "stream": bool(k % 2), **more}
-        timeout = httpx.Timeout(PATIENCE, read=0.3 if leaves else PATIENCE)
-        with httpx.Client(trust_env=False, verify=False, timeout=timeout) as http:
-            try:
-                with http.stream("POST", f"{url}/v1/chat/completions", json=body) as response:
-                    text = "" if leaves else response.read().decode()
-            except httpx.ReadTimeout:
-                assert leaves, "a client that waits was left without an answer"
-                return None
-        if leaves:
+        if k % 3 == 0:
+            body = json.dumps(body).encode()
+            with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=600) as leaving:
+                head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+                leaving.sendall(head.encode() + body)
             return None
-        done = response.status_code == 429 or '"finish_reason":' in text.replace(" ", "")
-        assert done and (response.status_code == 429) == ("Retry-After" in response.headers), text
+        with httpx.Client(trust_env=False, verify=False, timeout=600) as http:
+            response = http.post(f"{url}/v1/chat/completions", json=body)
+        done = response.status_code == 429 or '"finish_reason":' in response.text.replace(" ", "")
+        assert done and (response.status_code == 429) == ("Retry-After" in response.headers), response.text
         return response.status_code
 
     with concurrent.futures.ThreadPoolExecutor(clients) as pool:
@@ -260,41 +217,15 @@ def crowd(url, clients, question, **more):
 def test_fifty_clients_a_third_of_which_leave(server):
     statuses = crowd(server.url, 50, QUESTIONS[0], max_tokens=2)
     assert len(statuses) == 33 and set(statuses) <= {200, 429} and statuses.count(200) >= 1
-    deadline = time.monotonic() + PATIENCE
-
-    def health():
-        return httpx.get(f"{server.url}/health", trust_env=False, timeout=PATIENCE).json()
-
-    while (now := health())["busy"] or now["waiting"]:
-        assert time.monotonic() < deadline, now
+    deadline = time.monotonic() + 600
+    while (health := httpx.get(f"{server.url}/health", trust_env=False).json())["busy"] or health["waiting"]:
+        assert time.monotonic() < deadline, health
         time.sleep(0.1)
-    assert now["status"] == "ok"
-
-
-FAKE_SERVER = f"""
-import sys
-sys.path.insert(0, {str(ROOT)!r})
-from helpers.service import listen
-from helpers.service_api import Server, Settings, create_app
-from helpers.service_queue import ChipQueue
-from helpers.tokenizer import QwenTokenizer
-from tests.unit.fake_runner import FakeRunner
-tokenizer = QwenTokenizer.open({str(TINY)!r})
-class Forgetful(FakeRunner):
-    def generate(self, *args, **settings):
-        self.answers.clear()
-        return super().generate(*args, **settings)
-queue = ChipQueue(lambda: Forgetful(lambda ids: tokenizer.encode("word " * 50), step_s=0.001), tokenizer, 10)
-app = create_app(queue, queue.start(), Settings("tiny", ""))
-bound = listen("127.0.0.1", 0)
-print("listening on http://127.0.0.1:%d" % bound.getsockname()[1], file=sys.stderr, flush=True)
-Server(app, queue).run(sockets=[bound])
-queue.close()
-"""
+    assert health["status"] == "ok"
 
 
 def test_memory_does_not_grow():
-    server = Server([sys.executable, "-c", FAKE_SERVER])
+    server = Served.fake()
     try:
         for _ in range(3):
             crowd(server.url, 50, "hello")

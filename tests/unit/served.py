@@ -1,0 +1,85 @@
+"""A service in a process of its own: `python -m helpers serve`, or one over a runner without an engine."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "models" / "tiny"
+
+# Answers with 50 words and remembers nothing.
+FAKE = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from helpers.service import listen
+from helpers.service_api import Server, Settings, create_app
+from helpers.service_queue import ChipQueue
+from helpers.tokenizer import QwenTokenizer
+from tests.unit.fake_runner import FakeRunner
+tokenizer = QwenTokenizer.open({str(TINY)!r})
+class Forgetful(FakeRunner):
+    def generate(self, *args, **settings):
+        self.answers.clear()
+        return super().generate(*args, **settings)
+queue = ChipQueue(lambda: Forgetful(lambda ids: tokenizer.encode("word " * 50), step_s=0.001), tokenizer, 10)
+app = create_app(queue, queue.start(), Settings("tiny", ""))
+bound = listen("127.0.0.1", 0)
+print("listening on http://127.0.0.1:%d" % bound.getsockname()[1], file=sys.stderr, flush=True)
+Server(app, queue).run(sockets=[bound])
+queue.close()
+"""
+
+
+class Served:
+    """The process; `url` is where it listens, `log` what it has said so far."""
+
+    def __init__(self, command, **environment):
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | environment,
+        )
+        self.log = []
+        for line in self.process.stderr:
+            self.log.append(line)
+            if found := re.search(r"listening on (http://127\.0\.0\.1:\d+)", line):
+                self.url = found[1]
+                break
+        else:
+            raise AssertionError("".join(self.log))
+        self._reader = threading.Thread(target=self.log.extend, args=(self.process.stderr,), daemon=True)
+        self._reader.start()
+
+    @classmethod
+    def fake(cls, **environment) -> "Served":
+        return cls([sys.executable, "-c", FAKE], **environment)
+
+    def _status(self, name):
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return 1024 * int(re.search(rf"{name}:\s+(\d+) kB", status)[1])
+
+    def resident_bytes(self):
+        return self._status("VmRSS")
+
+    def peak_bytes(self):
+        return self._status("VmHWM")
+
+    def simulators(self):
+        """Process ids of the simulators that it started."""
+        children = Path(f"/proc/{self.process.pid}/task").glob("*/children")
+        return [int(child) for file in children for child in file.read_text().split()]
+
+    def close(self, number=signal.SIGINT):
+        self.process.send_signal(number)
+        try:
+            return self.process.wait(300)
+        finally:
+            self.process.kill()
+            self._reader.join()
