@@ -99,9 +99,9 @@ def read_access(args: argparse.Namespace, loopback: bool, has_key: bool) -> "Acc
                 f"--allow-origin is {origin!r}, an origin as browsers send it is needed: https://chat.example.com, "
                 "perhaps with a port, nothing after it."
             )
-    for name in map(host_name, args.allow_host):
-        if not re.fullmatch(r"[a-z0-9._-]+|\[[0-9a-f:.]+\]", name):
-            raise UserError(f"--allow-host names {name!r}, a host name such as chat.example.com is needed.")
+    for name in args.allow_host:
+        if not re.fullmatch(r"[\w.-]+(:\d+)?|\[?[0-9a-fA-F:.]+\]?(:\d+)?", name, re.ASCII):
+            raise UserError(f"--allow-host is {name!r}, a host name such as chat.example.com is needed.")
     try:
         names = ["0.0.0.0/0", "::/0"] if args.forwarded_allow_ips == "*" else args.forwarded_allow_ips.split(",")
         proxies = tuple(ipaddress.ip_network(name.strip(), strict=False) for name in names if name.strip())

@@ -60,7 +60,7 @@ class Job:
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         self._pieces: deque[str] = deque()
-        self._given = False
+        self._given = self._expired = False
 
     @property
     def finish_reason(self) -> str:
@@ -92,23 +92,31 @@ class Job:
         Raises EngineFailed, or TimeLimit where the limit passed before the first piece; past the limit later on,
         the iteration just ends.
         """
-        while True:
-            self._changed.clear()
-            ended = self.ended
-            if new := "".join(self._pieces.popleft() for _ in range(len(self._pieces))):
-                self._given = True
-                yield new
-                continue
-            if ended and self.error:
-                raise self.error
-            if ended:
-                return
-            try:
-                await asyncio.wait_for(self._changed.wait(), max(0.0, self.deadline - time.monotonic()))
-            except asyncio.TimeoutError:
-                if not self._given:
-                    raise self.too_late() from None
-                return
+        # Not asyncio.wait_for: before Python 3.12 it forgets that it was cancelled where a piece comes meanwhile.
+        timer = self._loop.call_later(max(0.0, self.deadline - time.monotonic()), self._expire)
+        try:
+            while True:
+                self._changed.clear()
+                ended = self.ended
+                if new := "".join(self._pieces.popleft() for _ in range(len(self._pieces))):
+                    self._given = True
+                    yield new
+                    continue
+                if ended and self.error:
+                    raise self.error
+                if ended:
+                    return
+                if self._expired:
+                    if not self._given:
+                        raise self.too_late()
+                    return
+                await self._changed.wait()
+        finally:
+            timer.cancel()
+
+    def _expire(self) -> None:
+        self._expired = True
+        self._changed.set()
 
     def too_late(self) -> TimeLimit:
         where = "the answer's first token" if self.started else "its turn in the queue"

@@ -13,7 +13,7 @@ TINY = ROOT / "models" / "tiny"
 
 # Answers with 50 words and remembers nothing.
 FAKE = f"""
-import sys
+import contextlib, sys
 sys.path.insert(0, {str(ROOT)!r})
 from helpers.service import listen
 from helpers.service_api import Server, Settings, create_app
@@ -29,7 +29,8 @@ queue = ChipQueue(lambda: Forgetful(lambda ids: tokenizer.encode("word " * 50), 
 app = create_app(queue, queue.start(), Settings("tiny", ""))
 bound = listen("127.0.0.1", 0)
 print("listening on http://127.0.0.1:%d" % bound.getsockname()[1], file=sys.stderr, flush=True)
-Server(app, queue).run(sockets=[bound])
+with contextlib.suppress(KeyboardInterrupt):
+    Server(app, queue).run(sockets=[bound])
 queue.close()
 """
 

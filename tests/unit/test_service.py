@@ -7,6 +7,7 @@ import http.client
 import itertools
 import json
 import math
+import os
 import socket
 import subprocess
 import threading
@@ -17,13 +18,15 @@ import httpx
 import openai
 import pytest
 
-from helpers.chat import MAX_TURNS
+from helpers.chat import MAX_TURNS, StopStrings
+from helpers.cli import main
 from helpers.errors import UserError
-from helpers.service import add_arguments, is_loopback, listen
-from helpers.service_api import CompletionRequest, Server, Settings, create_app
-from helpers.service_queue import ChipQueue, EngineFailed
+from helpers.service import KEY_VARIABLE, add_arguments, is_loopback, listen, read_access, read_key
+from helpers.service_api import STOP_CHARACTERS, CompletionRequest, Server, Settings, create_app
+from helpers.service_queue import ChipQueue, EngineFailed, Job
 from tests.unit.chromium import Page, find_chromium
 from tests.unit.fake_runner import FakeRunner
+from tests.unit.served import Served
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTED = {
@@ -380,29 +383,432 @@ def test_what_is_not_there(serve):
     assert "error" in service.http.get("/v1/nowhere").json()
 
 
-# Keys and sizes
+def test_heads_are_answered(serve):
+    service = serve()
+    for path in ("/", "/health", "/v1/models", "/v1/models/", "/v1/models/tiny", "/models", "/web/chat.js"):
+        head, get = service.http.head(path), service.http.get(path)
+        assert head.status_code == get.status_code == 200 and head.content == b"", path
+        assert head.headers["Content-Length"] == str(len(get.content))
+    assert service.http.head("/nowhere").status_code == 404
+    assert (
+        subprocess.run(["curl", "-sfI", "--noproxy", "*", service.url], capture_output=True, check=False).returncode
+        == 0
+    )
 
 
-def test_the_api_key(serve):
-    service = serve(settings={"api_key": "gehéim"})
-    for path, body in (("/v1/chat/completions", ask()), ("/chat/completions", {"question": "q"})):
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic gehéim".encode()}):
-            response = service.http.post(path, json=body, headers=headers)
-            assert response.status_code == 401 and response.headers["WWW-Authenticate"] == "Bearer"
-        good = {"Authorization": "Bearer gehéim".encode("latin-1")}
-        assert service.http.post(path, json=body, headers=good).status_code == 200
-    assert service.http.get("/v1/models").status_code == 401
-    assert service.http.get("/health").status_code == 200
-    assert service.http.get("/").status_code == 200
-    with pytest.raises(openai.AuthenticationError):
-        service.openai.models.list()
+def test_a_wrong_method_is_told_the_right_ones(serve):
+    service, refused = serve(), 0
+    paths = ("/", "/health", "/v1/models", "/v1/models/tiny", "/models", "/v1/chat/completions", "/chat/completions",
+             "/openapi.json", "/web/chat.js")  # fmt: skip
+    for path in paths:
+        for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "BREW"):
+            response = service.http.request(method, path)
+            if response.status_code == 405:
+                refused += 1
+                for allowed in response.headers["Allow"].split(", "):
+                    assert service.http.request(allowed, path).status_code != 405, (method, path)
+    assert refused > 40
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/", "/models", "/models/"])
+def test_the_list_of_models(serve, path):
+    answer = serve().http.get(path)
+    assert answer.status_code == 200 and [model["id"] for model in answer.json()["data"]] == ["tiny"]
+
+
+def test_a_slash_at_the_end_is_no_other_route(serve):
+    service = serve()
+    assert service.http.get("/v1/models/tiny/").json()["id"] == "tiny"
+    assert service.http.post("/chat/completions/", json={"question": "q"}).json() == {"data": TEXT}
+    assert service.http.post("/v1/chat/completions/", json=ask()).status_code == 200
+    assert service.http.get("/web/").status_code == 404
+
+
+def test_an_openai_client_without_v1_in_its_address(serve, tokenizer):
+    service = serve()
+    client = service.openai.with_options(base_url=service.url)
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").id == "tiny"
+    assert client.chat.completions.create(**ask()).choices[0].message.content == TEXT
+    chunks = list(client.chat.completions.create(**ask(stream=True)))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == TEXT
+    with pytest.raises(openai.BadRequestError, match="temperature: Input should be") as error:
+        client.chat.completions.create(**ask(temperature=9))
+    assert error.value.body["code"] == "invalid_value"
+    with pytest.raises(openai.NotFoundError, match="no model 'gpt' here"):
+        client.models.retrieve("gpt")
+    both = {"question": "one", **ask("two")}
+    assert "choices" in service.http.post("/chat/completions", json=both).json()
+    assert service.runners[0].answers[-1]["ids"] == tokenizer.chatml(ask("two")["messages"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/chat/completions", DOCUMENTED), ("/chat/completions", ask("深圳")), ("/v1/chat/completions", ask("深圳"))],
+)
+def test_a_byte_order_mark_is_no_fault(serve, path, body, encoding):
+    service = serve()
+    response = service.http.post(path, content=json.dumps(body, ensure_ascii=False).encode(encoding))
+    assert response.status_code == 200 and TEXT in (
+        response.json().get("data") or response.json()["choices"][0]["message"]["content"]
+    )
+
+
+def test_an_upgrade_that_a_java_client_offers_costs_nothing(serve):
+    """Its HTTP client offers h2c with every first request; the body comes with it all the same."""
+    service = serve()
+    offer = {
+        "Connection": "Upgrade, HTTP2-Settings",
+        "Upgrade": "h2c",
+        "HTTP2-Settings": "AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA",
+    }
+    for _ in range(2):
+        response = service.http.post("/chat/completions", json=DOCUMENTED, headers=offer)
+        assert response.status_code == 200 and response.json() == {"data": TEXT}
+
+
+def test_nothing_depends_on_what_happens_to_be_installed(tmp_path):
+    """Or on what stands in the environment for another program's sake."""
+    for module in ("httptools", "uvloop", "websockets", "wsproto", "zttp", "h2"):
+        (tmp_path / f"{module}.py").write_text(
+            "import sys\nprint('imported', __name__, file=sys.stderr)\nraise SystemExit(3)\n"
+        )
+    served = Served.fake(PYTHONPATH=str(tmp_path), WEB_CONCURRENCY="many", FORWARDED_ALLOW_IPS="*")
+    try:
+        for upgrade in ("h2c", "websocket"):
+            headers = {
+                "Connection": "Upgrade",
+                "Upgrade": upgrade,
+                "Sec-WebSocket-Version": "13",
+                "Sec-WebSocket-Key": "a",
+            }
+            response = httpx.post(
+                f"{served.url}/chat/completions", json=DOCUMENTED, headers=headers, trust_env=False, timeout=600
+            )
+            assert response.status_code == 200
+    finally:
+        assert served.close() == 0
+    log = "".join(served.log)
+    assert "imported" not in log and "pip install" not in log and "WebSocket" not in log, log
+
+
+# Who may ask
+
+
+def serve_arguments(*argv):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return parser.parse_args(["--model", "m", *argv])
+
+
+def access(*argv, loopback=True, has_key=False):
+    return {"access": read_access(serve_arguments(*argv), loopback, has_key)}
+
+
+GOOD_KEY = "s3cret-Key"
+
+
+@pytest.mark.parametrize(
+    ("authorization", "good"),
+    [
+        (None, False),
+        ("", False),
+        ("Bearer", False),
+        ("Bearer x", False),
+        ("Bearer wrong", False),
+        (f"Bearer {GOOD_KEY[:-1]}", False),
+        (f"Bearer {GOOD_KEY[1:]}", False),
+        (f"Bearer {GOOD_KEY}s", False),
+        (f"Bearer {GOOD_KEY} {GOOD_KEY}", False),
+        (f"Bearer {GOOD_KEY.lower()}", False),
+        (f"Bearer{GOOD_KEY}", False),
+        (f"Basic {GOOD_KEY}", False),
+        (f"Token {GOOD_KEY}", False),
+        (f"BearerToken {GOOD_KEY}", False),
+        (GOOD_KEY, False),
+        (b"Bearer \xff\xfe", False),
+        (f"Bearer {GOOD_KEY}", True),
+        (f"bearer {GOOD_KEY}", True),
+    ],
+)
+def test_the_api_key(serve, authorization, good):
+    service = serve(settings={"api_key": GOOD_KEY})
+    headers = {} if authorization is None else {"Authorization": authorization}
+    for path, body in (
+        ("/v1/chat/completions", ask()),
+        ("/chat/completions", {"question": "q"}),
+        ("/chat/completions", ask()),
+    ):
+        response = service.http.post(path, json=body, headers=headers)
+        assert response.status_code == (200 if good else 401), (path, response.text)
+        assert good or response.headers["WWW-Authenticate"] == "Bearer"
+    for path in ("/v1/models", "/v1/models/tiny", "/models", "/models/tiny"):
+        assert service.http.get(path, headers=headers).status_code == (200 if good else 401)
+        assert service.http.head(path, headers=headers).status_code == (200 if good else 401)
+    for path in ("/health", "/", "/web/chat.js"):
+        assert service.http.get(path, headers=headers).status_code == 200
+
+
+def test_the_openai_client_sees_a_wrong_key_as_one(serve):
+    service = serve(settings={"api_key": GOOD_KEY})
+    for base_url in (f"{service.url}/v1", service.url):
+        client = service.openai.with_options(base_url=base_url)
+        with pytest.raises(openai.AuthenticationError, match="wants its API key"):
+            client.models.list()
+        with pytest.raises(openai.AuthenticationError, match="wants its API key"):
+            client.chat.completions.create(**ask())
+        right = client.with_options(api_key=GOOD_KEY)
+        assert right.chat.completions.create(**ask()).choices[0].message.content == TEXT
+
+
+@pytest.mark.parametrize("key", [b"geh\xc3\xa9im", b"geh\xe9im", b" secret", b"secret\n", b"sec\tret", b" "])
+@pytest.mark.parametrize("given", ["variable", "option"])
+def test_a_key_that_cannot_be_sent_is_told_at_the_start(key, given, capsys, monkeypatch):
+    key = os.fsdecode(key)
+    monkeypatch.setenv(KEY_VARIABLE, key if given == "variable" else "unused")
+    assert main(["serve", "--model", "absent", *(["--api-key", key] if given == "option" else [])]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: The ") and err.count("\n") == 1 and "cannot be sent in a header" in err
+    assert (KEY_VARIABLE if given == "variable" else "--api-key") in err
+
+
+def test_which_key_is_asked_for(monkeypatch, capsys):
+    monkeypatch.delenv(KEY_VARIABLE, raising=False)
+    assert read_key(serve_arguments()) is None
+    monkeypatch.setenv(KEY_VARIABLE, "")
+    assert read_key(serve_arguments()) is None
+    monkeypatch.setenv(KEY_VARIABLE, "one of it!")
+    assert read_key(serve_arguments()) == "one of it!"
+    assert read_key(serve_arguments("--api-key", "two")) == "two"
+    # An empty variable in a command line must not open the service to all.
+    with pytest.raises(UserError, match="--api-key"):
+        read_key(serve_arguments("--api-key", ""))
+
+
+@pytest.mark.parametrize(
+    "name", ["Authorization", "Origin", "Host", "Accept", "Content-Type", "User-Agent", "X-Forwarded-Host", "Cookie",
+             "Access-Control-Request-Method", "X-Forwarded-Proto", "X-Forwarded-Port"],
+)  # fmt: skip
+def test_headers_that_are_not_utf8(serve, name, capfd):
+    service = serve(
+        settings={"api_key": GOOD_KEY, **access("--forwarded-allow-ips", "*", "--allow-origin", "http://a")}
+    )
+    headers = {"Host": b"localhost", "Connection": b"close", name: b"\xff\xfe\x80 \xc3\x28"}
+    for method in (b"GET", b"OPTIONS"):
+        with socket.create_connection(("127.0.0.1", service.port), timeout=600) as client:
+            lines = b"".join(key.encode() + b": " + value + b"\r\n" for key, value in headers.items())
+            client.sendall(method + b" /v1/models HTTP/1.1\r\n" + lines + b"\r\n")
+            received = b"".join(iter(lambda client=client: client.recv(1 << 16), b""))
+        assert 400 <= int(received.split()[1]) < 500, received
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_pages_of_other_sites_are_refused(serve):
     service = serve()
-    for origin, status in ((service.url, 200), ("http://elsewhere.example", 403), ("null", 403)):
-        response = service.http.post("/chat/completions", json={"question": "q"}, headers={"Origin": origin})
-        assert response.status_code == status
+    same = f"http://LOCALHOST:{service.port}"
+    for origin, host, status in (
+        (service.url, None, 200),
+        (same, f"localhost:{service.port}", 200),
+        ("http://elsewhere.example", None, 403),
+        (service.url + "1", None, 403),
+        (service.url[:-1], None, 403),
+        ("http://127.0.0.1", None, 403),
+        (f"http://evil.example:{service.port}", None, 403),
+        (f"ftp://127.0.0.1:{service.port}", None, 403),
+        ("null", None, 403),
+    ):
+        headers = {"Origin": origin} | ({"Host": host} if host else {})
+        response = service.http.post("/chat/completions", json={"question": "q"}, headers=headers)
+        assert response.status_code == status, origin
+        assert status == 200 or f"--allow-origin {origin}`" in response.json()["detail"]
+        response = service.http.post("/v1/chat/completions", json=ask(), headers=headers)
+        assert response.status_code == status and (
+            status == 200 or response.json()["error"]["code"] == "foreign_origin"
+        )
+        assert "Access-Control-Allow-Origin" not in response.headers
+
+
+def preflight(service, origin, path="/v1/chat/completions", **headers):
+    asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization, x-stainless-os"}
+    return service.http.options(path, headers={"Origin": origin, **asked, **headers})
+
+
+def test_pages_that_the_operator_names_may_ask(serve):
+    pages = ("https://chat.example.com", "http://chat.example.com:8080", "chrome-extension://abcdef")
+    options = [option for page in pages for option in ("--allow-origin", page)]
+    service = serve(settings={"api_key": GOOD_KEY, **access(*options)})
+    for page in pages:
+        # A preflight brings no key.
+        response = preflight(service, page)
+        assert response.status_code == 200 and response.headers["Access-Control-Allow-Origin"] == page
+        assert "POST" in response.headers["Access-Control-Allow-Methods"]
+        allowed = response.headers["Access-Control-Allow-Headers"]
+        assert "authorization" in allowed and "x-stainless-os" in allowed
+        # The page may read answers and refusals alike.
+        for key, status in ((GOOD_KEY, 200), ("wrong", 401)):
+            headers = {"Origin": page, "Authorization": f"Bearer {key}"}
+            response = service.http.post("/v1/chat/completions", json=ask(), headers=headers)
+            assert response.status_code == status and response.headers["Access-Control-Allow-Origin"] == page
+            assert "Origin" in response.headers["Vary"]
+    for page in ("https://chat.example.com.evil.example", "http://chat.example.com", "https://evil.example", "null"):
+        for response in (preflight(service, page), service.http.get("/v1/models", headers={"Origin": page})):
+            assert response.status_code == 403 and "--allow-origin" in response.json()["error"]["message"]
+            assert "Access-Control-Allow-Origin" not in response.headers
+
+
+def test_any_page_may_ask_where_there_is_a_key(serve):
+    with pytest.raises(UserError, match=rf"--allow-origin \*.*{KEY_VARIABLE}"):
+        access("--allow-origin", "*")
+    with pytest.raises(UserError, match="--allow-origin null"):
+        access("--allow-origin", "null")
+    service = serve(settings={"api_key": GOOD_KEY, **access("--allow-origin", "*", has_key=True)})
+    for page in ("https://anywhere.example", "null"):
+        assert preflight(service, page).headers["Access-Control-Allow-Origin"] == "*"
+        response = service.http.get("/v1/models", headers={"Origin": page, "Authorization": f"Bearer {GOOD_KEY}"})
+        assert response.status_code == 200 and response.headers["Access-Control-Allow-Origin"] == "*"
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--allow-origin", "chat.example.com"),
+        ("--allow-origin", "https://chat.example.com/"),
+        ("--allow-origin", "https://Chat.example.com"),
+        ("--allow-origin", "https://*.example.com"),
+        ("--allow-origin", ""),
+        ("--allow-host", "https://chat.example.com"),
+        ("--allow-host", "*"),
+        ("--allow-host", ""),
+        ("--allow-host", "a b"),
+        ("--forwarded-allow-ips", "proxy.example"),
+        ("--forwarded-allow-ips", "127.0.0.1,10.0.0.0/33"),
+    ],
+)
+def test_an_option_that_names_nobody_is_told_at_the_start(option, value):
+    with pytest.raises(UserError, match=option):
+        access(option, value)
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/web/chat.js", "/openapi.json", "/nowhere"])
+def test_a_name_that_another_site_has_resolved_to_here_is_refused(serve, path):
+    service = serve(settings=access("--host", "my.box", "--allow-host", "Chat.example.com", "--allow-host", "::2"))
+    for name, good in (
+        ("localhost", True),
+        ("LocalHost", True),
+        ("127.0.0.1", True),
+        ("[::1]", True),
+        ("my.box", True),
+        ("chat.example.com", True),
+        ("[::2]", True),
+        ("evil.example", False),
+        ("localhost.evil.example", False),
+        ("evil.localhost", False),
+        ("127.0.0.1.evil.example", False),
+        ("127.0.0.2", False),
+        ("[::3]", False),
+        ("xlocalhost", False),
+    ):
+        # Whatever the port: a tunnel may have another.
+        for host in (name, f"{name}:{service.port}", f"{name}:1"):
+            headers = {"Host": host, "Origin": f"http://{host}"}
+            for response in (service.http.get(path, headers=headers), service.http.get(path, headers={"Host": host})):
+                assert response.status_code == (403 if not good else 404 if path == "/nowhere" else 200), host
+                assert good or f"--allow-host {name}`" in response.text
+    body = {"question": "q"}
+    evil = {"Host": f"evil.example:{service.port}", "Origin": f"http://evil.example:{service.port}"}
+    assert service.http.post("/chat/completions", json=body, headers=evil).status_code == 403
+    assert service.runners[0].answers == []
+    # Only browsers are deceived so, and they always send a name.
+    with socket.create_connection(("127.0.0.1", service.port), timeout=600) as client:
+        client.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+        assert read_all(client)[0] == 200
+
+
+def test_names_are_not_asked_for_where_other_machines_are_served():
+    assert access(loopback=False)["access"].hosts is None
+    hosts = access("--host", "0.0.0.0", "--allow-host", "chat.example.com:443", loopback=False)["access"].hosts
+    assert {"chat.example.com", "localhost", "127.0.0.1", "[::1]"} <= hosts
+
+
+# What nginx sends: by itself, and with the headers of its usual recipe.
+BARE = {"Host": "127.0.0.1:8000"}
+RECIPE = {
+    "Host": "chat.example.com",
+    "X-Real-IP": "203.0.113.9",
+    "X-Forwarded-For": "203.0.113.9",
+    "X-Forwarded-Proto": "https",
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "sent", "origin", "status"),
+    [
+        ([], BARE, "https://chat.example.com", 403),
+        (["--allow-origin", "https://chat.example.com"], BARE, "https://chat.example.com", 200),
+        ([], RECIPE, "https://chat.example.com", 403),
+        (["--allow-host", "chat.example.com"], RECIPE, "https://chat.example.com", 200),
+        (["--allow-host", "chat.example.com"], RECIPE, "https://chat.example.com:8443", 403),
+        (
+            ["--allow-host", "chat.example.com", "--forwarded-allow-ips", "127.0.0.1"],
+            RECIPE | {"X-Forwarded-Port": "8443"},
+            "https://chat.example.com:8443",
+            200,
+        ),
+        # Another proxy's headers are nobody's word.
+        (
+            ["--allow-host", "chat.example.com", "--forwarded-allow-ips", "10.0.0.0/8,::1"],
+            RECIPE | {"X-Forwarded-Port": "8443"},
+            "https://chat.example.com:8443",
+            403,
+        ),
+        (
+            ["--allow-host", "chat.example.com"],
+            BARE | {"X-Forwarded-Host": "chat.example.com", "X-Forwarded-Proto": "https"},
+            "https://chat.example.com",
+            403,
+        ),
+        *(
+            (
+                ["--allow-host", "chat.example.com", "--forwarded-allow-ips", trusted],
+                BARE | {"X-Forwarded-Host": host, "X-Forwarded-Proto": "https"},
+                origin,
+                status,
+            )
+            for trusted in ("127.0.0.0/8", "10.1.2.3, 127.0.0.1", "*")
+            for host, origin, status in (
+                ("chat.example.com", "https://chat.example.com", 200),
+                ("chat.example.com:443", "https://chat.example.com", 200),
+                ("chat.example.com:8443", "https://chat.example.com:8443", 200),
+                ("chat.example.com:8443", "https://chat.example.com", 403),
+                ("chat.example.com", "http://chat.example.com", 403),
+                ("evil.example, chat.example.com", "https://chat.example.com", 200),
+                ("chat.example.com, evil.example", "https://chat.example.com", 403),
+                ("evil.example", "https://evil.example", 403),
+            )
+        ),
+        # The name that the browser itself sent counts, whatever a page adds.
+        (
+            ["--forwarded-allow-ips", "127.0.0.1"],
+            {"Host": "evil.example", "X-Forwarded-Host": "localhost"},
+            "http://localhost",
+            403,
+        ),
+    ],
+)
+def test_the_page_behind_a_proxy(serve, options, sent, origin, status):
+    service = serve(settings=access(*options))
+    response = service.http.post("/v1/chat/completions", json=ask(), headers=sent | {"Origin": origin})
+    assert response.status_code == status, response.text
+    assert status == 200 or "`serve --allow-" in response.json()["error"]["message"]
+
+
+def test_the_page_is_in_nobody_s_frame(serve):
+    policy = serve().http.get("/").headers["Content-Security-Policy"]
+    assert "frame-ancestors 'none'" in policy and "default-src 'self'" in policy
+
+
+# Sizes
 
 
 @pytest.mark.parametrize("chunked", [False, True])
@@ -413,6 +819,114 @@ def test_a_request_that_is_too_long(serve, chunked):
     response = service.http.post("/chat/completions", content=pieces if chunked else body)
     assert response.status_code == 413 and "10000" in response.json()["detail"]
     assert service.http.post("/chat/completions", json={"question": "q"}).status_code == 200
+
+
+def test_stop_strings_are_few_and_short(serve):
+    service = serve("one two three four five")
+    create = service.openai.chat.completions.create
+    longest = " three" + "x" * (STOP_CHARACTERS - 6)
+    assert create(**ask(stop=[longest, longest, " four", longest])).choices[0].message.content == "one two three"
+    for stop, words in (
+        (["a"] * 5, "at most 4 items"),
+        (longest + "x", f"stop: String should have at most {STOP_CHARACTERS} characters"),
+        (["a", longest + "x"], f"stop.1: String should have at most {STOP_CHARACTERS} characters"),
+    ):
+        with pytest.raises(openai.BadRequestError, match=words):
+            create(**ask(stop=stop))
+    assert len(service.runners[0].answers) == 1
+
+
+MAX_BODY = Settings.max_body_bytes
+# Values as large as fit `room` bytes of JSON, each of a shape that is dear in another way.
+LARGE = {
+    "text": lambda room: '"' + "a" * room + '"',
+    "escapes": lambda room: '"' + r"\u0000" * (room // 6) + '"',
+    "blanks": lambda room: '"' + " " * room + '"',
+    "marks": lambda room: '"' + "\u0301\u0316" * (room // 4) + '"',
+    "digits": lambda room: "9" * room,
+    "fraction": lambda room: "0." + "1" * (room - 2),
+    "numbers": lambda room: "[" + "0," * (room // 2 - 1) + "0]",
+    "texts": lambda room: "[" + '"",' * (room // 3 - 1) + '""]',
+    "objects": lambda room: "[" + "{}," * (room // 3 - 1) + "{}]",
+    "depth": lambda room: "[" * (room // 2) + "]" * (room // 2),
+    "keys": lambda room: "{" + ",".join(f'"{k:x}":0' for k in range(room // 9)) + "}",
+    "messages": lambda room: "[" + ",".join(['{"role":"user","content":"a"}'] * (room // 30)) + "]",
+    "parts": lambda room: "[" + ",".join(['{"type":"text","text":""}'] * (room // 27)) + "]",
+}
+OPENAI = "/v1/chat/completions"
+PLACES = {
+    "the whole": (OPENAI, "%s"),
+    "an unknown field": (OPENAI, '{"messages": [{"role": "user", "content": "q"}], "x": %s}'),
+    **{
+        name: (OPENAI, '{"messages": [{"role": "user", "content": "q"}], "' + name + '": %s}')
+        for name in CompletionRequest.model_fields
+        if name != "messages"
+    },
+    "messages": (OPENAI, '{"messages": %s}'),
+    "messages, without /v1": ("/chat/completions", '{"messages": %s}'),
+    "role": (OPENAI, '{"messages": [{"role": %s, "content": "q"}]}'),
+    "content": (OPENAI, '{"messages": [{"role": "user", "content": %s}]}'),
+    "a part": (OPENAI, '{"messages": [{"role": "user", "content": [%s]}]}'),
+    "its type": (OPENAI, '{"messages": [{"role": "user", "content": [{"type": %s, "text": "q"}]}]}'),
+    "its text": (OPENAI, '{"messages": [{"role": "user", "content": [{"type": "text", "text": %s}]}]}'),
+    "include_usage": (OPENAI, json.dumps(ask(stream=True))[:-1] + ', "stream_options": {"include_usage": %s}}'),
+    "type of response": (OPENAI, json.dumps(ask())[:-1] + ', "response_format": {"type": %s}}'),
+    "question": ("/chat/completions", '{"question": %s}'),
+    "history": ("/chat/completions", '{"question": "q", "history": %s}'),
+    "a turn": ("/chat/completions", '{"question": "q", "history": ["a", %s]}'),
+    "documented stream": ("/chat/completions", '{"question": "q", "stream": %s}'),
+    "an unknown documented field": ("/chat/completions", '{"question": "q", "x": %s}'),
+}
+
+
+def test_the_largest_request_in_each_field_takes_little_memory():
+    """Every large value in every field, one after the other; after each the next client is answered."""
+    served = Served.fake()
+    try:
+        peak = served.peak_bytes()
+        with httpx.Client(base_url=served.url, trust_env=False, timeout=600) as http:
+            for place, (path, body) in PLACES.items():
+                for shape, large in LARGE.items():
+                    content = (body % large(MAX_BODY - len(body))).encode()
+                    assert 0.8 * MAX_BODY < len(content) <= MAX_BODY, (place, shape)
+                    response = http.post(path, content=content)
+                    assert response.status_code in (200, 400, 404, 422), (place, shape, response.text[:500])
+                    assert len(response.content) < 10_000, (place, shape)
+                    peak = served.peak_bytes()
+                    assert peak < 400e6, f"{shape} in {place}: {peak / 1e6:.0f} MB"
+                next_one = http.post("/v1/chat/completions", json=ask("hello"))
+                assert next_one.status_code == 200, place
+    finally:
+        assert served.close() == 0
+    assert "Traceback" not in "".join(served.log), "".join(served.log)
+
+
+def cpu_seconds(work):
+    """The least of some runs: of this thread alone, so other processes do not count."""
+    taken = []
+    for _ in range(3):
+        started = time.thread_time()
+        work()
+        taken.append(time.thread_time() - started)
+    return min(taken)
+
+
+@pytest.mark.parametrize("what", ["marks", "a stop string", "a stop string that nearly comes"])
+def test_no_work_grows_with_the_square_of_what_is_sent(tokenizer, what):
+    def work(size):
+        if what == "marks":
+            return lambda: tokenizer.encode("a" + "\u0301\u0316" * size)
+        stop, pieces = "a" * size + "b", ["a" * size] if what == "a stop string" else ["a"] * size
+
+        def push():
+            stops = StopStrings([stop] if what == "a stop string" else ["a" * 50 + "b"])
+            for piece in pieces:
+                stops.push(piece)
+
+        return push
+
+    # Eight times as much is 8 times the work, not 64.
+    assert cpu_seconds(work(32_000)) < 24 * cpu_seconds(work(4_000))
 
 
 def test_only_this_machine_unless_told_otherwise():
@@ -566,6 +1080,29 @@ def test_half_sent_headers_are_dropped_and_nobody_else_is(serve, monkeypatch, be
             assert received.count(b"HTTP/1.1 200 OK") == bool(before)
         service.allow()
         assert read_all(healthy)[0] == 200
+
+
+def test_giving_up_is_never_forgotten():
+    """Not even where a piece comes at that moment."""
+
+    async def given_up_after(steps):
+        job = Job([1], 600)
+
+        async def read():
+            return [piece async for piece in job.pieces()]
+
+        task = asyncio.ensure_future(read())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        job.push("a")
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        for _ in range(50):
+            await asyncio.sleep(0)
+        return task.cancelled()
+
+    assert [asyncio.run(given_up_after(steps)) for steps in range(10)] == [True] * 10
 
 
 def test_a_slow_reader_does_not_hold_the_chip(serve):
