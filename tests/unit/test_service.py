@@ -112,6 +112,16 @@ def serve(tokenizer):
         yield start
 
 
+@pytest.fixture
+def limit(serve):
+    """Seconds within which a client can ask and the chip can start on its answer, however busy this machine is."""
+    service = serve("a")
+    started = time.monotonic()
+    for _ in range(5):
+        service.http.post("/v1/chat/completions", json=ask())
+    return max(1.0, 20 * (time.monotonic() - started))
+
+
 def ask(content="hello", **more):
     return {"model": "tiny", "messages": [{"role": "user", "content": content}], **more}
 
@@ -1069,10 +1079,10 @@ def test_requests_in_a_row_before_the_client_closes_its_half_are_all_answered(se
 
 @pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"])
 @pytest.mark.parametrize("half", [b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost: loc"])
-def test_half_sent_headers_are_dropped_and_nobody_else_is(serve, monkeypatch, before, half):
-    monkeypatch.setattr("helpers.service_front.HEADERS_WITHIN_S", 0.5)
+def test_half_sent_headers_are_dropped_and_nobody_else_is(serve, limit, monkeypatch, before, half):
+    monkeypatch.setattr("helpers.service_front.HEADERS_WITHIN_S", limit)
     service = serve(allowed=0)
-    service.server.config.timeout_keep_alive = 0.5
+    service.server.config.timeout_keep_alive = limit
     with service.send(ask()) as healthy:
         service.wait_until(lambda: service.queue.busy)
         with socket.create_connection(("127.0.0.1", service.port), timeout=600) as client:
@@ -1124,16 +1134,6 @@ def test_a_client_that_reads_nothing_is_disconnected(serve, monkeypatch):
     with service.send({"question": "q", "stream": True}, "/chat/completions", window=2048):
         service.wait_until(lambda: service.runners[0].answers)
         service.wait_until(lambda: not service.server.server_state.connections)
-
-
-@pytest.fixture
-def limit(serve):
-    """A time limit in seconds within which the chip can start on an answer, however busy this machine is."""
-    service = serve("a")
-    started = time.monotonic()
-    for _ in range(5):
-        service.http.post("/v1/chat/completions", json=ask())
-    return max(1.0, 20 * (time.monotonic() - started))
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -119,10 +119,31 @@ def test_chatml_is_what_make_context_builds(genuine, tiny, whole):
 
 
 def test_chatml_reads_as_documented(genuine):
-    ids = genuine.chatml([{"role": "system", "content": "You are a helpful assistant."},
-                          {"role": "user", "content": "你好"}])
-    assert ids == [151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198, 151644, 872, 198, 108386,
-                   151645, 198, 151644, 77091, 198]
+    ids = genuine.chatml(
+        [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": "你好"}]
+    )
+    assert ids == [
+        151644,
+        8948,
+        198,
+        2610,
+        525,
+        264,
+        10950,
+        17847,
+        13,
+        151645,
+        198,
+        151644,
+        872,
+        198,
+        108386,
+        151645,
+        198,
+        151644,
+        77091,
+        198,
+    ]
 
 
 def test_a_special_name_in_text_stays_text(tiny):
@@ -132,7 +153,11 @@ def test_a_special_name_in_text_stays_text(tiny):
     assert tiny.decode([tiny.im_end]) == "<|im_end|>"
 
 
-@given(st.text())
+# Marks of several classes, and characters that are made of them.
+MARKS = "ae\u0301\u0316\u0344\u0f71\u0f72\u0f73\u1100\u1161\u11a8\uac00\u212b"
+
+
+@given(st.text() | st.text(MARKS))
 def test_text_survives(text):
     tokenizer = QwenTokenizer.open(TINY)
     normal = module.unicodedata.normalize("NFC", text)
