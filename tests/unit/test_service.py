@@ -21,8 +21,10 @@ import pytest
 from helpers.chat import MAX_TURNS, StopStrings
 from helpers.cli import main
 from helpers.errors import UserError
-from helpers.service import KEY_VARIABLE, add_arguments, is_loopback, listen, read_access, read_key
-from helpers.service_api import STOP_CHARACTERS, CompletionRequest, Server, Settings, create_app
+from helpers.generation import CANDIDATES
+from helpers.service import KEY_VARIABLE, STALLED_S, WAITING, add_arguments, is_loopback, listen, read_access, read_key
+from helpers.service_api import FAREWELL_S, STOP_CHARACTERS, CompletionRequest, Server, Settings, create_app
+from helpers.service_front import HEADERS_WITHIN_S
 from helpers.service_queue import ChipQueue, EngineFailed, Job
 from tests.unit.chromium import Page, find_chromium
 from tests.unit.fake_runner import FakeRunner
@@ -83,8 +85,11 @@ class Service:
     def allow(self, tokens=math.inf):
         self.runners[-1].allow(tokens)
 
-    def send(self, body, path="/v1/chat/completions", version="1.1", window=None):
-        """A socket on which this was posted and nothing was read; window: its receive buffer, bytes."""
+    def send(self, body, path="/v1/chat/completions", version="1.1", window=None, pieces=1):
+        """A socket on which this was posted and nothing was read; window: its receive buffer, bytes.
+
+        pieces: 2 sends the end of the body when the service has seen the rest.
+        """
         body = json.dumps(body).encode()
         head = f"POST {path} HTTP/{version}\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
         client = socket.socket()
@@ -92,12 +97,15 @@ class Service:
         if window:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, window)
         client.connect(("127.0.0.1", self.port))
-        client.sendall(head.encode() + body)
+        client.sendall(head.encode() + (body if pieces == 1 else body[:-1]))
+        if pieces == 2:
+            self.wait_until(lambda: self.server.server_state.tasks)
+            client.sendall(body[-1:])
         return client
 
 
 @pytest.fixture
-def serve(tokenizer):
+def serve(tokenizer, caplog):
     with contextlib.ExitStack() as stack:
 
         def start(text=TEXT, waiting=16, open_runner=None, settings=None, endless=False, **runner):
@@ -110,6 +118,7 @@ def serve(tokenizer):
             return service
 
         yield start
+    assert [record.getMessage() for record in caplog.get_records("call") if record.exc_info] == []
 
 
 @pytest.fixture
@@ -831,6 +840,50 @@ def test_a_request_that_is_too_long(serve, chunked):
     assert service.http.post("/chat/completions", json={"question": "q"}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("field", "least", "most", "outside"),
+    [
+        ("temperature", 0, 2, [-0.001, 2.001]),
+        ("top_p", 0.001, 1, [0, 1.001]),
+        ("top_k", 1, CANDIDATES, [-2, CANDIDATES + 1]),
+        ("repetition_penalty", 0.001, 10, [0, 10.001]),
+        ("repetition_last_n", 1, 10**30, [0]),
+        ("max_tokens", 1, 10**30, [0]),
+        ("max_completion_tokens", 1, 10**30, [0]),
+        ("seed", -(10**30), 10**30, [0.5]),
+        ("n", 1, 1, [0, 2]),
+    ],
+)
+def test_the_ends_of_each_range_are_taken_and_no_more(serve, field, least, most, outside):
+    service = serve()
+    for value in (least, most):
+        assert service.http.post("/v1/chat/completions", json=ask(**{field: value})).status_code == 200, value
+    for value in outside:
+        response = service.http.post("/v1/chat/completions", json=ask(**{field: value}))
+        assert response.status_code == 400 and field in response.json()["error"]["message"], value
+
+
+def test_the_limits_are_those_of_the_documents():
+    given = serve_arguments()
+    assert (given.max_body, given.time_limit, given.waiting) == (
+        Settings.max_body_bytes,
+        Settings.time_limit_s,
+        WAITING,
+    )
+    figures = [
+        given.max_body,
+        STOP_CHARACTERS,
+        given.waiting,
+        given.time_limit,
+        HEADERS_WITHIN_S,
+        STALLED_S,
+        FAREWELL_S,
+    ]
+    for page, heading in (("troubleshooting.md", "### Limits"), ("zh/troubleshooting.md", "### 限制")):
+        table = (ROOT / "docs" / page).read_text(encoding="utf-8").split(heading)[1].split("\n## ")[0]
+        assert [figure for figure in figures if f" {figure:g} " not in table] == [], page
+
+
 def test_stop_strings_are_few_and_short(serve):
     service = serve("one two three four five")
     create = service.openai.chat.completions.create
@@ -1077,13 +1130,38 @@ def test_requests_in_a_row_before_the_client_closes_its_half_are_all_answered(se
     assert received.count(b"HTTP/1.1 200 OK") == 3 and received.count(b'"id":"tiny"') == 3
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: loc",
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"nonsense\r\n\r\n",
+    ],
+)
+@pytest.mark.parametrize("half", [False, True])
+def test_a_client_that_leaves_amid_a_request_leaves_nothing_behind(serve, sent, half):
+    service = serve()
+    with socket.create_connection(("127.0.0.1", service.port), timeout=600) as client:
+        service.wait_until(lambda: service.server.server_state.connections)
+        client.sendall(sent)
+        if half:
+            client.shutdown(socket.SHUT_WR)
+            assert b"".join(iter(lambda: client.recv(1 << 16), b"")).startswith(
+                b"HTTP/1.1 200" if b"GET" in sent else b""
+            )
+    service.wait_until(lambda: not service.server.server_state.connections)
+    assert service.http.post("/v1/chat/completions", json=ask()).status_code == 200
+
+
 @pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"])
 @pytest.mark.parametrize("half", [b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost: loc"])
 def test_half_sent_headers_are_dropped_and_nobody_else_is(serve, limit, monkeypatch, before, half):
     monkeypatch.setattr("helpers.service_front.HEADERS_WITHIN_S", limit)
     service = serve(allowed=0)
     service.server.config.timeout_keep_alive = limit
-    with service.send(ask()) as healthy:
+    with service.send(ask(), pieces=2) as healthy:
         service.wait_until(lambda: service.queue.busy)
         with socket.create_connection(("127.0.0.1", service.port), timeout=600) as client:
             client.sendall(before + half)
