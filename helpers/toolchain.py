@@ -32,7 +32,7 @@ VARIABLES = (
 # What envsetup.sh of a source checkout sets, for programs that the wheel has too. The wheel's own values win, and its
 # folders come first in lists of paths.
 SDK_VARIABLES = (
-    *("PROJECT_ROOT", "INSTALL_PATH", "BUILD_PATH", "TPUC_ROOT", "CUSTOM_LAYER_PATH", "CUSTOM_LAYER_UNITTEST_DIR"),
+    *("TPUC_ROOT", "CUSTOM_LAYER_PATH", "CUSTOM_LAYER_UNITTEST_DIR"),
     *("PPL_PROJECT_ROOT", "PPL_BUILD_PATH", "PPL_INSTALL_PATH", "PPL_RUNTIME_PATH", "PPL_THIRD_PARTY_PATH"),
     *("PPL_WORK_PATH", "PPL_CACHE_PATH", "TPUKERNEL_CUSTOM_FIRMWARE_PATH", "USING_CMODEL", "FORBID_GEN_RISCV_CODE"),
 )
@@ -185,7 +185,10 @@ def cure(wheel: Path | None = None) -> list[str]:
 
 
 def other_sdk() -> dict[str, str]:
-    """Variables of the environment by which another TPU-MLIR would come between the wheel and its own files."""
+    """Variables of the environment by which another TPU-MLIR would come between the wheel and its own files.
+
+    envsetup.sh sets PROJECT_ROOT, INSTALL_PATH and BUILD_PATH, too: compiling reads none of them, and others set them.
+    """
     wheel = os.path.realpath(wheel_path())
     inside = {name: os.path.realpath(os.environ.get(name, "")).startswith(wheel) for name in SDK_VARIABLES}
     return {name: os.environ[name] for name in SDK_VARIABLES if os.environ.get(name) and not inside[name]}
@@ -225,7 +228,9 @@ def environment(threads: int | None = None, kernel_locks: bool = True) -> dict[s
     python = wheel / "python"
     foreign = other_sdk()
     env = {name: value for name, value in os.environ.items() if name not in SDK_VARIABLES}
-    roots = tuple(f"{value.rstrip('/')}/" for value in foreign.values() if value.strip("/") and value.startswith("/"))
+    # envsetup.sh has TPUC_ROOT in the checkout's folder install; its Python is beside that.
+    places = [value.rstrip("/").removesuffix("/install") for value in foreign.values() if value.startswith("/")]
+    roots = tuple(f"{place}/" for place in places if place)
     kernels = own_kernel_library(kernel_locks)
 
     def prepend(name: str, *folders: Path | None) -> None:
