@@ -390,7 +390,7 @@ def _link(source: Path, target: Path, originals: dict[str, str]) -> dict:
     A copy that was made before follows its checkpoint: what changed there is linked anew. Raises UserError where the
     copy's own code was edited, or where `target` holds something else.
     """
-    record = {}
+    record, copied = {}, False
     if (target / RECORD).exists():
         _, record = _read(target)
     try:
@@ -399,22 +399,31 @@ def _link(source: Path, target: Path, originals: dict[str, str]) -> dict:
             place = target / file.name
             if file.name in (*FILES, RECORD) or file.name.startswith(".") or not file.is_file():
                 continue
-            if place.exists() and (place.samefile(file) or (not record and filecmp.cmp(place, file, shallow=False))):
+            if place.exists() and (place.samefile(file) or filecmp.cmp(place, file, shallow=False)):
                 continue
             if place.exists() and not record:
                 raise _foreign(target, file.name, source)
             partial = target / f".{file.name}.{os.getpid()}.partial"
-            try:
-                os.link(file.resolve(), partial)
-            except OSError:  # another disk, or one without hard links
-                os.symlink(file.resolve(), partial)
+            copied |= not _linked(file.resolve(), partial)
             os.replace(partial, place)
+        if copied:
+            artefacts.log(f"warning: the disk that holds {target} has no links: the weights are copied.")
         for name in FILES:
             if not record and (target / name).exists() and _text(target / name) != originals[name]:
                 raise _foreign(target, name, source)
     except OSError as error:
         raise UserError(f"{target} cannot be written ({error.strerror}): choose another --out.") from None
     return record
+
+
+def _linked(file: Path, place: Path) -> bool:
+    """Put a file in a second place; whether by a link."""
+    for link in (os.link, os.symlink):  # the hard one does not reach another disk
+        with contextlib.suppress(OSError):
+            link(file, place)
+            return True
+    shutil.copyfile(file, place)
+    return False
 
 
 def _foreign(target: Path, name: str, source: Path) -> UserError:

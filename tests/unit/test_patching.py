@@ -901,6 +901,29 @@ def test_where_no_hard_link_is_possible_a_symbolic_one_is_made(folder, tmp_path,
     assert link.is_symlink() and link.read_bytes() == b"weights"
 
 
+def test_a_disk_without_links_gets_a_copy_and_one_warning(folder, tmp_path, preload):
+    """exFAT, or a Windows mount."""
+    (folder / "model.safetensors").write_bytes(b"weights")
+    environment = preload(
+        """
+        int symlink(const char *to, const char *path) { errno = EPERM; return -1; }
+        int link(const char *to, const char *path) { errno = EPERM; return -1; }
+        """
+    )
+    command = [sys.executable, "-m", "helpers", "patch", "--model_path", folder, "--out", tmp_path / "copy"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("warning: ") == 1 and "has no links" in done.stderr
+    weights = tmp_path / "copy" / "model.safetensors"
+    made = weights.stat()
+    assert weights.read_bytes() == b"weights" and made.st_nlink == 1 and not weights.is_symlink()
+    again = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (again.returncode, weights.stat().st_ino) == (0, made.st_ino), again.stderr
+    (folder / "model.safetensors").write_bytes(b"changed")
+    assert subprocess.run(command, env=environment, check=False).returncode == 0
+    assert weights.read_bytes() == b"changed"
+
+
 @pytest.mark.parametrize("file", ["modeling_qwen.py", "config.json", "configuration_qwen.py"])
 def test_a_folder_with_something_else_in_it_is_not_overwritten(folder, tmp_path, file):
     out = tmp_path / "copy"
