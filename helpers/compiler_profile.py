@@ -10,6 +10,9 @@ PROFILE = "compiler_profile_0.txt"
 # The frequency that the cycle model's own "runtime" line assumes.
 FREQUENCY = 1.0e9
 _SUBNET = re.compile(r"^TCYC\s*:\s*(\d+).*?^DDR BW USAGE\s*:\s*([\d.eE+-]+)%", re.MULTILINE | re.DOTALL)
+_COMMAND = re.compile(
+    r"(?P<layer>\S+)\|\w+\|s:(?P<start>\d+)\|b:\d+\|g:\d+\|e:\d+\|t:(?P<cycles>\d+)(?:\|dr:\d+\|sz:(?P<bytes>\d+))?"
+)
 _FLOPS = re.compile(r"^flops:\s*(\d+)", re.MULTILINE)
 
 
@@ -37,6 +40,19 @@ def read_profile(path: str | Path, devices: int = 1) -> dict[str, int | float] |
         # Of the whole net, repeated for each subnet; nets that only move data have none.
         "flops": max(map(int, _FLOPS.findall(text)), default=0),
     }
+
+
+def commands(path: str | Path) -> list[dict]:
+    """Every command of a net: layer (of the MLIR), start and cycles (of the cycle model), bytes that it moves.
+
+    bytes is None for a command of the compute unit; the others are of the engine that moves data (GDMA), between DDR
+    and local memory or within.
+    """
+    found = _COMMAND.finditer(Path(path).read_text(encoding="utf-8", errors="replace"))
+    return [
+        {key: int(value) if value and value.isdigit() else value for key, value in match.groupdict().items()}
+        for match in found
+    ]
 
 
 def estimates(nets: dict[str, dict]) -> dict[str, float] | None:

@@ -19,7 +19,6 @@ import contextlib
 import json
 import math
 import os
-import re
 import signal
 import struct
 import sys
@@ -495,7 +494,7 @@ def check_executed(notebook, declaration: Declaration) -> list[str]:
             problems.append(f"{where} {ran}; it is code cell {count}")
             break
         problems += [f"{where}: {noise}" for noise in _noise(cell, declaration.max_lines)]
-        if _SHOWS_FIGURE.search(cell.source) and not _figures(cell):
+        if _shows_figure(cell) and not _figures(cell):
             problems.append(f"{where} shows a figure, and there is none in its output")
     if not problems and any(name.endswith(IMAGES) for name in declaration.makes):
         if not any(map(_figures, _code_cells(notebook))):
@@ -504,7 +503,12 @@ def check_executed(notebook, declaration: Declaration) -> list[str]:
 
 
 IMAGES = (".png", ".svg")
-_SHOWS_FIGURE = re.compile(r"\b(plt|pyplot)\.show\(")
+
+
+def _shows_figure(cell) -> bool:
+    """Whether a cell asks for a figure whatever happens: `plt.show()` under no condition."""
+    calls = [statement.value for statement in _parsed(cell).body if isinstance(statement, ast.Expr)]
+    return any(ast.unparse(call).startswith(("plt.show(", "pyplot.show(")) for call in calls)
 
 
 def _figures(cell) -> list:

@@ -148,6 +148,30 @@ def net_costs(nets: dict[str, dict], title: str):
     return figure
 
 
+def timeline(profiles: dict[str, list[dict]], marked: dict[str, list[dict]], title: str):
+    """When the compute unit and the data movement of a net are busy, by the compiler's cycle model: two rows a mode.
+
+    profiles: {mode: commands} from helpers.compiler_profile.commands. marked: {mode: commands} in another colour.
+    """
+    figure, axis = _figure(11, 1.2 + 0.8 * len(profiles))
+    rows = {}
+    for mode, commands in profiles.items():
+        moves = [command for command in commands if command["bytes"] is not None]
+        compute = [command for command in commands if command["bytes"] is None]
+        for part, colour, chosen in (
+            ("compute", "#6aa84f", compute),
+            ("data movement", "#2f6db5", moves),
+            ("data movement", "#e08e2b", marked[mode]),
+        ):
+            row = rows.setdefault(f"{mode}, {part}", len(rows))
+            axis.broken_barh([(c["start"], c["cycles"]) for c in chosen], (row - 0.4, 0.8), color=colour)
+    axis.set_yticks(list(rows.values()), list(rows))
+    axis.invert_yaxis()
+    axis.set_xlabel("cycle, estimated by the compiler's cycle model (1 GHz); orange: small loads beside the weights")
+    axis.set_title(title)
+    return figure
+
+
 def latency_over_prompts(record: dict, estimate_ms: dict[str, float] | None = None):
     """Median and p95 of first-token latency over prompt lengths, beside the compiler's estimate where it is the chip's.
 

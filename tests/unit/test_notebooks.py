@@ -208,6 +208,12 @@ def test_figures_are_shown_and_checks_run_whatever_the_environment_says(write, t
     assert "AssertionError: of no use" in fails(tutorial(SHOWS, "assert seq_length == 1, 'of no use'"))
 
 
+def test_a_figure_that_depends_is_no_promise(write, tmp_path):
+    """Notebook 04 draws measured beside estimated, where there is a chip."""
+    notebook = tutorial("if seq_length < 0:\n    import matplotlib.pyplot as plt\n    plt.show()")
+    assert run_notebook(write(notebook), tmp_path / "done.ipynb", out=tmp_path).problems == []
+
+
 WRITES = "import pathlib\npathlib.Path(out, 'a.json').write_text('[1]')"
 
 
