@@ -639,14 +639,16 @@ def check_artefacts(
         found = [path for path in found if path.resolve().is_relative_to(out.resolve())]
         if not found:
             problems.append(f"promises {pattern} in {out}, where it is not")
+        left = []
         for path in found:
             try:
                 _check_artefact(path)
                 if before and before.get(path) == _written(path) and not _proven(path, out):
-                    name = path.relative_to(out)
-                    problems.append(f"promises {name}, which is left from an earlier run: this one did not write it")
+                    left.append(path)
             except Exception as error:  # whatever a loader raises, the artefact does not load
                 problems.append(f"made {path.relative_to(out)}, which does not load: {error}")
+        if found and left == found:
+            problems.append(f"promises {pattern}, which is left from an earlier run: this one did not write it")
     return problems
 
 
