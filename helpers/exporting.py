@@ -306,24 +306,21 @@ class WeightFile:
 
 
 def attach_weights(graph, module, weights: WeightFile | None):
-    """A copy of a traced graph with its weights: from a weight file by reference, buffers by value.
+    """A copy of a traced graph with its weights, from a weight file by reference; buffers are constants in it already.
 
     Raises ValueError where the graph leaves out a weight of the module.
     """
     import onnx
-    from onnx import TensorProto, numpy_helper
+    from onnx import TensorProto
 
     model = onnx.ModelProto()
     model.CopyFrom(graph)
-    buffers = dict(module.named_buffers())
     parameters = {name: tuple(p.shape) for name, p in module.named_parameters()}
     if lost := sorted(parameters.keys() - {value.name for value in model.graph.input}):
         raise ValueError(f"the exporter dropped weights: {', '.join(lost)}")
     kept = []
     for value in model.graph.input:
-        if value.name in buffers:
-            model.graph.initializer.append(numpy_helper.from_array(buffers[value.name].numpy(), value.name))
-        elif value.name in parameters:
+        if value.name in parameters:
             offset, length = weights.places[value.name]
             tensor = TensorProto(name=value.name, data_type=TensorProto.FLOAT, dims=parameters[value.name])
             tensor.data_location = TensorProto.EXTERNAL

@@ -152,6 +152,8 @@ class NumpyEngine(Engine):
 
     def run(self, net, inputs, outputs):
         check_run(self.nets[net], inputs, outputs)
+        # A net reads its first input again after it has begun to write: a block adds to it what it computed.
+        assert not np.shares_memory(inputs[0].memory, outputs[0].memory)
         arrays = [t.memory.reshape(t.shape) for t in inputs]
         arrays = [
             from_bf16(a).astype(np.float64) if t.dtype == "bfloat16" else a for t, a in zip(inputs, arrays, strict=True)

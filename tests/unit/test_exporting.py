@@ -85,6 +85,10 @@ def test_nets_rotate_scale_and_normalise_as_the_checkpoint_says(base, trained, t
     found = [chain.prefill(text[: trained // 2])] + [chain.decode(token) for token in text[trained // 2 :]]
     for count, logits in enumerate(found, start=trained // 2):
         np.testing.assert_allclose(logits, original.states(text[:count])[1], atol=2e-4, err_msg=f"{count} tokens")
+    states = np.random.default_rng(1).normal(size=(1, 128))
+    logits = chain.nets.run("lm_head", states)[0]
+    for net, value in (("lm_head_with_topk", states), ("greedy_head", logits)):
+        assert chain.nets.run(net, value)[0].tolist() == [[logits.argmax()]], net
 
 
 def test_a_decode_step_of_several_rows_gives_what_each_would_alone(tmp_path):
