@@ -272,7 +272,7 @@ def test_columns_that_the_answer_overtakes_go():
     assert state.window == [before[2] + 1, 20, 20]
 
 
-@pytest.mark.parametrize("tails", itertools.permutations([(50, 51), (11, 51), (11, 12)]))
+@pytest.mark.parametrize("tails", list(itertools.permutations([(50, 51), (11, 51), (11, 12)])))
 def test_the_longest_of_several_guesses_is_taken(tails):
     state = LookaheadState([20], 10, 64)
     for tail in tails:
