@@ -6,10 +6,12 @@ import contextlib
 import http.client
 import itertools
 import json
+import logging
 import math
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -105,7 +107,8 @@ class Service:
 
 
 @pytest.fixture
-def serve(tokenizer, caplog):
+def serve(tokenizer):
+    failures = []
     with contextlib.ExitStack() as stack:
 
         def start(text=TEXT, waiting=16, open_runner=None, settings=None, endless=False, **runner):
@@ -115,10 +118,16 @@ def serve(tokenizer, caplog):
             fake = FakeRunner(lambda ids: reply(tokenizer.encode(text)), **runner)
             service = Service(tokenizer, fake, waiting, open_runner, **(settings or {}))
             stack.callback(service.close)
+            # uvicorn, as it is made, takes away what was there before.
+            handler = logging.Handler()
+            handler.emit = failures.append
+            for logger in map(logging.getLogger, ("uvicorn.error", "asyncio")):
+                logger.addHandler(handler)
+                stack.callback(logger.removeHandler, handler)
             return service
 
         yield start
-    assert [record.getMessage() for record in caplog.get_records("call") if record.exc_info] == []
+    assert [record.exc_info for record in failures if record.exc_info] == []
 
 
 @pytest.fixture
@@ -991,6 +1000,25 @@ def test_no_work_grows_with_the_square_of_what_is_sent(tokenizer, what):
 
     # Eight times as much is 8 times the work, not 64.
     assert cpu_seconds(work(32_000)) < 24 * cpu_seconds(work(4_000))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "least"),
+    [("--waiting", "-1", 0), ("--time-limit", "0.9", 1), ("--time-limit", "nan", 1), ("--max-body", "0", 1)],
+)
+def test_a_limit_that_is_none_is_told_at_the_start(option, value, least, capsys):
+    assert main(["serve", "--model", "absent", option, value]) == 2
+    assert capsys.readouterr().err == f"error: {option} is {value}, it must be {least} or more.\n"
+    # The least one is taken: then the model is looked for.
+    assert main(["serve", "--model", "absent", "--port", "0", option, str(least)]) == 2
+    assert "must be" not in capsys.readouterr().err
+
+
+def test_a_box_without_the_packages_is_told_which(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "helpers.service_api")
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    assert main(["serve", "--model", "absent"]) == 2
+    assert "The service needs fastapi, which is absent: pip install" in capsys.readouterr().err
 
 
 def test_only_this_machine_unless_told_otherwise():
