@@ -70,15 +70,13 @@ class ApiError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
-def api_error(error: Exception) -> ApiError:
-    """What an exception of the queue, or of a user's making, is over HTTP."""
+def api_error(error: QueueFull | TimeLimit | EngineFailed) -> ApiError:
+    """What an exception of the queue is over HTTP."""
     if isinstance(error, QueueFull):
         return ApiError(429, str(error), "rate_limit_exceeded", Retry_After=str(error.retry_after_s))
     if isinstance(error, TimeLimit):
         return ApiError(504, str(error), "time_limit")
-    if isinstance(error, EngineFailed):
-        return ApiError(503, str(error), "engine_failed", Retry_After="5")
-    return ApiError(400, str(error))
+    return ApiError(503, str(error), "engine_failed", Retry_After="5")
 
 
 class DocumentedRequest(BaseModel):

@@ -11,13 +11,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "models" / "tiny"
 
-# Answers with 50 words and remembers nothing.
+# `serve` as it is, over an engine that answers with 50 words and remembers nothing.
 FAKE = f"""
-import contextlib, sys
+import argparse, sys
 sys.path.insert(0, {str(ROOT)!r})
-from helpers.service import listen
-from helpers.service_api import Server, Settings, create_app
-from helpers.service_queue import ChipQueue
+from helpers import service
 from helpers.tokenizer import QwenTokenizer
 from tests.unit.fake_runner import FakeRunner
 tokenizer = QwenTokenizer.open({str(TINY)!r})
@@ -25,13 +23,12 @@ class Forgetful(FakeRunner):
     def generate(self, *args, **settings):
         self.answers.clear()
         return super().generate(*args, **settings)
-queue = ChipQueue(lambda: Forgetful(lambda ids: tokenizer.encode("word " * 50), step_s=0.001), tokenizer, 10)
-app = create_app(queue, queue.start(), Settings("tiny", ""))
-bound = listen("127.0.0.1", 0)
-print("listening on http://127.0.0.1:%d" % bound.getsockname()[1], file=sys.stderr, flush=True)
-with contextlib.suppress(KeyboardInterrupt):
-    Server(app, queue).run(sockets=[bound])
-queue.close()
+service.open_tokenizer = lambda *args: tokenizer
+service.open_engine = lambda *args, **settings: None
+service.QwenRunner = lambda engine: Forgetful(lambda ids: tokenizer.encode("word " * 50), step_s=0.001)
+parser = argparse.ArgumentParser()
+service.add_arguments(parser)
+service.run(parser.parse_args(["--model", "tiny", "--system", "", "--port", "0", *sys.argv[1:]]))
 """
 
 
@@ -50,7 +47,7 @@ class Served:
         self.log = []
         for line in self.process.stderr:
             self.log.append(line)
-            if found := re.search(r"listening on (http://127\.0\.0\.1:\d+)", line):
+            if found := re.search(r"listening on (http://\S+:\d+)", line):
                 self.url = found[1]
                 break
         else:
@@ -59,8 +56,8 @@ class Served:
         self._reader.start()
 
     @classmethod
-    def fake(cls, **environment) -> "Served":
-        return cls([sys.executable, "-c", FAKE], **environment)
+    def fake(cls, *options, **environment) -> "Served":
+        return cls([sys.executable, "-c", FAKE, *options], **environment)
 
     def _status(self, name):
         status = Path(f"/proc/{self.process.pid}/status").read_text()

@@ -753,6 +753,54 @@ def test_a_name_that_another_site_has_resolved_to_here_is_refused(serve, path):
         assert read_all(client)[0] == 200
 
 
+def test_the_options_reach_the_service():
+    options = (
+        "--allow-host",
+        "chat.example.com",
+        "--allow-origin",
+        "https://a.example",
+        "--waiting",
+        "3",
+        "--name",
+        "x",
+    )
+    served = Served.fake(
+        *options, "--forwarded-allow-ips", "127.0.0.1", "--max-body", "999", **{KEY_VARIABLE: GOOD_KEY}
+    )
+    try:
+        with httpx.Client(base_url=served.url, trust_env=False, timeout=600) as http:
+            http.headers["Authorization"] = f"Bearer {GOOD_KEY}"
+
+            def status(**headers):
+                return http.get(
+                    "/v1/models/x", headers={k.replace("_", "-"): v for k, v in headers.items()}
+                ).status_code
+
+            assert status() == status(Host="chat.example.com") == status(Origin="https://a.example") == 200
+            assert status(Host="evil.example") == status(Origin="https://evil.example") == 403
+            assert status(Authorization="Bearer no") == 401
+            assert status(X_Forwarded_Host="evil.example") == 403
+            forwarded = {"X_Forwarded_Host": "chat.example.com", "X_Forwarded_Proto": "https"}
+            assert status(**forwarded, Origin="https://chat.example.com") == 200
+            assert http.get("/health").json()["waiting_limit"] == 3
+            assert http.post("/v1/chat/completions", json=ask("q" * 999)).status_code == 413
+    finally:
+        assert served.close() == 0
+    assert not any("warning" in line for line in served.log)
+
+
+@pytest.mark.parametrize(("host", "key", "warned"), [("0.0.0.0", "", True), ("0.0.0.0", GOOD_KEY, False)])
+def test_a_service_for_all_without_a_key_is_warned_of(host, key, warned):
+    served = Served.fake("--host", host, **{KEY_VARIABLE: key})
+    try:
+        with socket.create_connection(("127.0.0.1", int(served.url.rpartition(":")[2])), timeout=600) as client:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: any.name\r\n\r\n")
+            assert read_all(client)[0] == 200
+    finally:
+        assert served.close() == 0
+    assert any("every machine that reaches 0.0.0.0" in line for line in served.log) == warned
+
+
 def test_names_are_not_asked_for_where_other_machines_are_served():
     assert access(loopback=False)["access"].hosts is None
     hosts = access("--host", "0.0.0.0", "--allow-host", "chat.example.com:443", loopback=False)["access"].hosts
@@ -1026,10 +1074,11 @@ def test_only_this_machine_unless_told_otherwise():
     add_arguments(parser)
     with listen(parser.parse_args(["--model", "m"]).host, 0) as bound:
         assert is_loopback(bound)
-        with pytest.raises(UserError, match="port"):
+        with pytest.raises(UserError, match="Cannot listen on .* port"):
             listen("127.0.0.1", bound.getsockname()[1])
-        with pytest.raises(UserError, match="65535"):
-            listen("127.0.0.1", bound.getsockname()[1] + (1 << 16))
+        for port in (-1, 1 << 16):
+            with pytest.raises(UserError, match=f"--port is {port}, .* 65535"):
+                listen("127.0.0.1", port)
         with pytest.raises(UserError, match="host"):
             listen("no.such.host.invalid", 0)
     with listen("0.0.0.0", 0) as bound:

@@ -225,7 +225,7 @@ def test_fifty_clients_a_third_of_which_leave(server):
 
 
 def test_memory_does_not_grow():
-    server = Served.fake()
+    server = Served.fake("--waiting", "10")
     try:
         for _ in range(3):
             crowd(server.url, 50, "hello")
