@@ -126,8 +126,9 @@ def test_the_sampling_head_computes_its_formula(sample_head, penalty):
     """The net as the code of now makes it, in onnxruntime, for all logits of a vocabulary; tokens without a tie."""
     random, size = np.random.default_rng(2), 3008
     head = sample_head(40)
-    for top_p, temperature in ((0.8, 1.0), (0.3, 0.6), (0.05, 3.0), (0.999, 0.2)):
-        logits = np.float32(random.normal(-2 if top_p == 0.3 else 0, 1, size))
+    # The best logits of 3008 are 3 above the mean: all of them positive, some, none.
+    for top_p, temperature, mean in ((0.8, 1.0, 0), (0.3, 0.6, -2.8), (0.05, 3.0, -6), (0.999, 0.2, -2.8)):
+        logits = np.float32(random.normal(mean, 1, size))
         # Likely tokens of both signs, some of them twice, and others of no consequence.
         said = np.concatenate([np.argsort(-logits)[:30:2], random.integers(0, size, 22), np.argsort(-logits)[:6:2]])
         probabilities, tokens = head(logits[None], said[None], top_p, temperature, penalty)
@@ -137,7 +138,7 @@ def test_the_sampling_head_computes_its_formula(sample_head, penalty):
         order = np.argsort(-wanted)[:50]
         weights = np.exp((wanted[order] - wanted[order[0]]) / temperature)
         kept = (np.cumsum(weights) / weights.sum() < top_p) | (np.arange(50) < 5)
-        assert tokens[0].tolist() == order.tolist()
+        assert probabilities.shape == tokens.shape == (1, 50) and tokens[0].tolist() == order.tolist()
         np.testing.assert_allclose(probabilities[0], weights * kept / (weights * kept).sum(), atol=1e-6)
 
 

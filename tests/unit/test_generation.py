@@ -165,11 +165,10 @@ def test_draws_are_spread_as_the_options_promise(sampler, settings):
     """Against plain numpy, with a tolerance of five standard deviations; the seed makes it the same every time."""
     options = {"temperature": 1.0, "top_p": 0.97, "top_k": 50, "repetition_penalty": 1.0, "repetition_last_n": 32}
     sampling = Sampling(**options | settings)
-    # Of the likely tokens some were said long ago, some of late, most never; the last 40 can be drawn by mistake only.
-    prompt = [0, 1, 2, 3, 4, 90, 91, 92, 93, 5, 94, 6, 5]
+    # Of the likely tokens, with logits of both signs, some were said long ago, some of late, most never.
+    prompt = [0, 1, 2, 16, 4, 90, 91, 92, 18, 5, 94, 17, 5]
     logits = np.full(VOCABULARY, -9.0, dtype=np.float32)
-    logits[:60] = np.linspace(2.0, -2.0, 60)
-    logits[7] = -0.01
+    logits[:60] = np.linspace(1.0, -3.0, 60)
     sampler.prefill(prompt)
     sampler.engine.write(sampler.engine.output_tensor("lm_head", 0), logits[None])
     expected = distribution(
