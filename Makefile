@@ -21,7 +21,7 @@ test: setup ## everything that tells whether it is right
 
 # JupyterLab refuses to run as root unless it is told.
 lab: setup ## the same notebooks in JupyterLab
-	@PATH="$(CURDIR)/.venv/bin:$$PATH" $(PYTHON) -m jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/notebooks/00-environment.ipynb $(ARGS)
+	@PATH="$$PWD/.venv/bin:$$PATH" $(PYTHON) -m jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/notebooks/00-environment.ipynb $(ARGS)
 
 doctor: setup ## what this machine has, what it lacks, and the remedy
 	@$(PYTHON) -m helpers doctor $(ARGS)

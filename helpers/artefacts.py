@@ -199,6 +199,9 @@ def building(
     Raises UserError where the disk is full.
     """
     artefact = Path(artefact)
+    if artefact.is_symlink() and not artefact.is_file():
+        # A folder that is kept on another disk stays there, and the link to it.
+        artefact = Path(os.path.realpath(artefact))
     artefact.parent.mkdir(parents=True, exist_ok=True)
     staging = artefact.parent / f".{artefact.name}.{os.getpid()}.partial"
     _remove_abandoned(artefact)

@@ -195,10 +195,8 @@ def cut_vocabulary(folder: Path) -> bytes | None:
 
 
 def _contents(file: Path) -> bytes | None:
-    try:
-        return file.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
+    # From a pipe nothing may ever come, and a device may have no end.
+    return file.read_bytes() if file.is_file() else None
 
 
 def _write(file: Path, contents: bytes) -> None:

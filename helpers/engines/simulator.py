@@ -202,8 +202,11 @@ class SimulatorProcess:
             self._scratch = scratch = tempfile.mkdtemp(prefix="qwen-simulator-")
             self._log = os.path.join(scratch, "log")
             # The wheel's libcmodel.so and libbmlib.so.0 are links that its tools turn to other chips.
-            os.symlink(libraries / "libcmodel_bm1684x.so", os.path.join(scratch, "libcmodel.so"))
-            os.symlink(libraries / "libbmlib_bm1684x.so.0", os.path.join(scratch, "libbmlib.so.0"))
+            for library, name in (("libcmodel_bm1684x.so", "libcmodel.so"), ("libbmlib_bm1684x.so.0", "libbmlib.so.0")):
+                try:
+                    os.symlink(libraries / library, os.path.join(scratch, name))
+                except OSError:  # a disk without links
+                    shutil.copyfile(libraries / library, os.path.join(scratch, name))
             connection = self._start_best(libraries, scheduling, need)
         except BaseException as error:
             if scratch:

@@ -28,7 +28,12 @@ def candidates() -> Iterator[bytes | str]:
     if library := _kept(kept_file()):
         yield library
     compilers = {}
-    for command in (shlex.split(os.environ.get("CC", "")), ["cc"], ["gcc"], ["clang"]):
+    named = os.environ.get("CC", "")
+    try:
+        named = shlex.split(named)
+    except ValueError:  # a quote that is not closed: it may be of the program's name
+        named = [named]
+    for command in (named, ["cc"], ["gcc"], ["clang"]):
         if command and (program := shutil.which(command[0])):
             compilers.setdefault((os.path.realpath(program), *command[1:]), (program, *command[1:]))
     if not compilers:

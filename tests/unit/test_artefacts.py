@@ -195,3 +195,18 @@ def test_without_locks_it_goes_on_with_one_warning(tmp_path, preload, error):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout == "inside\n" * 3
     assert done.stderr.count("\n") == 1 and "has no file locks" in done.stderr and str(tmp_path) in done.stderr
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_on_another_disk_stays_there_and_the_link_to_it(tmp_path, there):
+    disk, link = tmp_path / "disk" / "folder", tmp_path / "out" / "folder"
+    (disk if there else disk.parent).mkdir(parents=True)
+    link.parent.mkdir()
+    link.symlink_to(disk)
+    for text in ("first", "second"):
+        with artefacts.building(link, kind="test", inputs={"a": text}, settings={}) as partial:
+            partial.mkdir()
+            (partial / "net").write_text(text)
+        assert link.is_symlink() and (disk / "net").read_text() == text
+        assert artefacts.up_to_date(link, {"a": text}, {})
+        assert [path.name for path in (*link.parent.iterdir(), *disk.parent.iterdir())] == ["folder"] * 2

@@ -427,6 +427,20 @@ def test_a_compiler_that_is_of_no_use_is_named_and_the_next_one_taken(
         assert yields(engine)
 
 
+def test_a_compiler_whose_name_has_an_open_quote_is_passed_over(bmodels, cache, monkeypatch):
+    monkeypatch.setenv("CC", 'gcc "')
+    with open_engine(bmodels["basic"], engine="simulator") as engine:
+        assert yields(engine)
+
+
+def test_a_temporary_folder_without_links(bmodels, preload):
+    environment = preload("int symlink(const char *to, const char *path) { errno = EPERM; return -1; }")
+    code = "import sys; from helpers.engines import open_engine; open_engine(sys.argv[1], engine='simulator').close()"
+    command = [sys.executable, "-c", code, str(bmodels["basic"])]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "TMPDIR"])
 @pytest.mark.parametrize("name", ["with space", "with:colon", "with;semicolon", "mit-ü", "with$dollar"])
 def test_any_name_of_a_folder(bmodels, cache, monkeypatch, tmp_path, variable, name):

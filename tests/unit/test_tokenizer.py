@@ -214,6 +214,14 @@ def test_a_folder_without_a_vocabulary(tmp_path):
         QwenTokenizer.open(tmp_path / "other.tiktoken")
 
 
+def test_a_pipe_or_a_device_is_no_vocabulary_and_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "qwen.tiktoken")
+    for path in (tmp_path, tmp_path / "qwen.tiktoken", "/dev/zero"):
+        code = f"from helpers.tokenizer import QwenTokenizer; QwenTokenizer.open({str(path)!r})"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+        assert "UserError: There is no vocabulary at" in done.stderr
+
+
 @pytest.mark.parametrize("ranks", [255, 151644, "3000"])
 def test_a_cut_that_cannot_be_is_refused(tmp_path, ranks):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"qwen_tokenizer_ranks": ranks}))
