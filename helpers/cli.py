@@ -81,6 +81,11 @@ def _remedy(error: OSError) -> str | None:
 
 
 def _run(argv: list[str]) -> int:
+    if sys.flags.optimize > 1:
+        raise UserError(
+            "Python was told to leave out docstrings (PYTHONOPTIMIZE=2 or -OO), which transformers and the patches "
+            "read: unset PYTHONOPTIMIZE."
+        )
     parser = argparse.ArgumentParser(prog="python -m helpers", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     asked = next((word for word in argv if not word.startswith("-")), None)

@@ -254,8 +254,8 @@ def environment(threads: int | None = None, kernel_locks: bool = True) -> dict[s
     env["PPL_RUNTIME_PATH"] = str(ppl / "deps")
     env["TPUKERNEL_CUSTOM_FIRMWARE_PATH"] = str(wheel / "lib" / "libcmodel_custom.so")
     env["CUSTOM_LAYER_UNITTEST_DIR"] = str(wheel / "customlayer" / "test_if" / "unittest")
-    # The wheel's own start-up warns of pkg_resources in every process.
-    env.setdefault("PYTHONWARNINGS", "ignore")
+    # The wheel's own start-up warns of pkg_resources in every process: with PYTHONWARNINGS=error it would not start.
+    env["PYTHONWARNINGS"] = "ignore"
     if threads:
         env["OMP_NUM_THREADS"] = str(threads)
     return env

@@ -1,6 +1,7 @@
 """What the command line makes of files and pipes that the system refuses: one sentence, never a traceback."""
 
 import errno
+import os
 import subprocess
 import sys
 
@@ -83,3 +84,11 @@ def test_an_answer_that_cannot_be_written_is_no_success():
         done = subprocess.run(STATUS, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["doctor"]])
+def test_python_without_docstrings_is_told_what_to_do(arguments):
+    command = [sys.executable, "-m", "helpers", *arguments]
+    environment = os.environ | {"PYTHONOPTIMIZE": "2"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "unset PYTHONOPTIMIZE" in done.stderr

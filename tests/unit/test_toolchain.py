@@ -103,3 +103,11 @@ def test_another_program_named_parallel_is_not_gnu_parallel(tmp_path, monkeypatc
         toolchain.require_parallel()
     fake.write_text("#!/bin/sh\necho GNU parallel 20221122\n")
     assert toolchain.require_parallel() == str(fake)
+
+
+def test_warnings_that_are_errors_here_do_not_end_the_wheels_programs(monkeypatch):
+    """Importing the wheel warns of pkg_resources."""
+    monkeypatch.setenv("PYTHONWARNINGS", "error")
+    command = [sys.executable, "-c", "import tpu_mlir"]
+    assert subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode != 0
+    subprocess.run(command, env=toolchain.environment(), check=True)
