@@ -1,8 +1,11 @@
+import errno
 import os
+import platform
 import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 
 import pytest
 
@@ -23,11 +26,54 @@ def test_an_artefact_is_up_to_date_only_for_the_same_inputs_and_settings(tmp_pat
     assert not artefacts.up_to_date(path, {"a": "1"}, {"s": 2})
 
 
+@pytest.mark.parametrize("tool", ["python", "tpu-mlir", "torch", "onnx", "onnxruntime", "transformers", "numpy"])
+def test_what_another_version_of_a_tool_made_is_not_up_to_date(tool, tmp_path, monkeypatch):
+    build(tmp_path / "file.bin")
+    assert artefacts.up_to_date(tmp_path / "file.bin", {"a": "1"}, {"s": 1})
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0.0" if name == tool else version(name))
+    if tool == "python":
+        monkeypatch.setattr(platform, "python_version", lambda: "0.0")
+    assert not artefacts.up_to_date(tmp_path / "file.bin", {"a": "1"}, {"s": 1})
+
+
 def test_a_corrupted_output_is_not_up_to_date(tmp_path):
     path = tmp_path / "file.bin"
     build(path)
     path.write_text("cOntent")
     assert not artefacts.up_to_date(path, {"a": "1"}, {"s": 1})
+
+
+def test_a_corrupted_file_deep_in_a_folder_is_seen(tmp_path):
+    with artefacts.building(tmp_path / "folder", kind="test", inputs={}, settings={}) as partial:
+        (partial / "sub").mkdir(parents=True)
+        (partial / "top").write_text("content")
+        (partial / "sub" / "file").write_text("content")
+    assert artefacts.up_to_date(tmp_path / "folder", {}, {})
+    (tmp_path / "folder" / "sub" / "file").write_text("cOntent")
+    assert not artefacts.up_to_date(tmp_path / "folder", {}, {})
+
+
+def test_a_manifest_that_proves_nothing_is_not_believed(tmp_path):
+    path = tmp_path / "file.bin"
+    build(path)
+    manifest = artefacts.read_manifest(path)
+    recorded = manifest["outputs"]["file.bin"]
+    near = recorded["sha256"][:-1] + ("0" if recorded["sha256"][-1] != "0" else "1")
+    for outputs in ({}, {"file.bin": recorded | {"sha256": near}}):
+        artefacts.write_json(artefacts.manifest_path(path), manifest | {"outputs": outputs})
+        assert not artefacts.up_to_date(path, {"a": "1"}, {"s": 1})
+
+
+def test_a_file_is_written_anew_where_its_content_differs_by_one_letter(tmp_path):
+    for content in (b"first", b"fIrst", b"longer than that"):
+        artefacts.write_file(tmp_path / "file", content)
+        assert (tmp_path / "file").read_bytes() == content
+
+
+def test_a_digest_does_not_depend_on_the_order_of_keys():
+    assert artefacts.digest_of({"a": 1, "b": [2]}) == artefacts.digest_of({"b": [2], "a": 1})
+    assert artefacts.digest_of({"a": 1, "b": [2]}) != artefacts.digest_of({"a": 1, "b": [3]})
 
 
 def test_a_failure_leaves_what_was_there(tmp_path):
@@ -117,6 +163,35 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     assert not path.exists()
     build(path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file.bin", "file.bin.json"]
+
+
+def test_two_processes_that_build_one_artefact_leave_each_other_alone(tmp_path):
+    path = tmp_path / "file.bin"
+    code = (
+        "import sys\nfrom helpers import artefacts\n"
+        "with artefacts.building(sys.argv[1], kind='t', inputs={}, settings={}) as partial:\n"
+        "    print('ready', flush=True)\n    sys.stdin.read()\n    partial.write_text('theirs')\n"
+    )
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"ready\n"
+        build(path, "ours")
+        assert path.read_text() == "ours"
+        _, said = process.communicate()
+    assert process.returncode == 0, said
+    assert path.read_text() == "theirs" and artefacts.up_to_date(path, {}, {})
+
+
+def test_a_quota_that_is_used_up_is_a_sentence_too(tmp_path):
+    with pytest.raises(UserError, match="No space left"):
+        with artefacts.building(tmp_path / "x", kind="t", inputs={}, settings={}):
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+
+def test_free_is_what_an_ordinary_user_may_still_write(tmp_path, monkeypatch):
+    sizes = os.statvfs_result((4096, 4096, 1000, 500, 400, 0, 0, 0, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: sizes)
+    assert artefacts.free_bytes(tmp_path / "not" / "there") == 400 * 4096
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
