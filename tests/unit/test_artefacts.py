@@ -4,6 +4,7 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
 from importlib import metadata
 
@@ -126,6 +127,27 @@ def test_what_other_code_made_is_not_up_to_date_and_said_once_a_folder(tmp_path,
     assert not artefacts.up_to_date(tmp_path / "b", {}, {}, other)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and str(tmp_path) in said and "made anew" in said
+
+
+STEPS = {
+    "exporting": ["exporting", "modeling", "checkpoint"],
+    "compiler_jobs": ["compiler_graph", "compiler_jobs", "compiler_profile", "compiler_worker"],
+    "compiling": ["compiling", "compiler_profile"],
+    "llm_convert": ["llm_convert", "checkpoint", "compiler_profile"],
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_code_that_makes_an_artefact_is_among_what_it_was_made_from(step, own_copy):
+    code = (
+        "import importlib, sys\nstep = importlib.import_module(f'helpers.{sys.argv[1]}')\n"
+        "for name in sys.argv[2:]:\n    before = step._CODE\n"
+        "    with open(f'helpers/{name}.py', 'a') as file:\n        file.write('# changed')\n"
+        "    assert importlib.reload(step)._CODE != before, f'{name} does not count'\n"
+    )
+    command = [sys.executable, "-c", code, step, *STEPS[step]]
+    done = subprocess.run(command, cwd=own_copy.root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_companions_move_in_with_their_file(tmp_path):
@@ -256,6 +278,22 @@ def test_one_process_at_a_time_holds_a_lock(tmp_path):
         process.wait()
     with artefacts.locked(tmp_path / "lock", "taken"):
         pass
+
+
+def test_who_says_nothing_of_a_lock_that_is_taken_waits_for_it(tmp_path):
+    order = []
+
+    def second():
+        with artefacts.locked(tmp_path / "lock"):
+            order.append("second")
+
+    thread = threading.Thread(target=second)
+    with artefacts.locked(tmp_path / "lock"):
+        thread.start()
+        thread.join(0.2)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
 
 
 @pytest.mark.parametrize("error", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])

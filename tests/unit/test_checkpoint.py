@@ -109,6 +109,30 @@ def test_one_bit_of_one_weight_changes_the_digest_of_its_block_only(tmp_path, we
     assert one.digest("transformer.h.2") == other.digest("transformer.h.2")
 
 
+def test_the_same_bytes_by_another_name_or_of_another_dtype_have_another_digest(tmp_path, weights):
+    one, two = f"{BLOCK}.mlp.w1.weight", f"{BLOCK}.mlp.w2.weight"
+    turned = weights | {one: weights[two], two: weights[one]}
+    halves = weights | {one: weights[one].view(torch.float16)}
+    digests = {
+        Checkpoint.open(write(tmp_path / str(number), tensors, "safetensors")).digest(BLOCK)
+        for number, tensors in enumerate((weights, turned, halves))
+    }
+    assert len(digests) == 3
+
+
+def test_what_a_config_leaves_out_is_what_the_checkpoints_own_code_takes(tmp_path, weights):
+    from helpers import modeling
+
+    folder = write(tmp_path / "c", weights, "safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("layer_norm_epsilon", "rotary_emb_base", "no_bias"):
+        del config[key]
+    (folder / "config.json").write_text(json.dumps(config))
+    own = modeling.load_modeling(TINY).QWenConfig()
+    checkpoint = Checkpoint.open(folder)
+    assert (checkpoint.eps, checkpoint.rotary_base) == (own.layer_norm_epsilon, own.rotary_emb_base)
+
+
 def test_not_a_checkpoint(tmp_path):
     with pytest.raises(UserError, match="not a folder"):
         Checkpoint.open(tmp_path / "absent")
@@ -191,6 +215,21 @@ def test_the_same_weights_in_both_formats_are_one_set(tmp_path, weights):
     write(tmp_path / "c", {name: tensor.float() for name, tensor in weights.items()}, "bin")
     checkpoint = Checkpoint.open(write(tmp_path / "c", weights, "safetensors sharded"))
     assert {file.suffix for file in checkpoint.files.values()} == {".safetensors"}
+
+
+def test_sets_that_differ_in_their_last_layer_are_two(tmp_path, weights):
+    write(tmp_path / "c", weights, "bin")
+    write(tmp_path / "c", weights | {"transformer.h.3.attn.c_attn.weight": torch.zeros(384, 128)}, "safetensors")
+    with pytest.raises(UserError, match="two whole sets of weights"):
+        Checkpoint.open(tmp_path / "c")
+
+
+def test_a_config_with_biases_wants_them(tmp_path, weights):
+    folder = write(tmp_path / "c", weights, "safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"no_bias": False}))
+    with pytest.raises(UserError, match="lack transformer.h.0.attn.c_proj.bias"):
+        Checkpoint.open(folder)
 
 
 def test_a_set_that_is_not_whole_is_no_choice(tmp_path, weights):

@@ -23,7 +23,7 @@ from onnx import TensorProto, helper
 from helpers import artefacts, compiler_graph, compiler_jobs, compiling, toolchain
 from helpers.bmodel import read_bmodel, strip_time
 from helpers.compiler_jobs import MemoryGate, own_error
-from helpers.compiler_profile import estimates, read_profile
+from helpers.compiler_profile import PROFILE, estimates, read_profile
 from helpers.errors import UserError
 from helpers.onnx_signature import read_signature
 from tests.unit import small_nets
@@ -79,12 +79,74 @@ def test_the_file_has_the_documented_name_and_a_manifest(compiled):
     assert set(manifest["nets"]) == set(NETS) == set(manifest["inputs"])
     for net in ("block_0", "block_cache_0", "lm_head"):
         record = manifest["nets"][net]
-        assert record["bytes"] > 0 and record["cycles"] > 1000 and 0 < record["ddr_bw"] < 100
+        alone = read_bmodel(compiled.parent / "int8_1dev" / net / f"{net}.bmodel").nets[net]
+        assert record["bytes"] == alone.weight_bytes + alone.instruction_bytes
+        assert record["cycles"] > 1000 and 0 < record["ddr_bw"] < 100
         assert record["ms"] == pytest.approx(record["cycles"] / 1e6)
     kinds = {"first_token_ms": ["embedding", "block_0", "lm_head"]}
     kinds["decode_ms"] = ["embedding_cache", "block_cache_0", "lm_head"]
     for key, parts in kinds.items():
         assert manifest["estimates"][key] == pytest.approx(sum(manifest["nets"][p]["ms"] for p in parts), abs=1e-5)
+
+
+def test_a_net_s_own_folder_has_its_bmodel_its_mlir_and_the_profile(compiled):
+    for net in ("block_0", "greedy_head"):
+        made = {path.name for path in (compiled.parent / "int8_1dev" / net).iterdir()}
+        assert made - {PROFILE} == {f"{net}.bmodel", f"{net}.mlir", "manifest.json"}
+    assert "top.Input" in (compiled.parent / "int8_1dev" / "block_0" / "block_0.mlir").read_text()
+
+
+def test_what_crosses_to_the_chip_has_the_documented_types(compiled):
+    nets = {name: net.info for name, net in read_bmodel(compiled).nets.items()}
+    states = "bfloat16"
+    sampling = (["float32", "int32", "float32", "float32", "float32"], ["float32", "int32"])
+    found = {name: tuple([t.dtype for t in side] for side in (net.inputs, net.outputs)) for name, net in nets.items()}
+    assert found == {
+        "embedding": (["int32"], [states]),
+        "embedding_cache": (["int32"], [states]),
+        "block_0": ([states, "int32", states], [states] * 3),
+        "block_cache_0": ([states, "int32", states, states, states], [states] * 3),
+        "lm_head": ([states], ["float32"]),
+        "greedy_head": (["float32"], ["int32"]),
+        "penalty_sample_head": sampling,
+    }
+
+
+def test_the_heads_tell_logits_apart_that_are_one_in_bfloat16(compiled):
+    logits = np.zeros((1, small_nets.VOCAB), np.float32)
+    logits[0, [7, 150]] = 1, 1.0001
+    (token,) = outputs_on_simulator(compiled, "greedy_head", [logits])
+    assert token.item() == 150
+
+
+DOCUMENTED = {
+    "bf16": "--quantize BF16",
+    "int8": "--quantize W8BF16 --q_group_size 64",  # the tools' own size of a group
+    "int4": "--quantize W4BF16 --q_group_size 64",
+}
+
+
+@pytest.mark.parametrize("mode", DOCUMENTED)
+@pytest.mark.parametrize("addr_mode", ["basic", "io_alone"])
+def test_each_net_has_the_flags_of_the_documented_script(mode, addr_mode):
+    past = " --addr_mode io_alone" if addr_mode == "io_alone" else ""
+    flags = dict.fromkeys(("embedding", "embedding_cache"), "--quantize BF16 --quant_input --quant_output")
+    flags |= dict.fromkeys(("greedy_head", "penalty_sample_head"), "--quantize F32")
+    flags["lm_head"] = f"{DOCUMENTED[mode]} --quant_input"
+    flags["block_7"] = f"{DOCUMENTED[mode]} --quant_input --quant_output"
+    flags["block_cache_7"] = flags["block_7"] + past
+    for net, documented in flags.items():
+        found = compiling.net_settings(net, mode, 1, addr_mode, False)
+        given = f"--quantize {found['quantize']}"
+        given += f" --q_group_size {found['q_group_size']}" * bool(found["q_group_size"])
+        given += " --quant_input" * found["quant_input"] + " --quant_output" * found["quant_output"]
+        assert given + f" --addr_mode {found['addr_mode']}" * (found["addr_mode"] != "basic") == documented, net
+        assert found["num_device"] == 1 and not found["dynamic"]
+
+
+def test_what_is_dynamic_takes_a_prompt_and_nothing_else_is():
+    dynamic = {net for net in NETS if compiling.net_settings(net, "int8", 1, "basic", True)["dynamic"]}
+    assert dynamic == {"embedding", "block_0"}
 
 
 def test_a_second_compile_makes_nothing(nets, compiled):
@@ -277,6 +339,7 @@ def test_documented_options_are_taken(nets, tmp_path):
     out = ["--onnx", str(nets), "--out", str(tmp_path), "--name", "tiny"]
     assert main(["compile", *out, "--dynamic", "1"]) == 0  # int8 without --mode
     assert (tmp_path / "tiny_int8_1dev_dyn.bmodel").exists()
+    assert artefacts.read_manifest(tmp_path / "tiny_int8_1dev_dyn.bmodel")["settings"]["addr_mode"] == "basic"
     assert main(["compile", *out, "--seq_length", "7"]) == 2
 
 
@@ -306,10 +369,46 @@ def test_a_truncated_net_is_refused_before_anything_runs(nets, tmp_path):
 
 def test_a_net_changed_after_its_export_is_refused(nets, tmp_path):
     folder = linked_copy(nets, tmp_path / "onnx")
-    outputs = {"block_0.onnx": {"sha256": "0" * 64}}
+    exported = artefacts.sha256_file(folder / "block_0.onnx")
+    outputs = {"block_0.onnx": {"sha256": exported[:-1] + ("1" if exported[-1] == "0" else "0")}}
     (folder / "manifest.json").write_text(json.dumps({"outputs": outputs}))
     with pytest.raises(UserError, match="block_0.onnx is not what the export wrote"):
         compiling.compile_model(folder, tmp_path / "out", "small", "int8")
+
+
+def test_weights_changed_after_the_export_are_refused(nets, tmp_path):
+    folder = linked_copy(nets, tmp_path / "onnx")
+    model = onnx.load(folder / "block_0.onnx")
+    (folder / "block_0.onnx").unlink()
+    onnx.save(model, folder / "block_0.onnx", save_as_external_data=True, location="block_0.weights", size_threshold=0)
+    outputs = {name: {"sha256": artefacts.sha256_file(folder / name)} for name in ("block_0.onnx", "block_0.weights")}
+    (folder / "manifest.json").write_text(json.dumps({"outputs": outputs}))
+    with open(folder / "block_0.weights", "r+b") as file:
+        file.write(b"\x7f")
+    with pytest.raises(UserError, match="block_0.weights is not what the export wrote"):
+        compiling.compile_model(folder, tmp_path / "out", "small", "int8")
+
+
+def test_a_file_that_is_written_in_place_is_read_again(tmp_path):
+    path = tmp_path / "net.weights"
+    digests = set()
+    for second, content in enumerate((b"first", b"fIrst")):
+        path.write_bytes(content)
+        os.utime(path, (second, second))
+        digests.add(compiler_jobs.machine.digest(path))
+    assert len(digests) == 2
+
+
+def test_nets_of_two_exports_in_one_folder_are_refused(nets, tmp_path):
+    for net, at in (("block", 1), ("block", 2), ("block_cache", 2)):
+        folder = linked_copy(nets, tmp_path / f"{net}{at}")
+        for kind in ("block", "block_cache"):
+            model = onnx.load(nets / f"{kind}_0.onnx")
+            if kind == net:
+                model.graph.input[0].type.tensor_type.shape.dim[at].dim_value += 8
+            onnx.save(model, folder / f"{kind}_1.onnx")
+        with pytest.raises(UserError, match=f"{net}_1.onnx takes states .* mixes two exports"):
+            compiling.compile_model(folder, tmp_path / "out", "small", "int8")
 
 
 def test_a_missing_vocabulary_is_said_before_anything_runs(nets, tmp_path):
@@ -497,6 +596,37 @@ def test_too_little_memory_is_said_before_anything_runs(nets, tmp_path, monkeypa
     monkeypatch.setattr(compiler_jobs, "memory_budget", lambda: 300_000_000)
     with pytest.raises(UserError, match="needs 0.5 GB of memory, 0.3 GB are free"):
         compiling.compile_model(nets, tmp_path / "out", "small", "int8")
+
+
+def test_memory_is_looked_at_for_the_largest_net_and_for_each_one_where_it_compiles(nets, tmp_path, monkeypatch):
+    plan = compiling.plan_nets(nets)
+    largest = max(plan.nets, key=lambda net: plan.nets[net].weights_bytes)
+    assert plan.nets[largest].weights_bytes > 2 * plan.nets["greedy_head"].weights_bytes
+    monkeypatch.setattr(compiler_jobs, "needed_memory", lambda weights: weights)
+    monkeypatch.setattr(compiler_jobs, "memory_budget", lambda: plan.nets[largest].weights_bytes - 1)
+    with pytest.raises(UserError, match=f"Compiling {largest} needs"):
+        compiling.compile_model(nets, tmp_path / "out", "small", "int8")
+    # Where a scheduler sends the nets to other machines, each of these looks for itself.
+    monkeypatch.setattr(compiling, "check_memory", lambda plan: None)
+    with pytest.raises(UserError, match="This net needs"):
+        compiling.compile_model(nets, tmp_path / "out", "small", "int8", jobs=1)
+
+
+def test_weights_are_read_from_their_place_in_a_file(tmp_path):
+    from helpers.compiler_worker import contiguous, take_weights
+
+    arrays = {name: np.random.default_rng(1).random((200, 100), np.float32) + i for i, name in enumerate("abc")}
+    graph = helper.make_graph([], "weights", [], [], [onnx.numpy_helper.from_array(a, n) for n, a in arrays.items()])
+    path = tmp_path / "net.onnx"
+    onnx.save(helper.make_model(graph), path, save_as_external_data=True, location="net.weights", size_threshold=0)
+    found = take_weights(onnx.load(path, load_external_data=False), tmp_path)
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        np.testing.assert_array_equal(found[name], array)
+    large = np.arange(130 * 3000, dtype=np.float32).reshape(130, 3000)
+    for array in (large, large.T):
+        np.testing.assert_array_equal(contiguous(array), array)
+        assert contiguous(array).flags.c_contiguous
 
 
 def test_memory_needed_covers_what_was_measured():

@@ -39,8 +39,21 @@ def test_every_net_is_there_with_its_contract(onnx_tiny, patched_tiny):
         "greedy_head": ([[1, vocab]], [[1, 1]]),
         "penalty_sample_head": ([[1, vocab], [1, s], [1], [1], [1]], [[1, 50], [1, 50]]),
     }
+    inputs, cache = ["input_states", "position_ids", "attention_mask"], ["hidden_states", "past_k", "past_v"]
+    names = {
+        "block_3": (inputs, cache),
+        "block_cache_3": ([*inputs, "history_k", "history_v"], cache),
+        "penalty_sample_head": (["m_logits", "input_ids", "top_p", "temperature", "penalty"], ["probs", "token"]),
+    }
+    outputs = artefacts.read_manifest(onnx_tiny)["outputs"]
+    assert outputs.keys() == {path.name for path in onnx_tiny.iterdir() if path.suffix in (".onnx", ".weights")}
     for net, shapes in contract.items():
-        graph = onnx.load(onnx_tiny / f"{net}.onnx", load_external_data=False).graph
+        model = onnx.load(onnx_tiny / f"{net}.onnx", load_external_data=False)
+        # The one that the documented export has and TPU-MLIR's front end was made for.
+        assert [entry.version for entry in model.opset_import] == [15]
+        graph = model.graph
+        found = tuple([value.name for value in values] for values in (graph.input, graph.output))
+        assert found == names.get(net, found)
         onnx.checker.check_model(str(onnx_tiny / f"{net}.onnx"))
         found = tuple(
             [[dim.dim_value for dim in value.type.tensor_type.shape.dim] for value in values]
@@ -49,6 +62,9 @@ def test_every_net_is_there_with_its_contract(onnx_tiny, patched_tiny):
         assert found == shapes, net
         # The checker does not look whether an operator takes such types.
         onnxruntime.InferenceSession(str(onnx_tiny / f"{net}.onnx"), providers=["CPUExecutionProvider"])
+        # The compiler fuses attention where the mask is the second operand.
+        masked = [node.input[1] for node in graph.node if node.op_type == "Add" and "attention_mask" in node.input]
+        assert masked == ["attention_mask"] * net.startswith("block")
 
 
 def test_onnx_agrees_with_pytorch_net_by_net_and_in_the_chain(patched_tiny, onnx_tiny, prompt, stop_ids, tiny):
@@ -74,7 +90,10 @@ def test_nets_rotate_scale_and_normalise_as_the_checkpoint_says(base, trained, t
     (checkpoint / "config.json").write_text(json.dumps(config))
     patched = tmp_path / "patched"
     patching.apply(checkpoint, out=patched, seq_length=16)
-    folder = exporting.export(patched, tmp_path / "onnx", 16)
+    said = []
+    folder = exporting.export(patched, tmp_path / "onnx", 16, log=said.append)
+    assert any("trained for" in line for line in said) == (trained < 16)
+    assert artefacts.read_manifest(folder)["trained_seq_length"] == trained
     nets = {"embedding", "embedding_cache", *(f"{kind}_{i}" for kind in ("block", "block_cache") for i in (0, 1))}
     nets |= {"lm_head", "lm_head_with_topk", "greedy_head", "penalty_sample_head"}
     written = {path.stem for path in folder.glob("*.onnx")}
@@ -175,6 +194,75 @@ def test_a_second_export_writes_nothing_and_a_damaged_file_is_written_again(onnx
     assert artefacts.sha256_file(folder / "block_1.weights") == whole
 
 
+def test_weights_config_and_code_that_changed_are_exported_anew(tmp_path):
+    """Into one folder from one checkpoint after the other; what the nets of a change have in common stays."""
+    from safetensors.torch import load_file, save_file
+
+    def changed(name, **config):
+        checkpoint = write_random_checkpoint(tmp_path / name, **config)
+        tensors = load_file(checkpoint / "model.safetensors")
+        for weight in ("transformer.ln_f.weight", "lm_head.weight", "transformer.h.1.mlp.w1.weight"):
+            if name == weight:
+                tensors[weight][-1] += 1
+        save_file(tensors, checkpoint / "model.safetensors")
+        code = checkpoint / "modeling_qwen.py"
+        if name == "code":
+            assert code.read_text().count("F.silu(") == 1
+            code.write_text(code.read_text().replace("F.silu(", "F.relu("))
+        patching.apply(checkpoint, out=tmp_path / "patched" / name, seq_length=16)
+        exporting.export(tmp_path / "patched" / name, tmp_path / "onnx", 16)
+        return {path.name: path.read_bytes() for path in (tmp_path / "onnx").iterdir() if path.suffix != ".json"}
+
+    def differing(before, after):
+        return {name for name in before if before[name] != after[name]}
+
+    (tmp_path / "patched").mkdir()
+    first = changed("first")
+    blocks = {f"{kind}_{i}.onnx" for kind in ("block", "block_cache") for i in (0, 1)}
+    assert differing(first, changed("transformer.ln_f.weight")) == {"lm_head.weights"}
+    assert differing(first, changed("lm_head.weight")) == {"lm_head.weights"}
+    assert differing(first, changed("transformer.h.1.mlp.w1.weight")) == {"block_1.weights"}
+    heads = {"lm_head.onnx", "lm_head_with_topk.onnx"}
+    assert differing(first, changed("config", layer_norm_epsilon=0.02)) == blocks | heads
+    assert differing(first, changed("code")) == blocks
+
+
+def test_a_weight_file_has_every_value_at_a_page_of_its_own(tmp_path, monkeypatch):
+    """In pieces, as weights of more than 64 MB are written."""
+    import torch
+
+    monkeypatch.setattr(exporting, "_COPY_BYTES", 4 * 7)
+    tensors = {"a": torch.randn(3, 5).bfloat16(), "b": torch.randn(14), "c": torch.randn(1)}
+    weights = exporting.WeightFile(tmp_path / "weights")
+    weights.write(tensors)
+    content = (tmp_path / "weights").read_bytes()
+    for name, (offset, length) in weights.places.items():
+        assert offset % 4096 == 0
+        found = np.frombuffer(content[offset : offset + length], dtype="<f4")
+        np.testing.assert_array_equal(found, tensors[name].float().reshape(-1).numpy())
+
+
+def test_a_weight_that_the_exporter_drops_or_the_checkpoint_lacks_is_an_error(patched_tiny):
+    import torch
+
+    builder = exporting.NetBuilder(Checkpoint.open(patched_tiny), 64)
+    module = builder.embedding_net()
+    graph = exporting.trace(module, "embedding", builder.example("embedding"))
+    module.unused = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="dropped weights: unused"):
+        exporting.attach_weights(graph, module, exporting.WeightFile(None))
+    with pytest.raises(RuntimeError, match="has no wte.weight"):
+        exporting.load_weights(builder.embedding_net(), builder.checkpoint, {"transformer.ln_f.": "ln_f."})
+
+
+def test_what_is_written_already_needs_no_room(onnx_tiny, patched_tiny, tmp_path, monkeypatch):
+    checkpoint = Checkpoint.open(patched_tiny)
+    monkeypatch.setattr(artefacts, "free_bytes", lambda path: 10**5)
+    exporting.check_room(checkpoint, onnx_tiny, SEQ_LENGTH)
+    with pytest.raises(UserError, match="disk"):
+        exporting.check_room(checkpoint, tmp_path, SEQ_LENGTH)
+
+
 def test_another_sequence_length_is_another_export(patched_tiny, tmp_path):
     folder = exporting.export(patched_tiny, tmp_path / "onnx", 64)
     assert json.loads((folder / "manifest.json").read_text())["seq_length"] == 64
@@ -262,6 +350,9 @@ def test_nets_of_another_version_of_the_exporting_code_are_made_anew(patched_tin
     assert said.count("made anew") == 1 and "exporting" in said
     assert [name for name in first if first[name] != second[name]] == ["penalty_sample_head.onnx"]
     assert "made anew" not in export()[0]
+    own_copy.edit("helpers/generation.py", "\nCANDIDATES = 50", "\nCANDIDATES = 40")
+    _, third = export()
+    assert [name for name in second if second[name] != third[name]] == ["penalty_sample_head.onnx"]
 
 
 def test_a_checkpoint_that_other_code_patched_is_patched_anew_before_it_is_exported(tiny, tmp_path, own_copy):
