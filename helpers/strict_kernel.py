@@ -9,12 +9,16 @@ import ast
 import builtins
 import shlex
 import subprocess
+import sys
 import types
 
 STRICT = "set -eo pipefail; "
 # `long listing | head`: the listing ends by SIGPIPE, as it should.
 PIPE_CLOSED = 128 + 13
-
+# Python ignores that signal, and so would what IPython starts: the listing would go on, or fail in its own words.
+_WITH_SIGPIPE = (
+    "import os, signal, sys; signal.signal(signal.SIGPIPE, signal.SIG_DFL); os.execvp('bash', ['bash', *sys.argv[1:]])"
+)
 
 passed = 0  # asserts of the notebook that held
 
@@ -53,9 +57,10 @@ def _system(shell, command: str) -> None:
 
     command = shell.var_expand(command, depth=1)
     _refuse_background(command)
-    status = system(f"bash -c {shlex.quote(STRICT + command)}")
+    status = system(shlex.join([sys.executable, "-I", "-S", "-c", _WITH_SIGPIPE, "-c", STRICT + command]))
     shell.user_ns["_exit_code"] = status
-    _check(command, status)
+    # IPython says -13 where the shell says 141.
+    _check(command, status if status >= 0 else 128 - status)
 
 
 def _getoutput(shell, command: str, split: bool = True, depth: int = 0):
@@ -72,9 +77,11 @@ def _getoutput(shell, command: str, split: bool = True, depth: int = 0):
         errors="replace",
         check=False,
     )
-    if done.returncode:
+    try:
+        _check(command, done.returncode)
+    except CommandFailed:
         print(done.stdout, end="")
-    _check(command, done.returncode)
+        raise
     return SList(done.stdout.splitlines()) if split else LSString(done.stdout)
 
 

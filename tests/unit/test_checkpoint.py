@@ -217,6 +217,13 @@ def test_the_same_weights_in_both_formats_are_one_set(tmp_path, weights):
     assert {file.suffix for file in checkpoint.files.values()} == {".safetensors"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_weights_of_every_width_are_read(tmp_path, weights, dtype):
+    checkpoint = Checkpoint.open(write(tmp_path / "c", {n: t.to(dtype) for n, t in weights.items()}, "safetensors"))
+    for name, tensor in checkpoint.load(BLOCK).items():
+        assert tensor.dtype == dtype and torch.equal(tensor, weights[name].to(dtype))
+
+
 def test_sets_that_differ_in_their_last_layer_are_two(tmp_path, weights):
     write(tmp_path / "c", weights, "bin")
     write(tmp_path / "c", weights | {"transformer.h.3.attn.c_attn.weight": torch.zeros(384, 128)}, "safetensors")

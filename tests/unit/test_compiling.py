@@ -378,9 +378,9 @@ def test_a_net_changed_after_its_export_is_refused(nets, tmp_path):
 
 def test_weights_changed_after_the_export_are_refused(nets, tmp_path):
     folder = linked_copy(nets, tmp_path / "onnx")
-    model = onnx.load(folder / "block_0.onnx")
-    (folder / "block_0.onnx").unlink()
-    onnx.save(model, folder / "block_0.onnx", save_as_external_data=True, location="block_0.weights", size_threshold=0)
+    model, path = onnx.load(folder / "block_0.onnx"), folder / "block_0.onnx"
+    path.unlink()
+    onnx.save(model, str(path), save_as_external_data=True, location="block_0.weights", size_threshold=0)
     outputs = {name: {"sha256": artefacts.sha256_file(folder / name)} for name in ("block_0.onnx", "block_0.weights")}
     (folder / "manifest.json").write_text(json.dumps({"outputs": outputs}))
     with open(folder / "block_0.weights", "r+b") as file:
@@ -618,7 +618,8 @@ def test_weights_are_read_from_their_place_in_a_file(tmp_path):
     arrays = {name: np.random.default_rng(1).random((200, 100), np.float32) + i for i, name in enumerate("abc")}
     graph = helper.make_graph([], "weights", [], [], [onnx.numpy_helper.from_array(a, n) for n, a in arrays.items()])
     path = tmp_path / "net.onnx"
-    onnx.save(helper.make_model(graph), path, save_as_external_data=True, location="net.weights", size_threshold=0)
+    onnx.save(helper.make_model(graph), str(path), save_as_external_data=True, location="net.weights", size_threshold=0)
+    assert (tmp_path / "net.weights").stat().st_size >= 3 * 200 * 100 * 4
     found = take_weights(onnx.load(path, load_external_data=False), tmp_path)
     assert found.keys() == arrays.keys()
     for name, array in arrays.items():
@@ -656,6 +657,14 @@ def test_the_gate_never_lets_more_in_than_fits(needs):
     for thread in threads:
         thread.join(10)
     assert used == 0 and most <= 10
+
+
+def test_what_takes_all_of_the_memory_runs_and_what_takes_more_never_does():
+    gate = MemoryGate(10)
+    with gate.room_for(10):
+        pass
+    with pytest.raises(UserError, match="This net needs"), gate.room_for(11):
+        pytest.fail("there is no room")
 
 
 def test_two_compiles_in_one_folder_are_kept_apart(nets, compiled):

@@ -89,6 +89,7 @@ def test_a_right_notebook_passes(write, tmp_path):
             "pathlib.Path(out, f'net_{seq_length}.json').write_text(json.dumps([1]))",
             "!echo hello from the shell",
             "!yes y | head -n 60",
+            "lines = !yes n | head -n 3\nprint(lines)",
             cell("1 / 0", "raises-exception"),
             parameters="seq_length = 64\nout: str = '../out'",
             makes=["net_{seq_length}.json"],
@@ -96,11 +97,12 @@ def test_a_right_notebook_passes(write, tmp_path):
     )
     report = run_notebook(path, tmp_path / "done" / "00.ipynb", {"seq_length": 7}, out=tmp_path / "out")
     assert report.problems == [] and report.stderr_outputs == 0
-    assert report.cells == 8 and report.checks == 1
+    assert report.cells == 9 and report.checks == 1
     done = nbformat.read(tmp_path / "done" / "00.ipynb", as_version=4)
     text = [output.text.strip() for c in done.cells for output in c.get("outputs", []) if "text" in output]
     # A listing that its reader cuts short is no failure, and as many lines as are allowed no wall.
-    assert [line.splitlines() for line in text] == [[sys.prefix], ["hello from the shell"], ["y"] * 60]
+    wanted = [[sys.prefix], ["hello from the shell"], ["y"] * 60, ["['n', 'n', 'n']"]]
+    assert [line.splitlines() for line in text] == wanted
     assert (tmp_path / "out" / "net_7.json").exists()
 
 
@@ -121,8 +123,6 @@ TRAPS = {
         "`test wrong = right` ended with exit status 1",
     ),
     "command that ends as one whose pipe was closed": (tutorial("!exit 141"), "`exit 141` ended with exit status 141"),
-    "command in the background": (tutorial("!false &"), "runs in the background, where nobody sees it fail"),
-    "command in the background, captured": (tutorial("x = !false &"), "runs in the background"),
     "failing line of %%bash": (tutorial("%%bash\nfalse\necho done"), "CalledProcessError"),
     "script that may fail": (tutorial("%%script --no-raise-error false\nx"), "hides whether its script fails"),
     "script in the background": (tutorial("%%bash --bg\nfalse"), "hides whether its script fails"),
@@ -186,6 +186,11 @@ def test_trap(trap, fails, tmp_path):
     notebook, message = TRAPS[trap]
     papermill_alone(notebook, tmp_path)
     assert message in fails(notebook)
+
+
+@pytest.mark.parametrize("source", ["!false &", "x = !false &"])
+def test_command_in_the_background(source, fails):
+    assert "runs in the background, where nobody sees it fail" in fails(tutorial(source))
 
 
 def test_unknown_parameter(fails, tmp_path):

