@@ -273,6 +273,20 @@ def test_a_changed_file_is_fetched_again_and_the_weights_are_not(hub, tmp_path):
     assert [path for path, _ in hub.asked] == ["config.json"]
 
 
+def test_a_weight_that_changed_in_place_is_fetched_again_and_what_is_there_needs_no_room(hub, tmp_path, monkeypatch):
+    out = fetching.fetch("two", "modelscope", tmp_path / "two")
+    with open(out / SHARDS[0], "r+b") as shard:
+        shard.seek(-1, os.SEEK_END)
+        last = shard.read(1)[0]
+        shard.seek(-1, os.SEEK_END)
+        shard.write(bytes([last ^ 1]))
+    hub.asked.clear()
+    monkeypatch.setattr(artefacts, "free_bytes", lambda path: (hub.folder / SHARDS[0]).stat().st_size)
+    fetching.fetch("two", "modelscope", out)
+    assert (out / SHARDS[0]).read_bytes() == (hub.folder / SHARDS[0]).read_bytes()
+    assert [path for path, _ in hub.asked] == [SHARDS[0]]
+
+
 def test_a_checkpoint_that_was_patched_in_place_stays_so(hub, tmp_path):
     out = fetching.fetch("two", "modelscope", tmp_path / "two")
     assert patching.apply(out, seq_length=64).changed
@@ -668,6 +682,19 @@ def snapshot_of(local: Path, cache: Path) -> Path:
         (blobs / digest).write_bytes(path.read_bytes())
         (snapshot / path.name).symlink_to(Path("../../blobs") / digest)
     return snapshot
+
+
+def test_a_copy_that_is_not_whole_is_not_moved_in(local, tmp_path, monkeypatch):
+    copyfile = shutil.copyfile
+
+    def loses_the_end(source, target):
+        copyfile(source, target)
+        if Path(source).suffix == ".safetensors":
+            os.truncate(target, 1000)
+
+    monkeypatch.setattr(shutil, "copyfile", loses_the_end)
+    assert str(tmp_path / "copy") in refused("is damaged", None, local, tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
 
 
 def test_a_snapshot_of_links_is_copied(local, tmp_path, capsys):
