@@ -92,6 +92,7 @@ class Hub(ThreadingHTTPServer):
         self.silent = threading.Event()
         self.hold_after: int | None = None  # bytes of a file after which nothing more comes
         self.ranges = True
+        self.shift = 0  # by so many bytes an answer begins after the byte that was asked for
         self.redirect_to: str | None = None
         super().__init__(("127.0.0.1", 0), Answers)
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
@@ -193,6 +194,7 @@ class Answers(BaseHTTPRequestHandler):
             return
         wanted = self.headers.get("Range", "bytes=0-")
         start = int(wanted.removeprefix("bytes=").removesuffix("-")) if hub.ranges else 0
+        start += hub.shift if start else 0
         hub.asked.append((name, start))
         if name in hub.status:
             return self.json(hub.status[name], {})
@@ -314,6 +316,13 @@ def test_a_server_without_ranges_sends_it_all_again(hub, checkpoint, tmp_path):
     assert hub.starts(SHARDS[0]) == [0, 0]
 
 
+def test_a_server_that_answers_for_another_range_is_asked_for_all_of_it(hub, checkpoint, tmp_path):
+    hub.cut_after, hub.shift = 100_000, 1
+    out = fetching.fetch("two", "huggingface", tmp_path / "two")
+    assert all((out / shard).read_bytes() == (checkpoint / shard).read_bytes() for shard in SHARDS)
+    assert hub.starts(SHARDS[0]) == [0, 100_001, 0]
+
+
 SCRIPT = """
 import sys
 from helpers import fetching
@@ -358,8 +367,10 @@ def test_killed_while_it_is_moved_in_nothing_is_fetched_again(hub, tmp_path, mon
             fetching.fetch("two", "huggingface", tmp_path / "two")
     assert not (tmp_path / "two").exists()
     hub.asked.clear()
+    cut = tmp_path / ".two.download" / artefacts.sha256_file(hub.folder / SHARDS[0])
+    os.truncate(cut, 1000)  # as where the machine lost power
     fetching.fetch("two", "huggingface", tmp_path / "two")
-    assert hub.asked == []
+    assert {path for path, _ in hub.asked} == {SHARDS[0]}
 
 
 @pytest.mark.parametrize(
@@ -372,7 +383,9 @@ def test_killed_while_it_is_moved_in_nothing_is_fetched_again(hub, tmp_path, mon
 )
 def test_other_bytes_than_announced(hub, tmp_path, source, name, kind):
     out = tmp_path / "two"
-    hub.announced[name] = "0" * (40 if kind == "Git hash" else 64)
+    file = hub.folder / name
+    genuine = downloading.git_blob(file) if kind == "Git hash" else artefacts.sha256_file(file)
+    hub.announced[name] = genuine[:-1] + ("0" if genuine[-1] != "0" else "1")
     said = refused(f"^{name} as .* {kind}", "two", source, out)
     assert "deleted" in said and "127.0.0.1" in said
     assert not out.exists()
@@ -493,11 +506,14 @@ def test_published_sizes():
     assert all(len(model.commit) == 40 and int(model.commit, 16) for model in fetching.MODELS.values())
 
 
-def test_another_model_than_asked(hub, tmp_path, monkeypatch):
-    monkeypatch.setitem(fetching.MODELS, "two", fetching.Model(REPO, COMMIT, 3, 128, 4, 384, 3008))
+@pytest.mark.parametrize("key", ["layers", "hidden_size", "heads", "intermediate_size", "vocab_size"])
+def test_another_model_than_asked(hub, tmp_path, monkeypatch, key):
+    sizes = {"layers": 2, "hidden_size": 128, "heads": 4, "intermediate_size": 384, "vocab_size": 3008}
+    other = fetching.Model(REPO, COMMIT, **sizes | {key: sizes[key] + 1})
+    monkeypatch.setitem(fetching.MODELS, "two", other)
     said = refused("is not two", "two", "huggingface", tmp_path / "two")
-    assert "layers 2 instead of 3" in said and str(tmp_path / "two") in said and ".partial" not in said
-    assert not (tmp_path / "two").exists()
+    assert f"{key} {sizes[key]} instead of {sizes[key] + 1}." in said
+    assert str(tmp_path / "two") in said and ".partial" not in said
 
 
 @pytest.mark.parametrize("source", ["huggingface", "modelscope"])

@@ -34,8 +34,16 @@ def test_measuring_counts_repetitions_without_warm_up_and_names_its_kind(bmodel_
 
 
 def test_figures_net_by_net_are_those_of_every_prompt():
-    engine = NumpyEngine(RandomModel(vocabulary=300, seed=1), seq_length=16)
+    runs = []
+
+    class Counting(NumpyEngine):
+        def run(self, net, inputs, outputs):
+            runs.append(net)
+            super().run(net, inputs, outputs)
+
+    engine = Counting(RandomModel(vocabulary=300, seed=1), seq_length=16)
     record = latency.measure(engine, [2, 8], new_tokens=3, warmup=1, repetitions=2)
+    assert runs.count("block_0") == 2 * (1 + 2)
     assert [prompt["decode"]["count"] for prompt in record["prompts"]] == [6, 6]
     assert record["nets"]["block_0"]["count"] == 4 and record["nets"]["block_cache_1"]["count"] == 12
 
