@@ -5,6 +5,7 @@ send slowly or nothing, refuse, send other bytes than announced, lead to another
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -125,7 +126,7 @@ class Answers(BaseHTTPRequestHandler):
         path = unquote(url.path)
         if self.server.old_token and self.headers["Authorization"]:
             self.json(401, {"error": "Invalid username or password."})
-        elif path == f"/api/models/{REPO}/revision/{COMMIT}" and query == {"blobs": "true"}:
+        elif path.removeprefix(f"/api/models/{REPO}/revision/") in (COMMIT, "main") and query == {"blobs": "true"}:
             self.json(200, self.huggingface())
         elif path.startswith(f"/api/models/{REPO}/revision/"):
             self.json(404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"})
@@ -264,6 +265,12 @@ def test_a_checkpoint_arrives_whole_and_is_not_fetched_twice(hub, checkpoint, tm
     assert len(hub.asked) == asked
     hub.silent.set()
     fetching.fetch("two", source, out)
+
+
+def test_a_branch_that_moves_on_meanwhile_gives_the_files_of_the_commit_that_was_listed(hub, tmp_path):
+    """The hub of these tests has files by their commit only."""
+    out = fetching.fetch("two", "huggingface", tmp_path / "two", revision="main")
+    assert artefacts.read_manifest(out)["revision"] == COMMIT
 
 
 def test_a_changed_file_is_fetched_again_and_the_weights_are_not(hub, tmp_path):
@@ -458,10 +465,21 @@ def test_a_file_that_is_not_there(hub, tmp_path):
     fetching.fetch("two", "huggingface", tmp_path / "two")
 
 
+def test_a_hub_that_sends_more_than_it_announced(hub, tmp_path, monkeypatch):
+    def shorter(repo, revision):
+        listing = hubs.list_modelscope(repo, revision)
+        files = [dataclasses.replace(f, size=f.size - 1) if f.path == SHARDS[0] else f for f in listing.files]
+        return dataclasses.replace(listing, files=files)
+
+    monkeypatch.setitem(fetching.SOURCES, "modelscope", shorter)
+    refused(f"sends more of {SHARDS[0]} than the", "two", "modelscope", tmp_path / "two")
+    assert hub.starts(SHARDS[0]) == [0]
+
+
 def test_a_hub_in_trouble_is_asked_three_times(hub, tmp_path):
     hub.status[SHARDS[1]] = 503
     refused("gives no answer", "two", "modelscope", tmp_path / "two")
-    assert len(hub.starts(SHARDS[1])) == downloading.ATTEMPTS
+    assert len(hub.starts(SHARDS[1])) == 3
 
 
 @pytest.mark.parametrize("source", ["huggingface", "modelscope"])
@@ -473,8 +491,9 @@ def test_a_revision_or_a_repository_that_is_not_there(hub, tmp_path, monkeypatch
     refused("does not have Qwen/Gone for you", "two", source, tmp_path / "two")
 
 
-def test_a_file_outside_the_repository_is_refused(hub, tmp_path):
-    hub.extra = ["../../elsewhere"]
+@pytest.mark.parametrize("path", ["../../elsewhere", "a/../../elsewhere", "/elsewhere"])
+def test_a_file_outside_the_repository_is_refused(hub, tmp_path, path):
+    hub.extra = [path]
     refused("outside its repository", "two", "modelscope", tmp_path / "two")
 
 

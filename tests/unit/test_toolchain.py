@@ -1,7 +1,9 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,6 +37,8 @@ def test_cure_moves_the_bundled_glibc_aside_only_under_a_newer_one(sick_wheel, m
     assert (sick_wheel / "lib/third_party/libopenblas.so.0").exists()
     assert toolchain.glibc_state(sick_wheel) == ("aside", (2, 35))
     assert toolchain.cure(sick_wheel) == []
+    monkeypatch.setattr(toolchain, "host_glibc", lambda: (2, 35))
+    assert toolchain.cure(sick_wheel) == []
 
 
 def test_cure_brings_the_bundle_back_on_an_older_machine(sick_wheel, monkeypatch):
@@ -60,6 +64,62 @@ def test_environment_is_what_importing_the_wheel_sets():
     for name in imported.keys() - {"PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", *env, "LC_CTYPE"}:
         assert os.path.realpath(ours[name]) == os.path.realpath(imported[name]), name
     assert ours["OMP_NUM_THREADS"] == "2"
+
+
+def test_another_sdk_is_not_passed_on_and_this_pythons_programs_are_found(monkeypatch):
+    monkeypatch.setenv("TPUC_ROOT", "/checkout/install")
+    monkeypatch.setenv("PPL_CACHE_PATH", "/elsewhere")
+    monkeypatch.setenv("PATH", "/checkout/bin:/nowhere")
+    monkeypatch.setenv("PYTHONPATH", "/checkout/python:/mine")
+    ours = toolchain.environment()
+    assert "PPL_CACHE_PATH" not in ours and Path(ours["TPUC_ROOT"]).samefile(toolchain.wheel_path())
+    assert "checkout" not in ours["PATH"] + ours["PYTHONPATH"]
+    assert ours["PATH"].endswith(":/nowhere") and ours["PYTHONPATH"].endswith(":/mine")
+    for program in ("cmake", "ninja"):
+        assert Path(shutil.which(program, path=ours["PATH"])).parent.samefile(Path(sys.executable).parent)
+
+
+def test_a_path_is_plain_where_no_tool_takes_a_character_for_its_own():
+    assert toolchain.is_plain("/home/深圳/a-b_c.d,e+f=g@h%i/1")
+    for character in " '\"\\&();:$#*?!|<>\n":
+        assert not toolchain.is_plain(f"/home/a{character}b"), character
+
+
+def test_a_folder_that_allows_no_programs_is_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert toolchain.plain_parent() == str(tmp_path)
+    allowed = os.statvfs(tmp_path)
+    refused = os.statvfs_result([*allowed[:8], allowed.f_flag | os.ST_NOEXEC, allowed[9]])
+    monkeypatch.setattr(os, "statvfs", lambda path: refused if path == str(tmp_path) else allowed)
+    assert toolchain.plain_parent() != str(tmp_path)
+
+
+def test_the_library_that_builds_kernels_has_no_lock_of_everybodys():
+    for locks in (True, False):
+        code = toolchain.own_kernel_library(locks).read_bytes()
+        assert b"/tmp/ppl_" not in code and (b"\0flock\0" in code) == locks
+
+
+@pytest.mark.parametrize("program", ["cmake", "ninja"])
+def test_a_program_that_is_not_there_is_named(monkeypatch, program):
+    which = shutil.which
+    monkeypatch.setattr(shutil, "which", lambda name, **where: None if name == program else which(name, **where))
+    with pytest.raises(UserError, match=f"{program} is not on the PATH"):
+        toolchain.require()
+
+
+def test_a_link_to_a_path_stays_when_a_fork_ends(tmp_path):
+    (tmp_path / "a b").mkdir()
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom helpers import toolchain\n"
+        "link = toolchain.plain(Path(sys.argv[1]))\n"
+        "if not (child := os.fork()):\n    sys.exit()\n"
+        "os.waitpid(child, 0)\nassert link.is_dir() and ' ' not in str(link)\nprint(link)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "a b")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not Path(done.stdout.strip()).exists()
 
 
 def test_health_is_good_here_and_does_not_import_the_wheel():
