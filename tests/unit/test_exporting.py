@@ -222,9 +222,10 @@ def test_weights_config_and_code_that_changed_are_exported_anew(tmp_path):
     assert differing(first, changed("transformer.ln_f.weight")) == {"lm_head.weights"}
     assert differing(first, changed("lm_head.weight")) == {"lm_head.weights"}
     assert differing(first, changed("transformer.h.1.mlp.w1.weight")) == {"block_1.weights"}
+    assert differing(first, changed("code")) == blocks
+    assert differing(first, changed("again")) == set()
     heads = {"lm_head.onnx", "lm_head_with_topk.onnx"}
     assert differing(first, changed("config", layer_norm_epsilon=0.02)) == blocks | heads
-    assert differing(first, changed("code")) == blocks
 
 
 def test_a_weight_file_has_every_value_at_a_page_of_its_own(tmp_path, monkeypatch):
