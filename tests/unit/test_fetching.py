@@ -961,6 +961,14 @@ def test_a_folder_that_is_not_whole(local, damage, match):
     refused(match, source=local)
 
 
+def test_a_tensor_in_a_space_that_is_not_its_size(local):
+    shard = local / SHARDS[0]
+    content = shard.read_bytes()
+    shard.write_bytes(content.replace(b'"BF16"', b'"F32" ', 1))
+    assert shard.stat().st_size == len(content)
+    refused("in a space that is not its size", None, local)
+
+
 def test_a_folder_of_bin_files_that_is_cut_short(local):
     (local / "model.safetensors.index.json").unlink()
     index = json.loads((local.parent / "mine" / "config.json").read_text())
