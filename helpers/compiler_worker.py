@@ -170,7 +170,7 @@ def _run_tool(command: list[str]) -> int:
     print("[Running]:", shlex.join(command), flush=True)
     env = {name: os.environ[name] for name in toolchain.VARIABLES if name in os.environ}
     # Without PWD and HOME it aborts.
-    env |= {"PWD": ".", "HOME": ".", "PPL_CACHE_PATH": os.environ["PPL_CACHE_PATH"]}
+    env |= {"PWD": ".", "HOME": ".", "PPL_CACHE_PATH": os.environ.get("PPL_CACHE_PATH", f"./{KERNELS}/")}
     # Always as long, whatever the PATH is and wherever the program: see _prepare_tool.
     program = shutil.which(command[0], path=env.get("PATH")) or command[0]
     length = len(program) + sum(len(name) + len(value) for name, value in env.items())
