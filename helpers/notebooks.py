@@ -208,9 +208,10 @@ def _kernel_manager(root: Path, ipython_dir: str):
         "PYTHONPATH": os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")])),
         "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")]),
         "IPYTHONDIR": ipython_dir,
-        # Whatever the environment says: figures are shown in the notebook, and asserts are run.
+        # Whatever the environment says: figures are shown in the notebook, asserts are run, warnings are no errors.
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         "PYTHONOPTIMIZE": "",
+        "PYTHONWARNINGS": "",
     }
 
     class ThisInterpreter(AsyncKernelManager):
@@ -252,7 +253,8 @@ def _engine(state: _Client):
                 return
             reply = self.wait_for_reply(self.kc.execute("", silent=True, user_expressions=LAST_WORDS))
             for name, answer in reply["content"]["user_expressions"].items():
-                state.last_words[name] = ast.literal_eval(answer["data"]["text/plain"])
+                if answer["status"] == "ok":
+                    state.last_words[name] = ast.literal_eval(answer["data"]["text/plain"])
 
         def process_message(self, msg, cell, cell_index):
             output = super().process_message(msg, cell, cell_index)
@@ -266,7 +268,7 @@ def _engine(state: _Client):
     class Engine(NBClientEngine):
         @classmethod
         def execute_managed_notebook(cls, nb_man, kernel_name, log_output=False, start_timeout=None, **options):
-            for unused in ("input_path", "stdout_file", "stderr_file"):
+            for unused in ("input_path", "stdout_file", "stderr_file", "execution_timeout"):
                 options.pop(unused, None)
             Client(nb_man, kernel_name=kernel_name, startup_timeout=start_timeout, **options).execute()
 
@@ -346,7 +348,6 @@ def run_notebook(
                 progress_bar={"desc": path.stem, "leave": False, "disable": None} if progress else False,
                 kernel_manager_class=_kernel_manager(ROOT, scratch),
                 start_timeout=KERNEL_START_SECONDS,
-                execution_timeout=cell_seconds,
                 timeout=cell_seconds,
                 iopub_timeout=OUTPUT_SECONDS,
                 shutdown_kernel="immediate",
@@ -465,7 +466,9 @@ def settle_progress(notebook) -> None:
 
 
 def _check_last_words(words: dict[str, object]) -> Iterator[str]:
-    if not words.get("alive"):
+    if missing := LAST_WORDS.keys() - words.keys():
+        yield f"left a kernel that does not say {', '.join(sorted(missing))}: a cell broke what Python itself needs"
+    elif not words.get("alive"):
         yield "a cell asked its kernel to exit"
     elif words.get("prefix") != sys.prefix:
         yield f"ran in {words.get('prefix')}, not in {sys.prefix}"

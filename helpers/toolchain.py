@@ -6,6 +6,7 @@ Nothing here imports the wheel: importing it takes seconds, and a sick wheel wou
 
 import atexit
 import contextlib
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -72,12 +73,25 @@ def plain_parent() -> str:
     )
 
 
+_held: list = []  # the lock on this process's scratch folder: forks have it, too, and it goes with the last of them
+
+
 @functools.cache
 def _scratch() -> Path:
-    folder, owner = tempfile.mkdtemp(prefix="qwen-toolchain-", dir=plain_parent()), os.getpid()
+    parent = plain_parent()
+    # Of processes that were killed.
+    for lock in Path(parent).glob("qwen-toolchain-*/lock"):
+        with contextlib.suppress(OSError), open(lock, "a") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)
+    folder, owner = Path(tempfile.mkdtemp(prefix="qwen-toolchain-", dir=parent)), os.getpid()
+    _held.append(open(folder / "lock.new", "a"))
+    with contextlib.suppress(OSError):
+        fcntl.flock(_held[-1], fcntl.LOCK_EX)
+        (folder / "lock.new").rename(folder / "lock")
     # Not by a fork that ends.
     atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
-    return Path(folder)
+    return folder
 
 
 def plain(path: Path) -> Path:

@@ -172,6 +172,10 @@ TRAPS = {
         tutorial("import threading\nt = threading.Thread(target=lambda: 1 / 0)\nt.start(); t.join()"),
         "printed a traceback and went on (ZeroDivisionError: division by zero)",
     ),
+    "broken builtins": (
+        tutorial(WORK, "import builtins\nimport IPython\nIPython.get_ipython = None"),
+        "left a kernel that does not say",
+    ),
     "wall of log": (tutorial("for i in range(61): print(i)"), "one output has 61 lines; 60 are allowed"),
     "key of the metadata misspelt": (tutorial(WORK, make=["net.onnx"]), "metadata.tutorial has make"),
 }
@@ -229,6 +233,18 @@ def test_figures_are_shown_and_checks_run_whatever_the_environment_says(write, t
     outputs = nbformat.read(tmp_path / "done.ipynb", as_version=4).cells[2].outputs
     assert any("image/png" in output.get("data", {}) for output in outputs)
     assert "AssertionError: of no use" in fails(tutorial(SHOWS, "assert seq_length == 1, 'of no use'"))
+
+
+def test_warnings_that_are_errors_in_the_environment_end_nothing(write, tmp_path):
+    path = write(tutorial("import warnings\nwarnings.warn('old')", WORK))
+    done = subprocess.run(
+        [sys.executable, "-m", "helpers", "notebooks", path, "--out", tmp_path / "out"],
+        env=os.environ | {"PYTHONWARNINGS": "error"},
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_figure_that_depends_is_no_promise(write, tmp_path):

@@ -171,3 +171,24 @@ def test_warnings_that_are_errors_here_do_not_end_the_wheels_programs(monkeypatc
     command = [sys.executable, "-c", "import tpu_mlir"]
     assert subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode != 0
     subprocess.run(command, env=toolchain.environment(), check=True)
+
+
+def test_what_killed_processes_left_in_the_temporary_folder_is_removed_and_what_others_use_stays(tmp_path):
+    code = "from helpers import toolchain; print(toolchain._scratch(), flush=True); input()"
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+
+    def start():
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        return process, Path(process.stdout.readline().strip())
+
+    (killed, abandoned), (living, used) = start(), start()
+    killed.kill()
+    killed.wait()
+    assert abandoned.is_dir() and used.is_dir()
+    third, own = start()
+    assert not abandoned.exists() and used.is_dir() and own.is_dir()
+    for process in (living, third):
+        process.communicate("\n")
+    assert list(tmp_path.glob("qwen-toolchain-*")) == []
