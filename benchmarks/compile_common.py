@@ -6,7 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.random_checkpoint import TINY, write
-from helpers import exporting, patching
+from helpers.export import exporting
+from helpers.patching import patching
 
 SIZES = ("hidden", "heads", "layers", "inner", "vocab")
 

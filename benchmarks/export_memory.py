@@ -12,7 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from helpers import patching
+from helpers.patching import patching
 
 
 def export_peak(checkpoint: Path, out: Path, seq_length: int) -> tuple[int, float]:

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 from helpers.artefacts import write_json
-from helpers.engines.simulator import SCHEDULING, SimulatorEngine
 from helpers.errors import UserError
-from helpers.generation import QwenRunner
+from helpers.run.engines.simulator import SCHEDULING, SimulatorEngine
+from helpers.run.generation import QwenRunner
 
 MEANING = {
     "yield": "preloaded library: a thread that polls offers its core",

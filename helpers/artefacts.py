@@ -50,11 +50,11 @@ def tool_versions() -> dict[str, str]:
 
 
 def code_of(*modules: str) -> dict[str, str]:
-    """SHA-256 of the modules of these helpers that decide what an artefact contains, by their names.
+    """SHA-256 of the modules of these helpers that decide what an artefact contains, by their names: `compile.graph`.
 
     Taken where a module is imported: a session that goes on while the files change runs the code of its start.
     """
-    return {name: sha256_file(Path(__file__).with_name(f"{name}.py")) for name in modules}
+    return {name: sha256_file(Path(__file__).parent.joinpath(*name.split(".")).with_suffix(".py")) for name in modules}
 
 
 def machine() -> dict[str, object]:

@@ -12,15 +12,15 @@ import sys
 from helpers.errors import UserError
 
 COMMANDS = {
-    "doctor": ("helpers.environment", "what this machine has, what it lacks, and the remedy"),
-    "fetch": ("helpers.fetching", "bring a checkpoint or a prepared artefact to this machine"),
-    "patch": ("helpers.patching", "change Qwen's code so that it exports; --revert takes it back"),
-    "export": ("helpers.exporting", "write every net of a patched checkpoint as ONNX"),
-    "compile": ("helpers.compiling", "compile the ONNX nets to one bmodel for BM1684X"),
-    "chat": ("helpers.chat", "talk with a bmodel, on the chip or on the simulator"),
-    "serve": ("helpers.service", "serve a bmodel over HTTP"),
-    "info": ("helpers.bmodel_tools", "what a bmodel contains and what memory it needs; combine and extract"),
-    "notebooks": ("helpers.notebooks", "run the notebooks headless"),
+    "doctor": ("helpers.doctor", "what this machine has, what it lacks, and the remedy"),
+    "fetch": ("helpers.fetch.fetching", "bring a checkpoint or a prepared artefact to this machine"),
+    "patch": ("helpers.patching.patching", "change Qwen's code so that it exports; --revert takes it back"),
+    "export": ("helpers.export.exporting", "write every net of a patched checkpoint as ONNX"),
+    "compile": ("helpers.compile.compiling", "compile the ONNX nets to one bmodel for BM1684X"),
+    "chat": ("helpers.chat.session", "talk with a bmodel, on the chip or on the simulator"),
+    "serve": ("helpers.serve.server", "serve a bmodel over HTTP"),
+    "info": ("helpers.bmodel.model_tool", "what a bmodel contains and what memory it needs; combine and extract"),
+    "notebooks": ("helpers.notebook.runner", "run the notebooks headless"),
 }
 
 

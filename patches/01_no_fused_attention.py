@@ -13,7 +13,7 @@ Not needed: in the revisions before October 2023, which do not call the fused at
 
 import ast
 
-from helpers.passages import MisfitError, NotNeededError, Source, calls, is_code
+from helpers.patching.passages import MisfitError, NotNeededError, Source, calls, is_code
 
 FILE = "modeling_qwen.py"
 

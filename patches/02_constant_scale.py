@@ -11,7 +11,7 @@ Not needed: from the end of November 2023 on, when Qwen changed it so itself.
 
 import ast
 
-from helpers.passages import MisfitError, NotNeededError, Source, is_code
+from helpers.patching.passages import MisfitError, NotNeededError, Source, is_code
 
 FILE = "modeling_qwen.py"
 

@@ -9,15 +9,15 @@ small for S + 1 keys (August), or makes it with torch.tril, at which TPU-MLIR 1.
 Recognises, in `QWenAttention._attn`: `attn_weights = torch.where(causal_mask, attn_weights, mask_value)`, under
 `if causal_mask is not None` or not, with the statements before it that only prepare its arguments: the lengths, the cut
 from `registered_causal_mask` or `self.bias`, and the mask value.
-Beside that only what Qwen's published code does to the scores (helpers/understood.py).
+Beside that only what Qwen's published code does to the scores (helpers/patching/understood.py).
 In the revisions up to 24 September 2023 `_attn` does not read the caller's mask at all: there it is added.
 
 After it the file's own `QWenModel.forward` is no longer causal: only the blocks, with an explicit mask, are of use.
 """
 
-from helpers.masking import caller_mask_only
-from helpers.passages import Source
-from helpers.understood import check_scores
+from helpers.patching.masking import caller_mask_only
+from helpers.patching.passages import Source
+from helpers.patching.understood import check_scores
 
 FILE = "modeling_qwen.py"
 

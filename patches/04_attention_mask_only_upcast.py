@@ -8,8 +8,8 @@ Recognises: the same passage as patch 03, in `QWenAttention._upcast_and_reordere
 Not needed: from 14 November 2023 on, when Qwen dropped that method.
 """
 
-from helpers.masking import caller_mask_only
-from helpers.passages import NotNeededError, Source
+from helpers.patching.masking import caller_mask_only
+from helpers.patching.passages import NotNeededError, Source
 
 FILE = "modeling_qwen.py"
 

@@ -6,13 +6,14 @@ new row alone, and the caller writes it in its place.
 
 Recognises, in `QWenAttention.forward`: `if use_cache: present = (key, value) else: present = None` right after
 `if layer_past is not None: …`. It is moved in front of it. Nothing else may be done to query, key, value or mask in
-`forward` than Qwen's published code does (helpers/understood.py): a row of the cache is final once it is returned.
+`forward` than Qwen's published code does (helpers/patching/understood.py): a row of the cache is final once
+it is returned.
 
 After it the file's own `QWenModel.forward` can no longer decode: only the blocks, with a cache outside, are of use.
 """
 
-from helpers.passages import MisfitError, NotNeededError, Source, is_code
-from helpers.understood import check_forward
+from helpers.patching.passages import MisfitError, NotNeededError, Source, is_code
+from helpers.patching.understood import check_forward
 
 FILE = "modeling_qwen.py"
 

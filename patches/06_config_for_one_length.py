@@ -16,7 +16,7 @@ Recognises: a config.json of model_type qwen with seq_length in it.
 import json
 import re
 
-from helpers.passages import MisfitError, NotNeededError
+from helpers.patching.passages import MisfitError, NotNeededError
 
 FILE = "config.json"
 BOM = "\ufeff"

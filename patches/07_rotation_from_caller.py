@@ -6,14 +6,14 @@ positions as `rotary_pos_emb_list=[[cos, sin]]`; this gives the same argument to
 
 Recognises: `QWenBlock.forward` with an argument `rotary_pos_emb` (one revision of 24 September 2023), or with none and
 `query = apply_rotary_pos_emb(query, …)`, `key = apply_rotary_pos_emb(key, …)` in `QWenAttention.forward` (August 2023).
-The block may do nothing with past, mask and rotation but hand them on (helpers/understood.py).
+The block may do nothing with past, mask and rotation but hand them on (helpers/patching/understood.py).
 Not needed: in all later revisions. Without the new argument the code does what it did before.
 """
 
 import ast
 
-from helpers.passages import MisfitError, NotNeededError, Source, body_with, calls, is_code
-from helpers.understood import check_block
+from helpers.patching.passages import MisfitError, NotNeededError, Source, body_with, calls, is_code
+from helpers.patching.understood import check_block
 
 FILE = "modeling_qwen.py"
 ARGUMENT = "rotary_pos_emb_list"

@@ -134,7 +134,7 @@ def demo_questions() -> list[str]:
 
 @pytest.fixture(scope="session")
 def tokenizer():
-    from helpers.tokenizer import QwenTokenizer
+    from helpers.checkpoint.tokenizer import QwenTokenizer
 
     return QwenTokenizer.open(TINY)
 
@@ -165,7 +165,7 @@ def in_turn() -> FileLock:
 @pytest.fixture(scope="session")
 def patched_tiny(in_turn) -> Path:
     """A patched copy of the embedded checkpoint, S = 208."""
-    from helpers import patching
+    from helpers.patching import patching
 
     folder = WORK / "patched"
     with in_turn:
@@ -176,7 +176,7 @@ def patched_tiny(in_turn) -> Path:
 @pytest.fixture(scope="session")
 def onnx_tiny(patched_tiny, in_turn) -> Path:
     """All ONNX nets of the embedded checkpoint, S = 208."""
-    from helpers import exporting
+    from helpers.export import exporting
 
     with in_turn:
         return exporting.export(patched_tiny, WORK / "onnx", SEQ_LENGTH)
@@ -191,8 +191,8 @@ def sample_head(patched_tiny):
     import numpy as np
     import onnxruntime
 
-    from helpers import exporting
-    from helpers.checkpoint import Checkpoint
+    from helpers.checkpoint.weights import Checkpoint
+    from helpers.export import exporting
 
     net = "penalty_sample_head"
 
@@ -215,7 +215,7 @@ def sample_head(patched_tiny):
 @pytest.fixture(scope="session")
 def compile_tiny(onnx_tiny, in_turn):
     """(mode, addr_mode) -> bmodel of the embedded checkpoint for one device."""
-    from helpers import compiling
+    from helpers.compile import compiling
 
     def compiled(mode: str = "int8", addr_mode: str = "io_alone") -> Path:
         with in_turn:

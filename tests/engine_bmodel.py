@@ -14,12 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from helpers import artefacts, compiler_jobs, compiling, toolchain
+from helpers import artefacts, toolchain
+from helpers.compile import compiling, jobs
 from tests.unit.small_nets import task
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS, WIDTH, VOCABULARY = 8, 32, 64
-# net: settings of model_deploy.py in which it is not as helpers.compiling has it.
+# net: settings of model_deploy.py in which it is not as helpers.compile.compiling has it.
 NETS = {
     "embedding": {"quantize": "BF16", "quant_input": True, "quant_output": True},
     "cache": {"quantize": "BF16", "quant_input": True, "quant_output": True},
@@ -95,14 +96,14 @@ def _export(folder: Path) -> None:
 def _compile(net: str, addr_mode: str, folder: Path) -> str:
     """Path of the net's bmodel."""
     settings = compiling.net_settings(net, "bf16", 1, addr_mode, dynamic=False) | NETS[net] | {"addr_mode": addr_mode}
-    return compiler_jobs.compile_net(task(folder, folder / addr_mode, net, settings))["bmodel"]
+    return jobs.compile_net(task(folder, folder / addr_mode, net, settings))["bmodel"]
 
 
 def build() -> dict[str, Path]:
     """{"basic": FILE, "io_alone": FILE}: the address mode is the one of `cache`. Made once, kept under out/tests."""
     kept = ROOT / "out" / "tests" / "engine_bmodel"
     inputs = {"recipe": artefacts.sha256_file(__file__)}
-    code = artefacts.code_of("compiler_graph", "compiler_jobs", "compiler_worker", "compiling")
+    code = artefacts.code_of("compile.graph", "compile.jobs", "compile.worker", "compile.compiling")
     if not artefacts.up_to_date(kept, inputs, {}, code):
         with artefacts.building(kept, kind="engine test bmodel", inputs=inputs, settings={}, code=code) as partial:
             partial.mkdir(parents=True)

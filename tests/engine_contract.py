@@ -12,9 +12,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers.bf16 import from_bf16, to_bf16
-from helpers.engines import TensorInfo
 from helpers.errors import UserError
+from helpers.run.engines import TensorInfo
+from helpers.tensors import from_bf16, to_bf16
 from tests.engine_bmodel import ROWS, VOCABULARY, WIDTH, weights
 
 STATES = (1, 1, WIDTH)

@@ -23,9 +23,9 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from helpers.checkpoint import Checkpoint  # noqa: E402
-from helpers.modeling import build_model, load_modeling  # noqa: E402
-from helpers.tokenizer import QwenTokenizer  # noqa: E402
+from helpers.checkpoint.modeling import build_model, load_modeling  # noqa: E402
+from helpers.checkpoint.tokenizer import QwenTokenizer  # noqa: E402
+from helpers.checkpoint.weights import Checkpoint  # noqa: E402
 
 SYSTEM = "You are a helpful assistant."
 SEED = 20231127

@@ -4,8 +4,8 @@ import os
 
 import pytest
 
-from helpers.engines import open_engine
-from helpers.generation import QwenRunner
+from helpers.run.engines import open_engine
+from helpers.run.generation import QwenRunner
 from helpers.toolchain import sophon_sail
 from tests.engine_bmodel import build
 from tests.engine_contract import EngineContract

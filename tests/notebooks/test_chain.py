@@ -12,8 +12,8 @@ import sys
 import numpy as np
 import pytest
 
-from helpers import patching
-from helpers.notebooks import NOTEBOOKS, OUT, ROOT, WALKED, check_summary, sources_digest
+from helpers.notebook.runner import NOTEBOOKS, OUT, ROOT, WALKED, check_summary, sources_digest
+from helpers.patching import patching
 
 pytestmark = pytest.mark.slow
 # Short answers by one bmodel, the one that the simulator runs fastest, are enough for another run; the whole chain has

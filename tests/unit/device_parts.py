@@ -14,7 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from helpers import compiler_graph, compiler_worker, compiling, toolchain
+from helpers import toolchain
+from helpers.compile import compiling, graph, worker
 
 
 def _blocks(lines: list[str], start: int, indent: str) -> list[tuple[int, int]]:
@@ -61,14 +62,14 @@ def single_device_modules(mlir: str) -> dict[str, dict]:
 def main(onnx: str, mode: str, devices: str) -> None:
     net = Path(onnx).stem
     settings = compiling.net_settings(net, mode, int(devices), "basic", False)
-    compiler_worker.preload()
-    compiler_worker._in_child(lambda: compiler_worker.transform(net, onnx))
+    worker.preload()
+    worker._in_child(lambda: worker.transform(net, onnx))
     mlir = Path(f"{net}.mlir")
     if settings["merge_cache"]:
-        mlir.write_text(compiler_graph.merge_cache(mlir.read_text())[0])
-    options = compiler_worker.compiler_options(net, "part.bmodel", settings)
+        mlir.write_text(graph.merge_cache(mlir.read_text())[0])
+    options = worker.compiler_options(net, "part.bmodel", settings)
     split = options.index("--dev-parallel")
-    parts_mlir, _ = compiler_worker.split_over_devices(mlir, options[: split + 1])
+    parts_mlir, _ = worker.split_over_devices(mlir, options[: split + 1])
     text = parts_mlir.read_text(encoding="utf-8")
     parts = single_device_modules(text)
     for name, part in parts.items():

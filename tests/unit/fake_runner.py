@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
 
 from helpers.errors import UserError
-from helpers.generation import Timings
+from helpers.run.generation import Timings
 
 
 class FakeRunner:

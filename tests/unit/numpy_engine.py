@@ -5,8 +5,7 @@ Memory is one array a tensor, views are numpy's own: what a runner writes where 
 
 import numpy as np
 
-from helpers.bf16 import from_bf16, to_bf16
-from helpers.engines.base import (
+from helpers.run.engines.base import (
     HOST_DTYPE,
     DeviceTensor,
     Engine,
@@ -18,6 +17,7 @@ from helpers.engines.base import (
     check_values,
     check_view,
 )
+from helpers.tensors import from_bf16, to_bf16
 
 
 def rotate(x, positions):

@@ -9,7 +9,7 @@ import shutil
 import warnings
 from pathlib import Path
 
-from helpers.engines import open_engine
+from helpers.run.engines import open_engine
 from tests.conftest import TINY
 
 HIDDEN, HEADS, FF, S, VOCAB = 64, 2, 128, 32, 192
@@ -145,7 +145,7 @@ def write_random_checkpoint(folder: Path, **config) -> Path:
 
 
 def task(nets, folder, net, settings):
-    """What helpers.compiler_jobs.compile_net takes, for a net of `write_nets`."""
+    """What helpers.compile.jobs.compile_net takes, for a net of `write_nets`."""
     folder.mkdir(exist_ok=True)
     return {
         "net": net,

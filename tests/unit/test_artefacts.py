@@ -130,10 +130,10 @@ def test_what_other_code_made_is_not_up_to_date_and_said_once_a_folder(tmp_path,
 
 
 STEPS = {
-    "exporting": ["exporting", "modeling", "checkpoint"],
-    "compiler_jobs": ["compiler_graph", "compiler_jobs", "compiler_profile", "compiler_worker"],
-    "compiling": ["compiling", "compiler_profile"],
-    "llm_convert": ["llm_convert", "checkpoint", "compiler_profile"],
+    "export.exporting": ["export.exporting", "checkpoint.modeling", "checkpoint.weights"],
+    "compile.jobs": ["compile.graph", "compile.jobs", "compile.profile", "compile.worker"],
+    "compile.compiling": ["compile.compiling", "compile.profile"],
+    "compile.llm_convert": ["compile.llm_convert", "checkpoint.weights", "compile.profile"],
 }
 
 
@@ -142,7 +142,8 @@ def test_code_that_makes_an_artefact_is_among_what_it_was_made_from(step, own_co
     code = (
         "import importlib, sys\nstep = importlib.import_module(f'helpers.{sys.argv[1]}')\n"
         "for name in sys.argv[2:]:\n    before = step._CODE\n"
-        "    with open(f'helpers/{name}.py', 'a') as file:\n        file.write('# changed')\n"
+        "    path = name.replace('.', '/')\n"
+        "    with open(f'helpers/{path}.py', 'a') as file:\n        file.write('# changed')\n"
         "    assert importlib.reload(step)._CODE != before, f'{name} does not count'\n"
     )
     command = [sys.executable, "-c", code, step, *STEPS[step]]

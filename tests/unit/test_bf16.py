@@ -1,7 +1,7 @@
 import numpy as np
 import torch
 
-from helpers.bf16 import from_bf16, to_bf16
+from helpers.tensors import from_bf16, to_bf16
 
 
 def test_rounding_is_pytorchs_for_every_kind_of_number():

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from helpers import compiling
-from helpers.bmodel import read_bmodel, require_qwen, strip_time
+from helpers.bmodel.bmodel import read_bmodel, require_qwen, strip_time
+from helpers.compile import compiling
 from helpers.errors import UserError
 from tests.unit import small_nets
 
@@ -63,7 +63,7 @@ def test_it_reads_address_modes_and_shapes(bmodel):
 
 def test_reading_needs_no_library_of_sophgo_nor_torch(bmodel):
     code = (
-        "import sys; from helpers.bmodel import read_bmodel, require_qwen\n"
+        "import sys; from helpers.bmodel.bmodel import read_bmodel, require_qwen\n"
         f"require_qwen(read_bmodel({str(bmodel)!r}))\n"
         "assert not {'torch', 'onnx', 'tpu_mlir', 'transformers', 'flatbuffers'} & set(sys.modules)"
     )
@@ -172,7 +172,7 @@ def test_any_bytes_are_read_or_refused(tmp_path, contents, data):
 
 
 def test_the_memory_report_counts_shared_weights_once(bmodel):
-    from helpers.bmodel_tools import memory_report
+    from helpers.bmodel.model_tool import memory_report
 
     report = memory_report(read_bmodel(bmodel))
     nets = report["nets"]
@@ -183,21 +183,21 @@ def test_the_memory_report_counts_shared_weights_once(bmodel):
 
 
 def test_what_is_extracted_and_combined_again_is_the_same(bmodel, tmp_path):
-    from helpers import bmodel_tools
+    from helpers.bmodel import model_tool
 
     with pytest.raises(UserError, match="block_cache_0 in io_alone, which model_tool loses"):
-        bmodel_tools.extract(bmodel, tmp_path / "parts")
+        model_tool.extract(bmodel, tmp_path / "parts")
     folder = bmodel.parent / "int8_1dev"
     basic = [folder / net / f"{net}.bmodel" for net in ("block_0", "embedding", "embedding_cache")]
     compiling.combine(basic, tmp_path / "whole.bmodel")
     whole = read_bmodel(tmp_path / "whole.bmodel")
-    parts = bmodel_tools.extract(whole.path, tmp_path / "parts")
+    parts = model_tool.extract(whole.path, tmp_path / "parts")
     assert {part.stem for part in parts} == set(whole.nets)
-    again = read_bmodel(bmodel_tools.combine(parts, tmp_path / "again.bmodel"))
+    again = read_bmodel(model_tool.combine(parts, tmp_path / "again.bmodel"))
     assert again.weight_bytes == whole.weight_bytes
     assert {name: net.info for name, net in again.nets.items()} == {name: net.info for name, net in whole.nets.items()}
     with pytest.raises(UserError, match="net named block_0"):
-        bmodel_tools.combine([tmp_path / "parts/block_0.bmodel", bmodel], tmp_path / "twice.bmodel")
+        model_tool.combine([tmp_path / "parts/block_0.bmodel", bmodel], tmp_path / "twice.bmodel")
     assert not (tmp_path / "twice.bmodel").exists()
 
 

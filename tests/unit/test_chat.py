@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers import chat
-from helpers.chat import Answer, ChatSession, StopStrings, fit_history
+from helpers.chat import session
+from helpers.chat.session import Answer, ChatSession, StopStrings, fit_history
 from helpers.errors import UserError
-from helpers.generation import Sampling
+from helpers.run.generation import Sampling
 from tests.unit.fake_runner import FakeRunner
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -140,7 +140,7 @@ def test_turns_reach_the_model_in_order(tokenizer):
     for question in ("how are you?", "and now?"):
         assert "".join(session.ask(question)) == "fine"
     expected = [
-        {"role": "system", "content": chat.SYSTEM_PROMPT},
+        {"role": "system", "content": session.SYSTEM_PROMPT},
         {"role": "user", "content": "how are you?"},
         {"role": "assistant", "content": "fine"},
         {"role": "user", "content": "and now?"},
@@ -172,7 +172,7 @@ def test_a_quarter_is_kept_free_or_what_the_answer_may_take(tokenizer, limited, 
     list(session.ask("second"))
     (turn,) = session.history[:1]
     said = [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    system = {"role": "system", "content": chat.SYSTEM_PROMPT}
+    system = {"role": "system", "content": session.SYSTEM_PROMPT}
     length = len(tokenizer.chatml([system, *said, {"role": "user", "content": "second"}]))
     room = next(s for s in range(length, 4 * length) if s - min(s // 4, 5 if limited else s) == length)
     assert limited or room % 4, "here a fraction of a token would make no difference"
@@ -269,7 +269,7 @@ def talk(session, bmodel, lines, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
     out = io.StringIO()
     with redirect_stdout(out):
-        chat.talk(session, bmodel, chat._Terminal())
+        session.talk(session, bmodel, session._Terminal())
     return out.getvalue()
 
 
@@ -309,7 +309,7 @@ def test_ctrl_c_stops_the_answer_not_the_program(tokenizer, bmodel_tiny, monkeyp
 def test_arrows_move_in_the_question():
     pytest.importorskip("readline")
     ours, theirs = pty.openpty()
-    script = "from helpers.chat import _Terminal; print('asked', _Terminal().question().encode())"
+    script = "from helpers.chat.session import _Terminal; print('asked', _Terminal().question().encode())"
     with subprocess.Popen(
         [sys.executable, "-c", script],
         cwd=ROOT,
@@ -351,7 +351,7 @@ def test_device_ids_that_are_none(text, capsys):
 
 
 def test_device_ids():
-    assert chat.device_ids("2,3") == (2, 3)
+    assert session.device_ids("2,3") == (2, 3)
 
 
 def chat_in_shell(redirected, bmodel, *arguments, stdin="", **environment):
@@ -432,13 +432,13 @@ def test_a_manifest_and_a_vocabulary_with_a_byte_order_mark_are_read(bmodel_tiny
     (tmp_path / name).write_bytes(bmodel_tiny.read_bytes())
     for marked in (f"{name}.json", "qwen.tiktoken"):
         (tmp_path / marked).write_bytes(codecs.BOM_UTF8 + bmodel_tiny.with_name(marked).read_bytes())
-    opened = chat.open_tokenizer(tmp_path / name, None)
+    opened = session.open_tokenizer(tmp_path / name, None)
     assert opened.specials == tokenizer.specials and opened.encode("深圳 Hello") == tokenizer.encode("深圳 Hello")
 
 
 def test_what_libraries_print_does_not_reach_standard_output(tmp_path):
     script = (
-        "import ctypes\nfrom helpers.chat import _print_object, _stdout_to_stderr\nlibc = ctypes.CDLL(None)\n"
+        "import ctypes\nfrom helpers.chat.session import _print_object, _stdout_to_stderr\nlibc = ctypes.CDLL(None)\n"
         "libc.strdup.restype = ctypes.c_void_p\n"
         "libc.__cxa_atexit(libc.puts, ctypes.c_void_p(libc.strdup(b'at exit')), None)\n"
         "with _stdout_to_stderr():\n    print('python'); libc.puts(b'library')\n_print_object({})\n"
@@ -463,7 +463,7 @@ def test_the_object_has_just_the_documented_keys(tokenizer):
     runner = runner_saying(tokenizer, "fine again", step_s=0.0012345678)
     answer = Answer(runner, tokenizer, [1])
     list(answer)
-    value = json.loads(json.dumps(chat.answer_object(answer, runner.engine)))
+    value = json.loads(json.dumps(session.answer_object(answer, runner.engine)))
     assert sorted(value) == ["engine", "first_token_s", "kind", "text", "tokens", "tokens_per_s"]
     assert value["kind"] == "simulator wall" and value["tokens"] == tokenizer.encode("fine again")
     assert value["first_token_s"] == 0.001235 and value["tokens_per_s"] == 810.000066

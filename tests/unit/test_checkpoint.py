@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.checkpoint import Checkpoint
+from helpers.checkpoint.weights import Checkpoint
 from helpers.errors import UserError
 
 TINY = Path(__file__).parents[2] / "models" / "tiny"
@@ -121,7 +121,7 @@ def test_the_same_bytes_by_another_name_or_of_another_dtype_have_another_digest(
 
 
 def test_what_a_config_leaves_out_is_what_the_checkpoints_own_code_takes(tmp_path, weights):
-    from helpers import modeling
+    from helpers.checkpoint import modeling
 
     folder = write(tmp_path / "c", weights, "safetensors")
     config = json.loads((folder / "config.json").read_text())

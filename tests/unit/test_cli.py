@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from helpers import cli, patching
+from helpers import cli
+from helpers.patching import patching
 
 HELPERS = [sys.executable, "-m", "helpers"]
 STATUS = [*HELPERS, "patch", "--status", "--model_path", "models/tiny"]

@@ -20,12 +20,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from helpers import artefacts, compiler_graph, compiler_jobs, compiling, toolchain
-from helpers.bmodel import read_bmodel, strip_time
-from helpers.compiler_jobs import MemoryGate, own_error
-from helpers.compiler_profile import PROFILE, estimates, read_profile
+from helpers import artefacts, toolchain
+from helpers.bmodel.bmodel import read_bmodel, strip_time
+from helpers.compile import compiling, graph, jobs
+from helpers.compile.jobs import MemoryGate, own_error
+from helpers.compile.profile import PROFILE, estimates, read_profile
 from helpers.errors import UserError
-from helpers.onnx_signature import read_signature
+from helpers.export.onnx_signature import read_signature
 from tests.unit import small_nets
 from tests.unit.small_nets import outputs_on_simulator, task
 
@@ -146,9 +147,9 @@ def test_what_is_dynamic_takes_a_prompt_and_nothing_else_is():
 
 def test_a_second_compile_makes_nothing(nets, compiled):
     before = {path: path.stat().st_mtime_ns for path in compiled.parent.rglob("*.bmodel")}
-    compiler_jobs.machine.close()
+    jobs.machine.close()
     compiling.compile_model(nets, compiled.parent, "small", "int8")
-    assert compiler_jobs.machine._server is None  # not even begun
+    assert jobs.machine._server is None  # not even begun
     assert before == {path: path.stat().st_mtime_ns for path in compiled.parent.rglob("*.bmodel")}
 
 
@@ -177,7 +178,7 @@ def test_the_other_modes_compile(nets, tmp_path, mode, dynamic):
 def test_bytes_are_those_of_the_documented_commands(nets, tmp_path, net, quantize):
     """One call of the compiler on a net whose weights bypassed the simplifier, against the two documented scripts."""
     settings = compiling.net_settings(net, quantize, 1, "basic", False) | AS_DOCUMENTED
-    record = compiler_jobs.compile_net(task(nets, tmp_path / "ours", net, settings))
+    record = jobs.compile_net(task(nets, tmp_path / "ours", net, settings))
     tools = toolchain.wheel_path() / "python" / "tools"
     flags = {"int8": ["W8BF16"], "int4": ["W4BF16", "--q_group_size", "64"]}[quantize]
     flags += ["--quant_input"] + ["--quant_output"] * net.startswith("block")
@@ -207,8 +208,8 @@ def test_each_edit_of_the_graph_costs_fewer_cycles_and_no_bit(nets, tmp_path, ed
     settings = compiling.net_settings(net, mode, 1, addr_mode, False)
     assert settings[edit]
     plain_settings = settings | AS_DOCUMENTED
-    edited = compiler_jobs.compile_net(task(nets, tmp_path / "edited", net, plain_settings | {edit: True}))
-    plain = compiler_jobs.compile_net(task(nets, tmp_path / "plain", net, plain_settings))
+    edited = jobs.compile_net(task(nets, tmp_path / "edited", net, plain_settings | {edit: True}))
+    plain = jobs.compile_net(task(nets, tmp_path / "plain", net, plain_settings))
     assert artefacts.read_manifest(tmp_path / "edited" / net)["edits"][edit] == 2
     assert edited["cycles"] < plain["cycles"]
     inputs = random_inputs(edited["bmodel"], net)
@@ -226,11 +227,11 @@ def test_only_a_past_that_is_used_once_is_merged():
             f"{uses}    return {returned} : x\n"
         )
 
-    assert compiler_graph.merge_cache(net())[1] == 1
-    assert "only_merge = true" in compiler_graph.merge_cache(net())[0]
-    assert compiler_graph.merge_cache(net(past="%2"))[1] == 0
-    assert compiler_graph.merge_cache(net(uses='    %4 = "top.Mul"(%1, %2) : (x) -> x\n'))[1] == 0
-    assert compiler_graph.merge_cache(net(returned="%3"))[1] == 0
+    assert graph.merge_cache(net())[1] == 1
+    assert "only_merge = true" in graph.merge_cache(net())[0]
+    assert graph.merge_cache(net(past="%2"))[1] == 0
+    assert graph.merge_cache(net(uses='    %4 = "top.Mul"(%1, %2) : (x) -> x\n'))[1] == 0
+    assert graph.merge_cache(net(returned="%3"))[1] == 0
 
 
 def rotation(lower_offset=0, upper_offset=4, constant="-1.0", other="%1", row=0, step=1):
@@ -255,13 +256,13 @@ def rotation(lower_offset=0, upper_offset=4, constant="-1.0", other="%1", row=0,
 
 
 def test_a_rotation_is_recognised_by_what_it_computes():
-    text, fused = compiler_graph.fuse_rotation(rotation())
+    text, fused = graph.fuse_rotation(rotation())
     assert fused == 1
     assert '%10 = "top.Rope"(%1, %3, %2)' in text and text.splitlines()[4].endswith("loc(#10)")
     assert "Slice" not in text and "Concat" not in text
     wrongs = ({"constant": "1.0"}, {"lower_offset": 4}, {"upper_offset": 0}, {"other": "%2"}, {"row": 1}, {"step": 2})
     for wrong in wrongs:
-        assert compiler_graph.fuse_rotation(rotation(**wrong)) == (rotation(**wrong), 0)
+        assert graph.fuse_rotation(rotation(**wrong)) == (rotation(**wrong), 0)
 
 
 def test_weights_that_are_computed_with_go_through_the_simplifier(tmp_path):
@@ -281,7 +282,7 @@ def test_weights_that_are_computed_with_go_through_the_simplifier(tmp_path):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=8)
     onnx.save(model, tmp_path / "scaled.onnx")
     settings = compiling.net_settings("greedy_head", "int8", 1, "basic", False)
-    record = compiler_jobs.compile_net(task(tmp_path, tmp_path / "out", "scaled", settings))
+    record = jobs.compile_net(task(tmp_path, tmp_path / "out", "scaled", settings))
     assert "simplifier gets them all" in (tmp_path / "out" / "scaled.log").read_text()
     states = generator.standard_normal((1, 192)).astype(np.float32)
     (found,) = outputs_on_simulator(record["bmodel"], "scaled", [states])
@@ -392,7 +393,7 @@ def test_a_file_that_is_written_in_place_is_read_again(tmp_path):
     for second, content in enumerate((b"first", b"fIrst")):
         path.write_bytes(content)
         os.utime(path, (second, second))
-        digests.add(compiler_jobs.machine.digest(path))
+        digests.add(jobs.machine.digest(path))
     assert len(digests) == 2
 
 
@@ -419,14 +420,14 @@ def test_a_missing_vocabulary_is_said_before_anything_runs(nets, tmp_path):
 def test_a_net_that_fails_on_a_full_disk_says_so(nets, tmp_path, monkeypatch):
     broken = task(nets, tmp_path / "out", "lm_head", {"recipe": "none of the settings that it needs"})
     with pytest.raises(UserError, match="lm_head did not compile: KeyError"):
-        compiler_jobs.compile_net(broken)
+        jobs.compile_net(broken)
     monkeypatch.setattr(artefacts, "free_bytes", lambda path: 3_000_000)
     with pytest.raises(UserError, match="the disk that holds .*out has only 3 MB left: free some.*lm_head.log"):
-        compiler_jobs.compile_net(broken)
+        jobs.compile_net(broken)
 
 
 def test_kernels_that_were_left_half_built_are_built_anew(tmp_path, monkeypatch):
-    from helpers.compiler_worker import KERNELS, _kernels
+    from helpers.compile.worker import KERNELS, _kernels
 
     cache = tmp_path / "cache"
     for number, full in enumerate((True, False)):
@@ -499,7 +500,7 @@ def test_nets_of_another_version_of_the_compiling_code_are_made_anew(nets, compi
 
     said, content = compile()
     assert "made anew" not in said and content == compiled.read_bytes()
-    own_copy.edit("helpers/compiler_graph.py", ', "only_merge = true")', ', "only_merge = false")')
+    own_copy.edit("helpers/compile/graph.py", ', "only_merge = true")', ', "only_merge = false")')
     said, content = compile()
     assert said.count("made anew") == 1 and "compiler_graph" in said
     assert content != compiled.read_bytes()
@@ -565,12 +566,12 @@ def test_bytes_do_not_depend_on_the_path(nets, tmp_path, monkeypatch):
     made = set()
     for number, more in enumerate(["", ":/nowhere", ":/" + "nowhere" * 9]):
         monkeypatch.setenv("PATH", os.environ["PATH"] + more)
-        compiler_jobs.machine.close()  # a server has the PATH of its start
-        record = compiler_jobs.compile_net(
+        jobs.machine.close()  # a server has the PATH of its start
+        record = jobs.compile_net(
             task(nets, tmp_path / str(number), "penalty_sample_head", settings)
         )
         made.add(record["sha256"])
-    compiler_jobs.machine.close()
+    jobs.machine.close()
     assert len(made) == 1
 
 
@@ -590,7 +591,7 @@ def test_a_failing_net_gives_its_own_error_and_its_log_and_the_others_stay(nets,
 
 
 def test_too_little_memory_is_said_before_anything_runs(nets, tmp_path, monkeypatch):
-    monkeypatch.setattr(compiler_jobs, "memory_budget", lambda: 300_000_000)
+    monkeypatch.setattr(jobs, "memory_budget", lambda: 300_000_000)
     with pytest.raises(UserError, match="needs 0.5 GB of memory, 0.3 GB are free"):
         compiling.compile_model(nets, tmp_path / "out", "small", "int8")
 
@@ -599,8 +600,8 @@ def test_memory_is_looked_at_for_the_largest_net_and_for_each_one_where_it_compi
     plan = compiling.plan_nets(nets)
     largest = max(plan.nets, key=lambda net: plan.nets[net].weights_bytes)
     assert plan.nets[largest].weights_bytes > 2 * plan.nets["greedy_head"].weights_bytes
-    monkeypatch.setattr(compiler_jobs, "needed_memory", lambda weights: weights)
-    monkeypatch.setattr(compiler_jobs, "memory_budget", lambda: plan.nets[largest].weights_bytes - 1)
+    monkeypatch.setattr(jobs, "needed_memory", lambda weights: weights)
+    monkeypatch.setattr(jobs, "memory_budget", lambda: plan.nets[largest].weights_bytes - 1)
     with pytest.raises(UserError, match=f"Compiling {largest} needs"):
         compiling.compile_model(nets, tmp_path / "out", "small", "int8")
     # Where a scheduler sends the nets to other machines, each of these looks for itself.
@@ -610,7 +611,7 @@ def test_memory_is_looked_at_for_the_largest_net_and_for_each_one_where_it_compi
 
 
 def test_weights_are_read_from_their_place_in_a_file(tmp_path):
-    from helpers.compiler_worker import contiguous, take_weights
+    from helpers.compile.worker import contiguous, take_weights
 
     arrays = {name: np.random.default_rng(1).random((200, 100), np.float32) + i for i, name in enumerate("abc")}
     graph = helper.make_graph([], "weights", [], [], [onnx.numpy_helper.from_array(a, n) for n, a in arrays.items()])
@@ -630,7 +631,7 @@ def test_weights_are_read_from_their_place_in_a_file(tmp_path):
 def test_memory_needed_covers_what_was_measured():
     # Qwen-7B, S = 512, int4: a block, the embedding, lm_head.
     for weights, peak in ((810_000_000, 1.72e9), (2_489_319_424, 7.54e9), (2_489_335_808, 8.62e9)):
-        assert peak < compiler_jobs.needed_memory(weights) < 2 * peak
+        assert peak < jobs.needed_memory(weights) < 2 * peak
 
 
 @settings(max_examples=20, deadline=None)

@@ -7,10 +7,11 @@ import sys
 import numpy as np
 import pytest
 
-from helpers import compiler_graph, compiler_jobs, compiling, toolchain
-from helpers.bf16 import from_bf16, to_bf16
-from helpers.bmodel import read_bmodel
-from helpers.generation import decode_mask, prefill_mask
+from helpers import toolchain
+from helpers.bmodel.bmodel import read_bmodel
+from helpers.compile import compiling, graph, jobs
+from helpers.run.generation import decode_mask, prefill_mask
+from helpers.tensors import from_bf16, to_bf16
 from tests.conftest import ROOT
 from tests.unit import small_nets
 from tests.unit.small_nets import S, outputs_on_simulator, task
@@ -39,7 +40,7 @@ def compiled(nets, tmp_path_factory):
         if (net, mode, devices) not in records:
             settings = compiling.net_settings(net, mode, devices, "io_alone", False)
             folder = tmp_path_factory.mktemp(f"{mode}_{devices}dev")
-            records[net, mode, devices] = compiler_jobs.compile_net(task(nets, folder, net, settings))
+            records[net, mode, devices] = jobs.compile_net(task(nets, folder, net, settings))
         return records[net, mode, devices]
 
     return compile_net
@@ -142,8 +143,8 @@ def test_projections_are_put_in_order_whatever_order_they_come_in():
         return "\n".join(lines)
 
     for order in ("vkq", "kqv", "qkv"):
-        assert compiler_graph.order_projections(net(order)) == net("qkv")
-    assert compiler_graph.order_projections("no attention\n%1") == "no attention\n%1"
+        assert graph.order_projections(net(order)) == net("qkv")
+    assert graph.order_projections("no attention\n%1") == "no attention\n%1"
 
 
 def test_groups_are_paired_only_where_int8_weights_are_cut_along_them():
@@ -157,6 +158,6 @@ def test_groups_are_paired_only_where_int8_weights_are_cut_along_them():
         lines += [product(4, 3, bits, 64), '    %5 = "tpu.Mul"(%4, %4) : (t) -> t', product(6, 5, bits, group)]
         return "\n".join(lines)
 
-    assert compiler_graph.pair_groups(net(8, 64)) == net(8, 128)
-    assert compiler_graph.unpair_groups(net(8, 128)) == net(8, 64)
-    assert compiler_graph.pair_groups(net(4, 64)) == compiler_graph.unpair_groups(net(4, 64)) == net(4, 64)
+    assert graph.pair_groups(net(8, 64)) == net(8, 128)
+    assert graph.unpair_groups(net(8, 128)) == net(8, 64)
+    assert graph.pair_groups(net(4, 64)) == graph.unpair_groups(net(4, 64)) == net(4, 64)

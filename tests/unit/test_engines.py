@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers import bmodel
-from helpers.engines import loading, on_each_bmodel, open_engine, simulator, yield_library
+from helpers.bmodel import bmodel
 from helpers.errors import UserError
+from helpers.run.engines import loading, on_each_bmodel, open_engine, simulator, yield_library
 from tests.engine_bmodel import ROOT, WIDTH, build
 from tests.engine_contract import PAST, STATES, EngineContract, bf16, run_cache
 from tests.sail_contract import SailContract
@@ -435,7 +435,8 @@ def test_a_compiler_whose_name_has_an_open_quote_is_passed_over(bmodels, cache, 
 
 def test_a_temporary_folder_without_links(bmodels, preload):
     environment = preload("int symlink(const char *to, const char *path) { errno = EPERM; return -1; }")
-    code = "import sys; from helpers.engines import open_engine; open_engine(sys.argv[1], engine='simulator').close()"
+    opens = "open_engine(sys.argv[1], engine='simulator').close()"
+    code = f"import sys; from helpers.run.engines import open_engine; {opens}"
     command = [sys.executable, "-c", code, str(bmodels["basic"])]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -10,9 +10,9 @@ import sys
 import pytest
 
 from benchmarks import simulator_speed
-from helpers.engines import open_engine
 from helpers.errors import UserError
-from helpers.generation import QwenRunner
+from helpers.run.engines import open_engine
+from helpers.run.generation import QwenRunner
 from tests.unit.test_engines import BLOCKED, DOUBLE, ROOT
 
 TINY = ROOT / "models" / "tiny"

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from helpers import environment
-from helpers.environment import NOT_OK, OK, OPTIONAL, Check
+from helpers import doctor
+from helpers.doctor import NOT_OK, OK, OPTIONAL, Check
 
-ROOT = Path(environment.ROOT)
+ROOT = Path(doctor.ROOT)
 
 
 def doctor(*arguments, **variables):
@@ -84,7 +84,7 @@ def test_another_sdk_is_named():
     assert code == 0 and check["state"] == OPTIONAL
     assert "TPUC_ROOT=/opt/tpu-mlir/install, PPL_PROJECT_ROOT=/opt/tpu-mlir/third_party/ppl" in check["found"]
     assert check["remedy"] == "unset TPUC_ROOT PPL_PROJECT_ROOT"
-    _, checks = doctor(TPUC_ROOT=str(environment.toolchain.wheel_path()))
+    _, checks = doctor(TPUC_ROOT=str(doctor.toolchain.wheel_path()))
     assert "another TPU-MLIR" not in checks
 
 
@@ -92,7 +92,7 @@ def test_pins(tmp_path):
     def check(text):
         path = tmp_path / "requirements.txt"
         path.write_text(text)
-        return environment.check_pins(path)
+        return doctor.check_pins(path)
 
     from numpy import __version__ as numpy
 
@@ -109,12 +109,12 @@ def test_pins_of_the_cpu_build_of_torch(tmp_path, monkeypatch):
         metadata = {"Name": "torch"}
         version = "2.11.0+cpu"
 
-    monkeypatch.setattr(environment.metadata, "distributions", lambda: [Installed])
+    monkeypatch.setattr(doctor.metadata, "distributions", lambda: [Installed])
     path = tmp_path / "requirements.txt"
     path.write_text("torch==2.11.0\nnvidia-cublas==1\ncuda-toolkit==1\ntriton==3\n")
-    assert environment.check_pins(path).state == OK
+    assert doctor.check_pins(path).state == OK
     path.write_text("torch==2.12.0\n")
-    assert environment.check_pins(path).state == NOT_OK
+    assert doctor.check_pins(path).state == NOT_OK
 
 
 def test_no_c_compiler(tmp_path):
@@ -134,7 +134,7 @@ def test_gpu(tmp_path):
 
 def test_program_that_hangs_is_not_waited_for(tmp_path):
     hanging = program(tmp_path, "hang", "exec sleep 60")
-    assert environment._output(str(hanging), seconds=0.2) is None
+    assert doctor._output(str(hanging), seconds=0.2) is None
 
 
 def test_empty_placeholder_of_sail(tmp_path):
@@ -154,53 +154,53 @@ def test_empty_placeholder_of_sail(tmp_path):
 
 def test_sail_is_needed_where_there_is_a_chip(monkeypatch):
     for kind in ("absent", "placeholder"):
-        monkeypatch.setattr(environment.toolchain, "sophon_sail", lambda kind=kind: (kind, "somewhere"))
-        check = environment.check_sail(driver=True)
+        monkeypatch.setattr(doctor.toolchain, "sophon_sail", lambda kind=kind: (kind, "somewhere"))
+        check = doctor.check_sail(driver=True)
         assert check.state == NOT_OK and "SDK" in check.remedy
 
 
 def test_driver(tmp_path):
-    assert environment.check_driver(tmp_path).state == OPTIONAL
+    assert doctor.check_driver(tmp_path).state == OPTIONAL
     (tmp_path / "proc" / "bmsophon").mkdir(parents=True)
-    broken = environment.check_driver(tmp_path)
+    broken = doctor.check_driver(tmp_path)
     assert broken.state == OPTIONAL and "no device" in broken.found and broken.remedy
     (tmp_path / "dev").mkdir()
     for name in ("bm-sophon1", "bm-sophon0", "bmdev-ctl"):
         (tmp_path / "dev" / name).touch()
-    driver = environment.check_driver(tmp_path)
+    driver = doctor.check_driver(tmp_path)
     assert driver.state == OK and driver.found.startswith(f"{tmp_path}/dev/bm-sophon0, {tmp_path}/dev/bm-sophon1")
 
 
 def test_a_box_with_a_chip_need_not_compile(monkeypatch):
-    monkeypatch.setattr(environment, "chip_devices", lambda root=Path("/"): ["/dev/bm-sophon0"])
-    monkeypatch.setattr(environment.toolchain, "sophon_sail", lambda: ("real", "sail.so"))
-    missing = environment.toolchain.Finding("tpu-mlir", False, "not installed", "make setup")
-    monkeypatch.setattr(environment.toolchain, "health", lambda: [missing])
-    states = {check.name: check.state for check in environment.checks()}
+    monkeypatch.setattr(doctor, "chip_devices", lambda root=Path("/"): ["/dev/bm-sophon0"])
+    monkeypatch.setattr(doctor.toolchain, "sophon_sail", lambda: ("real", "sail.so"))
+    missing = doctor.toolchain.Finding("tpu-mlir", False, "not installed", "make setup")
+    monkeypatch.setattr(doctor.toolchain, "health", lambda: [missing])
+    states = {check.name: check.state for check in doctor.checks()}
     assert states["tpu-mlir"] == OPTIONAL and NOT_OK not in states.values()
-    monkeypatch.setattr(environment.toolchain, "sophon_sail", lambda: ("absent", ""))
-    states = {check.name: check.state for check in environment.checks()}
+    monkeypatch.setattr(doctor.toolchain, "sophon_sail", lambda: ("absent", ""))
+    states = {check.name: check.state for check in doctor.checks()}
     assert states["tpu-mlir"] == NOT_OK
 
 
 def test_too_little_memory_or_disk(monkeypatch, tmp_path):
-    monkeypatch.setattr(environment, "NEEDED_MEMORY", 1e15)
-    monkeypatch.setattr(environment, "NEEDED_DISK", 1e18)
-    for check in (environment.check_memory(), environment.check_disk(tmp_path / "not" / "there")):
+    monkeypatch.setattr(doctor, "NEEDED_MEMORY", 1e15)
+    monkeypatch.setattr(doctor, "NEEDED_DISK", 1e18)
+    for check in (doctor.check_memory(), doctor.check_disk(tmp_path / "not" / "there")):
         assert check.state == NOT_OK and check.remedy
-    available, total = environment.available_memory()
+    available, total = doctor.available_memory()
     assert 0 < available <= total
 
 
 def test_helpers_in_every_folder(monkeypatch, tmp_path):
     file = tmp_path / "tutorial.pth"
-    monkeypatch.setattr(environment, "_path_file", lambda: file)
-    assert environment.check_helpers_importable().state == OPTIONAL
+    monkeypatch.setattr(doctor, "_path_file", lambda: file)
+    assert doctor.check_helpers_importable().state == OPTIONAL
     file.write_text("/elsewhere\n")
-    assert "of /elsewhere, another copy" in environment.check_helpers_importable().found
-    assert environment.fix() == ["import helpers: works in every folder"]
-    assert environment.check_helpers_importable().state == OK
-    assert environment.fix() == []
+    assert "of /elsewhere, another copy" in doctor.check_helpers_importable().found
+    assert doctor.fix() == ["import helpers: works in every folder"]
+    assert doctor.check_helpers_importable().state == OK
+    assert doctor.fix() == []
     # What was written is what Python's site takes.
     code = f"import site; site.addsitedir({str(tmp_path)!r}); import helpers; print(helpers.__file__)"
     done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True)
@@ -208,14 +208,14 @@ def test_helpers_in_every_folder(monkeypatch, tmp_path):
 
 
 def test_python_of_the_system_is_left_alone(monkeypatch, tmp_path):
-    monkeypatch.setattr(environment, "_path_file", lambda: tmp_path / "tutorial.pth")
+    monkeypatch.setattr(doctor, "_path_file", lambda: tmp_path / "tutorial.pth")
     for name in ("prefix", "base_prefix"):
         monkeypatch.setattr(sys, name, str(tmp_path))
-    assert environment.fix() == [] and not list(tmp_path.iterdir())
+    assert doctor.fix() == [] and not list(tmp_path.iterdir())
 
 
 def test_plain_report(capsys):
-    environment._print([Check("disk", NOT_OK, "0 GB free", "free some"), Check("CPU", OK, "8 cores")])
+    doctor._print([Check("disk", NOT_OK, "0 GB free", "free some"), Check("CPU", OK, "8 cores")])
     assert capsys.readouterr().out.splitlines() == [
         "NOT OK    disk  0 GB free",
         "                -> free some",

@@ -13,7 +13,8 @@ import pytest
 
 from benchmarks.export_memory import export_peak
 from benchmarks.random_checkpoint import write
-from helpers import artefacts, patching
+from helpers import artefacts
+from helpers.patching import patching
 
 pytestmark = pytest.mark.slow
 
@@ -31,7 +32,9 @@ def run_export(checkpoint, out):
 def start():
     """Starts an export in a process of its own, forked from one that has imported all that takes long."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["helpers.cli", "helpers.exporting", "torch._dynamo", "transformers.modeling_utils"])
+    context.set_forkserver_preload(
+        ["helpers.cli", "helpers.export.exporting", "torch._dynamo", "transformers.modeling_utils"]
+    )
     with pytest.MonkeyPatch.context() as patch:
         # Of tqdm's semaphores in processes that are killed.
         patch.setenv("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")

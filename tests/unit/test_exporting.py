@@ -9,11 +9,13 @@ import onnx
 import onnxruntime
 import pytest
 
-from helpers import artefacts, exporting, patching
-from helpers.checkpoint import Checkpoint
+from helpers import artefacts
+from helpers.checkpoint.weights import Checkpoint
 from helpers.errors import UserError
-from helpers.generation import prefill_mask
-from helpers.reference import HostChain, OnnxNets, OriginalModel, TorchNets, parity
+from helpers.export import exporting
+from helpers.parity.chain import HostChain, OnnxNets, OriginalModel, TorchNets, parity
+from helpers.patching import patching
+from helpers.run.generation import prefill_mask
 from tests.conftest import SEQ_LENGTH
 from tests.unit.small_nets import write_random_checkpoint
 
@@ -346,12 +348,12 @@ def test_nets_of_another_version_of_the_exporting_code_are_made_anew(patched_tin
 
     said, first = export()
     assert "made anew" not in said
-    own_copy.edit("helpers/exporting.py", "seen < 0, seen * penalty", "seen > 0, seen * penalty")
+    own_copy.edit("helpers/export/exporting.py", "seen < 0, seen * penalty", "seen > 0, seen * penalty")
     said, second = export()
     assert said.count("made anew") == 1 and "exporting" in said
     assert [name for name in first if first[name] != second[name]] == ["penalty_sample_head.onnx"]
     assert "made anew" not in export()[0]
-    own_copy.edit("helpers/generation.py", "\nCANDIDATES = 50", "\nCANDIDATES = 40")
+    own_copy.edit("helpers/run/generation.py", "\nCANDIDATES = 50", "\nCANDIDATES = 40")
     _, third = export()
     assert [name for name in second if second[name] != third[name]] == ["penalty_sample_head.onnx"]
 

@@ -25,8 +25,10 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-from helpers import artefacts, cli, downloading, fetching, hubs, patching, prepared
+from helpers import artefacts, cli
 from helpers.errors import UserError
+from helpers.fetch import downloading, fetching, hubs, prepared
+from helpers.patching import patching
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -332,7 +334,7 @@ def test_a_server_that_answers_for_another_range_is_asked_for_all_of_it(hub, che
 
 SCRIPT = """
 import sys
-from helpers import fetching
+from helpers.fetch import fetching
 fetching.MODELS["two"] = fetching.Model({repo!r}, {commit!r}, 2, 128, 4, 384, 3008)
 fetching.fetch("two", {source!r}, {out!r})
 """
@@ -598,7 +600,7 @@ def test_an_exception_for_everything_makes_proxies_unimportant(hub, tmp_path, mo
 
 @pytest.mark.parametrize("variable, value", [("HF_HUB_ETAG_TIMEOUT", "ten"), ("HF_ENDPOINT", "http://[x")])
 def test_what_breaks_the_import_of_a_library_is_not_blamed_on_the_checkpoint(tmp_path, variable, value):
-    code = "from helpers import modeling\nmodeling.load_modeling('models/tiny')"
+    code = "from helpers.checkpoint.weights import modeling\nmodeling.load_modeling('models/tiny')"
     environment = os.environ | {variable: value}
     for command in (["-m", "helpers", "fetch", "--name", "qwen-7b", "--out", str(tmp_path / "q")], ["-c", code]):
         done = subprocess.run(
@@ -975,7 +977,7 @@ def test_a_folder_of_bin_files_that_is_cut_short(local):
     assert index["num_hidden_layers"] == 2
     import torch
 
-    from helpers.checkpoint import Checkpoint
+    from helpers.checkpoint.weights import Checkpoint
 
     names = Checkpoint(local, index, {}, 2, 128, 4, 32, 384, 3008, 1e-6, 1e4).shapes()
     weights = {"weight_map": dict.fromkeys(names, "pytorch_model-00001-of-00001.bin")}

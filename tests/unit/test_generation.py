@@ -6,11 +6,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from helpers.bf16 import from_bf16
-from helpers.engines import open_engine
 from helpers.errors import UserError
-from helpers.generation import MASKED, QwenRunner, Sampling, Timings, decode_mask, prefill_mask
-from helpers.lookahead import LookaheadRunner
+from helpers.run.engines import open_engine
+from helpers.run.generation import MASKED, QwenRunner, Sampling, Timings, decode_mask, prefill_mask
+from helpers.run.lookahead import LookaheadRunner
+from helpers.tensors import from_bf16
 from tests.conftest import SEQ_LENGTH
 from tests.unit.numpy_engine import NumpyEngine, RandomModel, rounded
 
@@ -45,7 +45,7 @@ def test_masked_is_what_the_bmodel_contract_says():
 def test_int8_on_the_simulator_gives_pytorchs_tokens(
     addr_mode, compile_tiny, tiny, chat_prompt, stop_ids, demo_questions
 ):
-    from helpers.reference import OriginalModel
+    from helpers.parity.chain import OriginalModel
 
     original = OriginalModel(tiny)
     with open_engine(compile_tiny("int8", addr_mode), engine="simulator") as engine:
@@ -89,7 +89,7 @@ def test_a_prompt_that_does_not_fit_is_refused_before_anything_runs(runner, leng
 
 
 def test_sampling_is_seeded_and_follows_its_candidates(runner, tiny, chat_prompt, demo_questions):
-    from helpers.reference import OriginalModel
+    from helpers.parity.chain import OriginalModel
 
     prompt = chat_prompt(demo_questions[0])
     hot = Sampling(temperature=5.0, top_p=1.0, seed=3)
@@ -301,7 +301,7 @@ def test_cancelling_is_asked_before_every_token():
 def test_the_time_of_every_token_is_told(monkeypatch):
     runner = QwenRunner(NumpyEngine(RandomModel(30, seed=4), 20))
     clock = (n * n for n in itertools.count())
-    monkeypatch.setattr("helpers.generation.time", SimpleNamespace(perf_counter=clock.__next__))
+    monkeypatch.setattr("helpers.run.generation.time", SimpleNamespace(perf_counter=clock.__next__))
     list(runner.generate([3, 1, 4], max_new_tokens=3))
     assert runner.timings == Timings(first_token_s=1, decode_s=[5, 9])
     assert runner.timings.tokens_per_s == pytest.approx(1 / 7) and Timings().tokens_per_s == 0

@@ -112,7 +112,7 @@ def test_chat_has_the_fast_simulator(nobody, bmodel_tiny, home):
     command = ["chat", "--model", "tiny.bmodel", "--tokenizer", "models/tiny", "--engine", "simulator"]
     done = nobody("-m", "helpers", *command, "--question", "Hello, how are you?", home=home)
     assert "I am fine, thank you." in done.stdout
-    code = "from helpers.engines import open_engine; print(open_engine('tiny.bmodel').scheduling)"
+    code = "from helpers.run.engines import open_engine; print(open_engine('tiny.bmodel').scheduling)"
     assert nobody("-c", code, home=home).stdout == "yield\n"
 
 

@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from helpers import latency, plots
-from helpers.engines import open_engine
+from helpers.notebook import plots
+from helpers.run import latency
+from helpers.run.engines import open_engine
 from tests.unit.numpy_engine import NumpyEngine, RandomModel
 
 

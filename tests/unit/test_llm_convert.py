@@ -7,13 +7,14 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from helpers import artefacts, llm_convert, toolchain
-from helpers.bmodel import read_bmodel, require_qwen
-from helpers.checkpoint import Checkpoint
-from helpers.engines import open_engine
+from helpers import artefacts, toolchain
+from helpers.bmodel.bmodel import read_bmodel, require_qwen
+from helpers.checkpoint.weights import Checkpoint
+from helpers.compile import llm_convert
 from helpers.errors import UserError
-from helpers.generation import QwenRunner
-from helpers.reference import OriginalModel
+from helpers.parity.chain import OriginalModel
+from helpers.run.engines import open_engine
+from helpers.run.generation import QwenRunner
 
 
 def raise_interrupted(*arguments):

@@ -8,10 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.bf16 import to_bf16
 from helpers.errors import UserError
-from helpers.generation import QwenRunner, Sampling
-from helpers.lookahead import (
+from helpers.run.generation import QwenRunner, Sampling
+from helpers.run.lookahead import (
     LookaheadRunner,
     LookaheadSizes,
     LookaheadState,
@@ -20,6 +19,7 @@ from helpers.lookahead import (
     step_mask,
     step_positions,
 )
+from helpers.tensors import to_bf16
 from tests.unit.numpy_engine import NumpyEngine, RandomModel
 
 PICTURE = """
@@ -373,7 +373,7 @@ def test_runner_counts_steps_and_shows_them():
 
 def test_the_time_of_a_step_is_shared_by_its_tokens(monkeypatch):
     runner = LookaheadRunner(NumpyEngine(RandomModel(4, 1), 48, LookaheadSizes().rows))
-    monkeypatch.setattr("helpers.lookahead.time", SimpleNamespace(perf_counter=itertools.count(5).__next__))
+    monkeypatch.setattr("helpers.run.lookahead.time", SimpleNamespace(perf_counter=itertools.count(5).__next__))
     list(runner.generate([1, 2, 3]))
     assert max(runner.statistics.accepted) > 1 and runner.timings.first_token_s == 1
     assert sum(runner.timings.decode_s) == pytest.approx(runner.statistics.steps)

@@ -4,11 +4,15 @@
 import numpy as np
 import pytest
 
-from helpers import artefacts, compiling, exporting, lookahead, patching
-from helpers.engines import open_engine
+from helpers import artefacts
+from helpers.compile import compiling
 from helpers.errors import UserError
-from helpers.generation import QwenRunner
-from helpers.lookahead import LookaheadRunner, LookaheadSizes, NgramPool
+from helpers.export import exporting
+from helpers.patching import patching
+from helpers.run import lookahead
+from helpers.run.engines import open_engine
+from helpers.run.generation import QwenRunner
+from helpers.run.lookahead import LookaheadRunner, LookaheadSizes, NgramPool
 from tests.conftest import SEQ_LENGTH, WORK
 from tests.unit.small_nets import write_random_checkpoint
 
@@ -49,7 +53,7 @@ def test_nets_have_the_rows_of_the_documented_scheme(runner):
 
 def test_demo_questions_get_the_tokens_of_pytorch(runner, tiny, demo_questions, chat_prompt, stop_ids):
     """The ordinary int8 bmodel gives these tokens too (test_generation); notebook 06 asks every question."""
-    from helpers.reference import OriginalModel
+    from helpers.parity.chain import OriginalModel
 
     original, steps, given = OriginalModel(tiny), 0, 0
     for question in (demo_questions[0], demo_questions[-1]):

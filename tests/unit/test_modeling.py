@@ -17,11 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.checkpoint import Checkpoint
+from helpers.checkpoint.modeling import build_block, build_model, load_modeling, make_config
+from helpers.checkpoint.tokenizer import QwenTokenizer
+from helpers.checkpoint.weights import Checkpoint
 from helpers.errors import UserError
-from helpers.modeling import build_block, build_model, load_modeling, make_config
-from helpers.reference import OriginalModel, fits_in_memory
-from helpers.tokenizer import QwenTokenizer
+from helpers.parity.chain import OriginalModel, fits_in_memory
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "models" / "tiny"
@@ -197,7 +197,7 @@ def test_it_runs_without_a_warning():
 
 
 def test_a_light_import():
-    code = "import sys, helpers.modeling; print('torch' in sys.modules, 'transformers' in sys.modules)"
+    code = "import sys, helpers.checkpoint.modeling; print('torch' in sys.modules, 'transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False False\n"
 

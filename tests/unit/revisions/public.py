@@ -10,9 +10,9 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import patching
 from helpers.artefacts import sha256_file
 from helpers.errors import UserError
+from helpers.patching import patching
 from tests.unit.revisions import blocks
 
 ROWS = 16

@@ -1,0 +1,433 @@
+"""What a bmodel file contains, read without any of Sophgo's libraries.
+
+A bmodel is a header of 64 bytes, a flatbuffer that describes the nets, and the binaries it points to (weights,
+instructions, the chip's firmware). Field numbers are those of bmodel.fbs, which the TPU-MLIR wheel ships in
+include/tpu_mlir/Builder/BM168x. Nothing in a file is trusted: whatever its bytes, the answer is a Bmodel or a
+UserError.
+"""
+
+import math
+import stat
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from helpers.errors import UserError
+from helpers.run.engines.base import HOST_DTYPE, NetInfo, TensorInfo
+
+CHIP = "BM1684X"
+_MAGIC = 0xFF55AAEE
+_HEADER = struct.Struct("<IIIQ")
+_HEADER_BYTES = 64
+# bm_data_type_t of libsophon's bmdef.h; the last two have two elements a byte.
+_DTYPES = {
+    0: "float32",
+    1: "float16",
+    2: "int8",
+    3: "uint8",
+    4: "int16",
+    5: "uint16",
+    6: "int32",
+    7: "uint32",
+    8: "bfloat16",
+    9: "int4",
+    10: "uint4",
+}
+_ADDR_MODES = {0: "basic", 1: "io_alone", 2: "io_tag", 3: "io_tag_fuse", 4: "io_reloc"}
+# As the compiler writes it: asctime.
+_EPOCH = b"Thu Jan  1 00:00:00 1970\n"
+_AGAIN = "compile it again, or fetch it again"
+# A bmodel of 80 layers has some 10^5; a file that makes us look at more than this was made to.
+_MOST_TABLES = 5_000_000
+
+
+@dataclass(frozen=True)
+class Net:
+    """One net. info: its inputs and outputs, device by device. Sizes in bytes, over all of its devices.
+
+    weights: where its weights are in the file, {(start, size)}: nets of a combined bmodel share them.
+    scratch: device memory for what it computes in between; io: memory of its inputs and outputs where that is its own.
+    """
+
+    info: NetInfo
+    stages: int
+    devices: int
+    weights: frozenset[tuple[int, int]]
+    instruction_bytes: int
+    scratch_bytes: int
+    io_bytes: int
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(size for _, size in self.weights)
+
+
+@dataclass(frozen=True)
+class Bmodel:
+    """A bmodel file. kernel_bytes: the chip's firmware in it. made: the compiler's time stamp, in its words."""
+
+    path: Path
+    chip: str
+    version: str
+    made: str
+    device_num: int
+    nets: dict[str, Net]
+    kernel_bytes: int
+    file_bytes: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, what nets share counted once."""
+        return sum(size for _, size in frozenset().union(*(net.weights for net in self.nets.values())))
+
+
+@dataclass(frozen=True)
+class QwenShape:
+    """What the nets of a Qwen bmodel say of the model. heads: on one device; sampling: it has penalty_sample_head;
+    token_head: its lm_head gives a token, not logits; rows: how many tokens a decode step takes."""
+
+    layers: int
+    seq_length: int
+    hidden_size: int
+    heads: int
+    head_dim: int
+    vocab_size: int
+    rows: int
+    token_head: bool
+    sampling: bool
+
+    def cache_bytes(self, devices: int = 1) -> int:
+        """Bytes of all keys and values in bfloat16."""
+        return 2 * 2 * self.layers * self.seq_length * self.heads * self.head_dim * devices
+
+
+class _Malformed(Exception):
+    pass
+
+
+class _Buffer:
+    """A flatbuffer; every read is checked against its end."""
+
+    def __init__(self, data: bytes):
+        self.data = data
+        self.tables = 0
+
+    def number(self, code: str, position: int) -> int:
+        if position < 0:
+            raise _Malformed
+        try:
+            return struct.unpack_from("<" + code, self.data, position)[0]
+        except struct.error:
+            raise _Malformed from None
+
+    def follow(self, position: int) -> int:
+        return position + self.number("I", position)
+
+    def table(self, position: int) -> "_Table":
+        self.tables += 1
+        if self.tables > _MOST_TABLES:
+            raise _Malformed
+        return _Table(self, position)
+
+    def string(self, position: int) -> str:
+        length = self.number("I", position)
+        text = self.data[position + 4 : position + 4 + length]
+        if len(text) != length:
+            raise _Malformed
+        try:
+            return text.decode("utf-8")
+        except UnicodeDecodeError:
+            raise _Malformed from None
+
+
+class _Table:
+    """A table of the flatbuffer; fields by their id in the schema."""
+
+    def __init__(self, buffer: _Buffer, position: int):
+        self.buffer, self.position = buffer, position
+        self.vtable = position - buffer.number("i", position)
+        self.vtable_bytes = buffer.number("H", self.vtable)
+
+    def _at(self, field_id: int) -> int | None:
+        entry = 4 + 2 * field_id
+        if entry + 2 > self.vtable_bytes:
+            return None
+        offset = self.buffer.number("H", self.vtable + entry)
+        return self.position + offset if offset else None
+
+    def number(self, field_id: int, code: str, default: int = 0) -> int:
+        at = self._at(field_id)
+        return default if at is None else self.buffer.number(code, at)
+
+    def place(self, field_id: int) -> int | None:
+        """Where the string, table or vector of a field begins; None where there is none."""
+        at = self._at(field_id)
+        return None if at is None else self.buffer.follow(at)
+
+    def string(self, field_id: int) -> str:
+        place = self.place(field_id)
+        return "" if place is None else self.buffer.string(place)
+
+    def table(self, field_id: int) -> "_Table | None":
+        place = self.place(field_id)
+        return None if place is None else self.buffer.table(place)
+
+    def _vector(self, field_id: int, element_bytes: int) -> tuple[int, int]:
+        start = self.place(field_id)
+        if start is None:
+            return 0, 0
+        count = self.buffer.number("I", start)
+        if start + 4 + count * element_bytes > len(self.buffer.data):
+            raise _Malformed
+        return start + 4, count
+
+    def tables(self, field_id: int) -> "Iterator[_Table]":
+        start, count = self._vector(field_id, 4)
+        for i in range(count):
+            yield self.buffer.table(self.buffer.follow(start + 4 * i))
+
+    def numbers(self, field_id: int, code: str) -> list[int]:
+        size = struct.calcsize("<" + code)
+        start, count = self._vector(field_id, size)
+        return [self.buffer.number(code, start + size * i) for i in range(count)]
+
+    def binary(self, field_id: int) -> tuple[int, int]:
+        """(start, size) of a Binary struct; (0, 0) where there is none."""
+        at = self._at(field_id)
+        return (0, 0) if at is None else (self.buffer.number("Q", at), self.buffer.number("Q", at + 8))
+
+
+def read_bmodel(path: str | Path) -> Bmodel:
+    """Read a bmodel's description; weights and instructions are not read.
+
+    Raises UserError where the file is missing, empty, cut off, damaged or not a bmodel. Whatever chip it is for.
+    """
+    path = Path(path)
+    data, binary_bytes, _ = _description(path)
+    try:
+        return _parse(path, data, binary_bytes, path.stat().st_size)
+    except (_Malformed, OverflowError):
+        raise UserError(f"{path} is damaged (its description of the nets makes no sense): {_AGAIN}.") from None
+
+
+def _description(path: Path) -> tuple[bytes, int, int]:
+    """(flatbuffer, bytes of the binaries after it, where it begins in the file)"""
+    try:
+        kind = stat.filemode(path.stat().st_mode)[0]
+        if kind != "-":  # from a pipe nothing may ever come
+            found = {"d": "a folder", "p": "a pipe", "s": "a socket"}.get(kind, "a device")
+            raise UserError(f"{path} cannot be read (it is {found}, not a file): give the path of a .bmodel file.")
+        with open(path, "rb") as file:
+            head = file.read(_HEADER_BYTES)
+            if not head:
+                raise UserError(f"{path} is empty: {_AGAIN}.")
+            size = file.seek(0, 2)
+            if len(head) < _HEADER_BYTES or _HEADER.unpack_from(head)[0] != _MAGIC:
+                raise UserError(
+                    f"{path} is not a bmodel (it does not begin like one): give the file that ends in .bmodel, made by "
+                    "`python -m helpers compile`."
+                )
+            _, start, described, binary_bytes = _HEADER.unpack_from(head)
+            whole = start + described + binary_bytes
+            if start < _HEADER.size or size < whole:
+                raise UserError(f"{path} is cut off: it has {size} bytes of {whole}; {_AGAIN}.")
+            file.seek(start)
+            return file.read(described), binary_bytes, start
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): give the path of a .bmodel file.") from None
+
+
+def strip_time(path: str | Path) -> None:
+    """Set the time stamp in a bmodel to 1970: the same inputs then give the same bytes. Raises UserError."""
+    path = Path(path)
+    data, _, start = _description(path)
+    try:
+        buffer = _Buffer(data)
+        place = buffer.table(buffer.follow(0)).place(2)
+        if place is None or buffer.number("I", place) != len(_EPOCH):
+            return
+    except _Malformed:
+        raise UserError(f"{path} is damaged (it has no time stamp): {_AGAIN}.") from None
+    with open(path, "r+b") as file:
+        file.seek(start + place + 4)
+        file.write(_EPOCH)
+
+
+def _parse(path: Path, data: bytes, binary_bytes: int, size: int) -> Bmodel:
+    buffer = _Buffer(data)
+    model = buffer.table(buffer.follow(0))
+    chip = model.string(3)
+    kernel = model.table(6)
+    parts: dict[str, list[_Part]] = {}
+    for net in model.tables(4):
+        part = _part(net, binary_bytes)
+        parts.setdefault(part.main_name, []).append(part)
+    if not chip or not parts or "" in parts:
+        raise _Malformed
+    return Bmodel(
+        path=path,
+        chip=chip,
+        version=model.string(1),
+        made=model.string(2).strip(),
+        device_num=max(1, model.number(7, "I")),
+        nets={name: _join(name, found) for name, found in parts.items()},
+        kernel_bytes=kernel.binary(1)[1] if kernel else 0,
+        file_bytes=size,
+    )
+
+
+@dataclass
+class _Part:
+    """A net on one device; a net of several devices is several parts with one main name."""
+
+    main_name: str
+    addr_mode: str
+    dynamic: bool
+    stages: int
+    device: int
+    inputs: list[tuple[int, TensorInfo]] = field(default_factory=list)
+    outputs: list[tuple[int, TensorInfo]] = field(default_factory=list)
+    weights: set[tuple[int, int]] = field(default_factory=set)
+    instruction_bytes: int = 0
+    scratch_bytes: int = 0
+    io_bytes: int = 0
+
+
+def _tensor(table: _Table, device: int) -> TensorInfo:
+    dtype = _DTYPES.get(table.number(1, "I"))
+    shapes = [tuple(shape.numbers(0, "Q")) for shape in table.tables(5)]
+    if dtype is None or not shapes or any(extent > 1 << 40 for shape in shapes for extent in shape):
+        raise _Malformed
+    return TensorInfo(table.string(0), max(shapes, key=math.prod), dtype, device)
+
+
+def _part(net: _Table, binary_bytes: int) -> _Part:
+    def inside(place: tuple[int, int]) -> int:
+        if sum(place) > binary_bytes:
+            raise _Malformed
+        return place[1]
+
+    def instructions(group: _Table) -> list[tuple[int, int]]:
+        return [group.binary(2), group.binary(3)]
+
+    cascade = net.table(4)
+    name = net.string(0)
+    stages = list(net.tables(3))
+    addr_mode = _ADDR_MODES.get(net.number(5, "i"))
+    if not stages or addr_mode is None:
+        raise _Malformed
+    part = _Part(
+        main_name=(cascade.string(2) if cascade else "") or name,
+        addr_mode=addr_mode,
+        dynamic=bool(stages[0].number(5, "i")),
+        stages=len(stages),
+        device=cascade.number(0, "I") if cascade else 0,
+    )
+    for field_id, found in ((0, part.inputs), (1, part.outputs)):
+        # In a net of several devices tensors pass between its parts; these kinds are the net's own, whole or split.
+        own = (1, 3) if field_id == 0 else (2, 4)
+        for table in stages[0].tables(field_id):
+            if cascade is None or table.number(11, "i") in own:
+                index = table.number(12, "i") if cascade else len(found)
+                found.append((index, _tensor(table, part.device)))
+    for stage in stages:
+        if coeff := stage.table(4):
+            place = coeff.binary(2)
+            if inside(place):
+                part.weights.add(place)
+        groups = [*stage.tables(8), *(group for subnet in stage.tables(12) for group in subnet.tables(1))]
+        # A static net's commands are listed with the net and again with its subnets.
+        places = {place for group in groups for place in instructions(group)} | {stage.binary(11)}
+        part.instruction_bytes += sum(map(inside, places))
+        part.scratch_bytes = max(part.scratch_bytes, sum(stage.numbers(14, "Q")) or stage.number(3, "Q"))
+        part.io_bytes = max(part.io_bytes, stage.number(18, "Q"))
+    return part
+
+
+def _join(name: str, parts: list[_Part]) -> Net:
+    def tensors(which: str) -> tuple[TensorInfo, ...]:
+        found = {}
+        for part in parts:
+            for index, tensor in getattr(part, which):
+                found[part.device, index] = tensor
+        return tuple(found[place] for place in sorted(found))
+
+    info = NetInfo(name, tensors("inputs"), tensors("outputs"), parts[0].addr_mode, any(p.dynamic for p in parts))
+    return Net(
+        info=info,
+        stages=max(part.stages for part in parts),
+        devices=len({part.device for part in parts}),
+        weights=frozenset(place for part in parts for place in part.weights),
+        instruction_bytes=sum(part.instruction_bytes for part in parts),
+        scratch_bytes=sum(
+            max(part.scratch_bytes for part in parts if part.device == device)
+            for device in {part.device for part in parts}
+        ),
+        io_bytes=sum(part.io_bytes for part in parts),
+    )
+
+
+def require_qwen(bmodel: Bmodel) -> QwenShape:
+    """The model that the nets describe, checked against the contract of a Qwen bmodel (inputs by position).
+
+    Raises UserError where the bmodel is for another chip, lacks a net, or a net has other inputs or outputs.
+    """
+    if bmodel.chip.upper() != CHIP:
+        raise UserError(
+            f"{bmodel.path} is for the chip {bmodel.chip}, {CHIP} is needed: compile it with `python -m helpers "
+            "compile`."
+        )
+    nets = bmodel.nets
+    layers = 1 + max((int(name[6:]) for name in nets if name.startswith("block_") and name[6:].isdigit()), default=-1)
+    layers = min(layers, len(nets))
+    needed = ["embedding", "embedding_cache", "lm_head"]
+    needed += [f"{kind}_{i}" for i in range(max(layers, 1)) for kind in ("block", "block_cache")]
+    missing = [name for name in needed if name not in nets]
+    if missing:
+        shown = ", ".join(missing[:4]) + (" and more" if len(missing) > 4 else "")
+        raise UserError(
+            f"{bmodel.path} lacks the net {shown}; it has {', '.join(list(nets)[:6])}: it is not a whole Qwen model, "
+            "compile it again."
+        )
+    head = nets["lm_head"].info.outputs
+    token_head = bool(head) and math.prod(head[0].shape) <= 1 and head[0].dtype == "int32"
+    if not token_head and "greedy_head" not in nets:
+        raise UserError(f"{bmodel.path} lacks the net greedy_head, its lm_head gives logits: compile it again.")
+    devices = max(1, nets["block_0"].devices)
+    counts = {"embedding": (1, 1), "embedding_cache": (1, 1), "lm_head": (1, 1), "block": (3, 3), "block_cache": (5, 3)}
+    for name in needed:
+        info, kind = nets[name].info, name.rstrip("0123456789").rstrip("_")
+        wanted = tuple(count * nets[name].devices for count in counts[kind])
+        if nets[name].devices == 1 and (len(info.inputs), len(info.outputs)) != wanted:
+            raise UserError(
+                f"{bmodel.path}: the net {name} has {len(info.inputs)} inputs and {len(info.outputs)} outputs, "
+                f"{wanted[0]} and {wanted[1]} are needed: it is not a Qwen model of this kind."
+            )
+    try:
+        states = nets["block_0"].info.inputs[0].shape
+        past = next(t.shape for t in nets["block_cache_0"].info.inputs if len(t.shape) == 4 and t.shape[1] > 1)
+        rows = nets["block_cache_0"].info.inputs[0].shape[1]
+        shape = QwenShape(
+            layers=layers,
+            seq_length=states[1],
+            hidden_size=states[2],
+            heads=past[2],
+            head_dim=past[3],
+            vocab_size=0 if token_head else math.prod(head[0].shape) // max(1, math.prod(head[0].shape[:-1])),
+            rows=rows,
+            token_head=token_head,
+            sampling="penalty_sample_head" in nets,
+        )
+    except (IndexError, StopIteration):
+        raise UserError(
+            f"{bmodel.path}: the blocks' inputs are not states [1,S,H] and caches [1,S,h,d]: it is not a Qwen model."
+        ) from None
+    if past[1] != shape.seq_length or shape.heads * shape.head_dim * devices < 1:
+        raise UserError(f"{bmodel.path}: prefill has {shape.seq_length} rows, its cache {past[1]}: compile it again.")
+    return shape
+
+
+def tensor_bytes(tensor: TensorInfo) -> int:
+    """Device memory of one tensor in bytes."""
+    return math.prod(tensor.shape) * HOST_DTYPE[tensor.dtype].itemsize

@@ -1,0 +1,257 @@
+"""Compile with TPU-MLIR's one-click converter, as a yardstick: same weights, same mode, same S.
+
+`llm_convert.py` refuses first-generation Qwen. But its arithmetic is that of Qwen 2 with other names: c_attn is q, k
+and v in one, mlp.w2 is the gate and mlp.w1 the up projection, each head has a key-value head of its own. So the
+checkpoint is written once more under those names and converted as a Qwen 2.
+"""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from helpers import artefacts, toolchain
+from helpers.bmodel import bmodel
+from helpers.checkpoint.tokenizer import VOCABULARY, QwenTokenizer
+from helpers.checkpoint.weights import Checkpoint
+from helpers.compile.compiling import Q_GROUP_SIZE, check_name, check_options
+from helpers.compile.jobs import own_error
+from helpers.compile.profile import PROFILE, estimates, read_profile
+from helpers.errors import UserError
+from helpers.fetch.hubs import check_huggingface_variables
+
+QUANTIZE = {"bf16": "bf16", "int8": "w8bf16", "int4": "w4bf16"}
+# What of these helpers decides what comes out.
+_CODE = artefacts.code_of("compile.llm_convert", "checkpoint.weights", "compile.profile")
+_RENAMED = {
+    "ln_1": "input_layernorm",
+    "ln_2": "post_attention_layernorm",
+    "attn.c_proj": "self_attn.o_proj",
+    "mlp.w1": "mlp.up_proj",
+    "mlp.w2": "mlp.gate_proj",
+    "mlp.c_proj": "mlp.down_proj",
+}
+
+
+# Runs the converter with two things mended (tpu-mlir 1.30.2). For several devices its lm_head begins with the last
+# norm, whose weight it forgets to write beside the lm_head's own ("failed to find tensor model.norm.weight to read").
+# And it has no option for the addresses of the cache nets, which are always io_alone.
+_RUNNER = """
+import json, os, runpy, sys
+import numpy
+from safetensors import safe_open
+
+save = numpy.savez
+
+def savez(file, *args, **arrays):
+    if file == "lm_head_top_weights.npz":
+        folder = sys.argv[sys.argv.index("-m") + 1]
+        shard = json.load(open(folder + "/model.safetensors.index.json"))["weight_map"]["model.norm.weight"]
+        with safe_open(os.path.join(folder, shard), "pt") as weights:
+            arrays["model.norm.weight"] = weights.get_tensor("model.norm.weight").float().numpy()
+    return save(file, *args, **arrays)
+
+cache_mode, *sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+numpy.savez = savez
+import tpu_mlir
+from llm.LlmConverter import LlmConverter
+submit = LlmConverter.submit_deploy_task
+
+def submit_deploy_task(self, *args, addr_mode="basic", **options):
+    return submit(self, *args, addr_mode=cache_mode if addr_mode == "io_alone" else addr_mode, **options)
+
+LlmConverter.submit_deploy_task = submit_deploy_task
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def qwen2_config(checkpoint: Checkpoint, seq_length: int) -> dict:
+    """config.json of the same model in Qwen 2's terms."""
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_act": "silu",
+        "hidden_size": checkpoint.hidden_size,
+        "intermediate_size": checkpoint.intermediate_size,
+        "max_position_embeddings": seq_length,
+        "num_attention_heads": checkpoint.heads,
+        "num_key_value_heads": checkpoint.heads,
+        "num_hidden_layers": checkpoint.layers,
+        "rms_norm_eps": checkpoint.eps,
+        "rope_theta": float(checkpoint.rotary_base),
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "vocab_size": checkpoint.vocab_size,
+    }
+
+
+def qwen2_tensors(name: str, tensor) -> dict:
+    """A tensor of a Qwen-1 checkpoint under Qwen 2's names: c_attn becomes three."""
+    if (match := re.fullmatch(r"transformer\.h\.(\d+)\.(.+)\.(weight|bias)", name)) is None:
+        other = {
+            "transformer.wte.weight": "model.embed_tokens.weight",
+            "transformer.ln_f.weight": "model.norm.weight",
+            "lm_head.weight": "lm_head.weight",
+        }
+        return {other[name]: tensor} if name in other else {}
+    layer, part, kind = match.groups()
+    prefix = f"model.layers.{layer}"
+    if part == "attn.c_attn":
+        pieces = tensor.chunk(3, dim=0)
+        return {
+            f"{prefix}.self_attn.{letter}_proj.{kind}": piece.contiguous()
+            for letter, piece in zip("qkv", pieces, strict=True)
+        }
+    return {f"{prefix}.{_RENAMED[part]}.{kind}": tensor} if part in _RENAMED else {}
+
+
+def write_qwen2_checkpoint(checkpoint: Checkpoint, folder: Path, seq_length: int) -> None:
+    """Write the checkpoint in Qwen 2's layout, one shard a layer, so that one layer is in memory at a time."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    prefixes = [f"transformer.h.{i}." for i in range(checkpoint.layers)]
+    weight_map = {}
+    for number, prefix in enumerate([*prefixes, "transformer.wte.", "transformer.ln_f.", "lm_head."]):
+        shard = f"model-{number:05d}.safetensors"
+        tensors = {}
+        for name, tensor in checkpoint.load(prefix).items():
+            tensors |= qwen2_tensors(name, tensor)
+        save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / shard, {"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, shard)
+    artefacts.write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    artefacts.write_json(folder / "config.json", qwen2_config(checkpoint, seq_length))
+
+
+def convert(
+    model_path: str | Path,
+    out: str | Path,
+    name: str,
+    mode: str,
+    seq_length: int,
+    num_device: int = 1,
+    dynamic: bool = False,
+    addr_mode: str = "io_alone",
+) -> Path:
+    """Compile a Qwen-1 checkpoint (patched or not) with llm_convert.py.
+
+    Returns out/<name>_<mode>_<n>dev_llm_convert.bmodel; its manifest has the same extra keys as compile_model's,
+    and converter_seconds.
+    addr_mode: of the cache nets; the converter by itself has io_alone. lm_head gives the token. High precision is on,
+    as the converter has it.
+    Raises UserError where GNU parallel or the tool chain is missing, or the converter fails, with the path of its log.
+    """
+    check_name(name)
+    if seq_length < 1:
+        raise UserError(f"seq_length is {seq_length}, it must be a whole number from 1 on (the documented one is 512).")
+    toolchain.require()
+    toolchain.require_parallel()
+    check_huggingface_variables()
+    checkpoint = Checkpoint.open(model_path)
+    check_options(mode, num_device, addr_mode, checkpoint.heads, checkpoint.hidden_size)
+    out = Path(out).absolute()
+    target = out / f"{name}_{mode}_{num_device}dev{'_dyn' if dynamic else ''}_llm_convert.bmodel"
+    settings = {
+        "name": name,
+        "mode": mode,
+        "num_device": num_device,
+        "seq_length": seq_length,
+        "dynamic": dynamic,
+        "addr_mode": addr_mode,
+        "via": "llm_convert",
+    }
+    inputs = {"checkpoint": checkpoint.digest("")}
+    if artefacts.up_to_date(target, inputs, settings, _CODE):
+        return target
+    extra: dict = {"config": checkpoint.config, "layers": checkpoint.layers, "seq_length": seq_length}
+    out.mkdir(parents=True, exist_ok=True)
+    extra["tokenizer"] = _bring_vocabulary(checkpoint, out)
+    with (
+        artefacts.building(
+            target, kind="bmodel", inputs=inputs, settings=settings, code=_CODE, extra=extra
+        ) as partial,
+        # Not in the staging folder: all that is left there would become part of the artefact.
+        tempfile.TemporaryDirectory(prefix="llm_convert.", dir=out) as scratch,
+    ):
+        work = Path(scratch)
+        write_qwen2_checkpoint(checkpoint, work / "qwen2", seq_length)
+        options = ["-s", str(seq_length), "-q", QUANTIZE[mode], "-g", str(Q_GROUP_SIZE), "-c", "bm1684x"]
+        options += ["--num_device", str(num_device), *(["--dynamic"] if dynamic else [])]
+        started = time.monotonic()
+        _run(work, addr_mode, options, out / f"{target.stem}.log")
+        extra["converter_seconds"] = round(time.monotonic() - started, 3)
+        (made,) = (work / "converted").glob("*.bmodel")
+        bmodel.strip_time(made)
+        shutil.move(made, partial)
+        extra["nets"] = _records(work / "converted", bmodel.read_bmodel(partial))
+        extra["estimates"] = estimates(extra["nets"])
+    return target
+
+
+def _bring_vocabulary(checkpoint: Checkpoint, out: Path) -> str | None:
+    try:
+        vocabulary = QwenTokenizer.open(checkpoint.path).vocabulary
+    except UserError:
+        # The bmodel is of use without: the chat asks for --tokenizer.
+        return None
+    artefacts.write_file(out / VOCABULARY, vocabulary)
+    return VOCABULARY
+
+
+def _records(folder: Path, model: bmodel.Bmodel) -> dict[str, dict]:
+    profiles = {
+        path.parent.name: read_profile(path, model.nets[path.parent.name].devices)
+        for path in folder.glob(f"*/*/{PROFILE}")
+        if path.parent.name in model.nets
+    }
+    empty = dict.fromkeys(("cycles", "ms", "ddr_bw", "flops"))
+    return {
+        name: {"bytes": net.weight_bytes + net.instruction_bytes, **(profiles.get(name) or empty)}
+        for name, net in model.nets.items()
+    }
+
+
+def _run(work: Path, addr_mode: str, options: list[str], log: Path) -> None:
+    tool = toolchain.wheel_path() / "python" / "tools" / "llm_convert.py"
+    # It passes paths on without quotes.
+    folder = toolchain.plain(work)
+    command = [sys.executable, "-c", _RUNNER, addr_mode, str(tool), "-m", str(folder / "qwen2")]
+    command += ["-o", str(folder / "converted"), *options]
+    with open(log, "wb") as file, artefacts.locked(work / "lock") as locks, contextlib.ExitStack() as stack:
+        # Its jobs, each in a folder of its own, take turns at the kernels; where they cannot, each makes its own.
+        kernels = "../kernels/" if locks else "./kernels/"
+        if not toolchain.is_plain(work):
+            kernels = stack.enter_context(tempfile.TemporaryDirectory(dir=toolchain.plain_parent()))
+        env = toolchain.environment() | {"PPL_CACHE_PATH": kernels}
+        # Its scripts put the wheel's own libraries first.
+        if library := toolchain.own_kernel_library(locks):
+            env["LD_PRELOAD"] = f"{library} {env.get('LD_PRELOAD', '')}"
+        process = subprocess.Popen(command, cwd=work, env=env, stdout=file, stderr=file, start_new_session=True)
+        try:
+            status = process.wait()
+        finally:
+            # Its jobs are in the same group; after a failure or Ctrl-C some may still run.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if status:
+        text = log.read_text(encoding="utf-8", errors="replace")
+        for failed in sorted((work / "converted").glob("*/*.log")):
+            said = failed.read_text(encoding="utf-8", errors="replace")
+            if "Error" in said or "error" in said or "Assert" in said:
+                text = said
+                shutil.copy(failed, log)
+                break
+        # On a full disk the converter goes on, and finds its own files broken later. What it wrote is still there.
+        free = artefacts.free_bytes(work)
+        raise UserError(
+            f"llm_convert.py failed: {own_error(text, status)} (its log is {log}; when it ended {free / 1e9:.1f} GB of "
+            "disk were free: it can need ten times the checkpoint's size)"
+        )

@@ -1,0 +1,411 @@
+"""Bring a checkpoint here, from a model hub or a folder, and let it in only when it is whole and the right one.
+
+    out/checkpoints/<name>/              the checkpoint and its manifest: source, revision, hashes
+    out/checkpoints/.<name>.download/    what has come so far; the next call goes on from there
+
+Artefacts that Sophgo offers ready-made come through helpers.fetch.prepared.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers import artefacts
+from helpers.checkpoint.tokenizer import VOCABULARY, QwenTokenizer, cut_vocabulary
+from helpers.checkpoint.weights import Checkpoint, damaged, quantised
+from helpers.errors import UserError
+from helpers.fetch import downloading, hubs, prepared
+from helpers.patching import patching
+
+KIND = "checkpoint"
+DEFAULT_FOLDER = Path("out/checkpoints")
+SOURCES = {"huggingface": hubs.list_huggingface, "modelscope": hubs.list_modelscope}
+# What a chat needs beside the weights; all revisions of the four models have these.
+NEEDED = ("modeling_qwen.py", "configuration_qwen.py", VOCABULARY)
+# Pictures and examples of the model card: 5 MB that nothing here reads.
+NOT_NEEDED = ("assets/", "examples/", ".gitattributes")
+_HEADER_LIMIT = 100_000_000  # as the safetensors library has it
+_FLOATS = ("BF16", "F16", "F32", "F64")  # what checkpoint.WEIGHT_DTYPES are called in safetensors
+_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A published first-generation Qwen chat model. intermediate_size: one branch of SwiGLU.
+
+    Sizes are those of its config.json. commit: on Hugging Face; that these are commits of these repositories is seen
+    in public code that loads models from cache paths with them (…/snapshots/<commit>) and in links to them.
+    ModelScope's tags end before these revisions, so its branch is taken and the manifest says which commit it was.
+    """
+
+    repo: str
+    commit: str
+    layers: int
+    hidden_size: int
+    heads: int
+    intermediate_size: int
+    vocab_size: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights in bfloat16, as they are published."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        block = 2 * hidden + 3 * hidden + 4 * hidden * hidden + 3 * hidden * inner
+        return 2 * (2 * self.vocab_size * hidden + self.layers * block + hidden)
+
+
+MODELS = {
+    "qwen-1_8b": Model("Qwen/Qwen-1_8B-Chat", "1d0f68de57b88cfde81f3c3e537f24464d889081", 24, 2048, 16, 5504, 151936),
+    "qwen-7b": Model("Qwen/Qwen-7B-Chat", "93a65d34827a3cc269b727e67004743b723e2f83", 32, 4096, 32, 11008, 151936),
+    "qwen-14b": Model("Qwen/Qwen-14B-Chat", "cdaff792392504e679496a9f386acf3c1e4333a5", 40, 5120, 40, 13696, 152064),
+    "qwen-72b": Model("Qwen/Qwen-72B-Chat", "6eb5569e56644ea662b048e029de9d093e97d4b6", 80, 8192, 64, 24576, 152064),
+}
+
+
+def fetch(
+    name: str | None = None,
+    source: str | Path = "huggingface",
+    out: str | Path | None = None,
+    revision: str | None = None,
+    artefact: str | None = None,
+    progress=None,
+) -> Path:
+    """Bring a checkpoint, or a prepared artefact, here; return its folder or file. Run again, it does what is lacking.
+
+    name: one of MODELS; may be left out where source is a folder. source: "huggingface", "modelscope", "dfss" or a
+    folder, which is verified in place, and copied only where `out` is given. revision: by default the pinned one.
+    artefact: one of prepared.ARTEFACTS, by dfss. progress: a tqdm class.
+    Raises UserError for everything a user can cause: no answer, no space, wrong bytes, not the model that was asked.
+    """
+    if artefact is not None or source == "dfss":
+        _refuse_where(revision, "a revision", "Sophgo's prepared artefacts have none")
+        if source not in ("huggingface", "dfss"):
+            raise UserError(f"--artefact comes by dfss, not from {source}: leave --source out.")
+        if name not in (None, prepared.MODEL):
+            raise UserError(f"The prepared artefacts are of {prepared.MODEL}, not of {name}: leave --name out.")
+        return prepared.fetch_prepared(artefact, out, progress)
+    if name is not None and name not in MODELS:
+        raise UserError(f"No model is called {name!r} here: take one of {', '.join(MODELS)}.")
+    if source not in SOURCES:
+        _refuse_where(revision, "a revision", "a folder has none")
+        return _from_folder(Path(source), name, None if out is None else Path(out))
+    if name is None:
+        raise UserError(f"Which model? Give --name, one of {', '.join(MODELS)}.")
+    return _from_hub(name, str(source), Path(out or DEFAULT_FOLDER / name), revision, progress)
+
+
+def _refuse_where(value: object, what: str, why: str) -> None:
+    if value is not None:
+        raise UserError(f"{what.capitalize()} was given ({value}), but {why}: leave it out.")
+
+
+# From a hub
+
+
+def _from_hub(name: str, source: str, out: Path, revision: str | None, progress) -> Path:
+    model = MODELS[name]
+    revision = revision or (model.commit if source == "huggingface" else "master")
+    settings = {"name": name, "source": source, "repo": model.repo, "revision": revision}
+    previous = _previous(out)
+    if previous.get("settings") == settings and _is_there(out, previous, name):
+        artefacts.log(f"{out} is there already, whole: {model.repo} at {previous['revision']}")
+        return out
+    if previous:
+        artefacts.log(f"{out} is of another source or was changed since it was fetched: it is replaced.")
+    folder = out.parent / f".{out.name}.download"
+    present = sum(path.stat().st_size for path in folder.glob("*")) if folder.is_dir() else 0
+    reusable = sum(described["bytes"] for described in previous.get("outputs", {}).values())
+    _require_space(out, model.weight_bytes - present - reusable, name)
+    listing = SOURCES[source](model.repo, revision)
+    files = choose(listing.files)
+    with downloading.locked(folder):
+        _reuse(out, previous, files, folder)
+        _require_space(out, sum(file.size for file in files) - downloading.have(files, folder), name)
+        contents = downloading.download(files, folder, listing.host, progress)
+        with artefacts.building(
+            out,
+            kind=KIND,
+            inputs={file.path: file.key for file in files},
+            settings=settings,
+            extra={"revision": listing.revision, "host": listing.host},
+        ) as partial:
+            for path, content in contents.items():
+                _place(content, partial / path)
+            verify(partial, name, as_folder=out)
+        shutil.rmtree(folder)
+    return out
+
+
+def choose(files: list[hubs.RemoteFile]) -> list[hubs.RemoteFile]:
+    """The files of a repository that are of use: weights of one kind (safetensors first), code, vocabulary."""
+    safetensors = any(file.path.endswith(".safetensors") for file in files)
+    return [
+        file
+        for file in files
+        if not file.path.startswith(NOT_NEEDED)
+        and not (safetensors and file.path.startswith("pytorch_model"))
+        and not file.path.endswith((".png", ".jpg", ".jpeg", ".gif"))
+        and file.path != artefacts.MANIFEST
+    ]
+
+
+def _previous(out: Path) -> dict:
+    """The manifest of what an earlier fetch left at `out`, or {}. Raises UserError where something else is there."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return {}
+    if out.is_dir() and artefacts.manifest_path(out).is_file():
+        manifest = artefacts.read_manifest(out)
+        if manifest.get("kind") == KIND:
+            return manifest
+    raise UserError(
+        f"{out} exists and no fetch made it, so it is left as it is: give another --out, or, if it is a checkpoint, "
+        f"--source {out}."
+    )
+
+
+def _is_there(out: Path, manifest: dict, name: str | None) -> bool:
+    """Whether all that was fetched is still there, and is a whole checkpoint; files that were patched since count by
+    their kept originals.
+
+    Raises UserError where the record of patches may not be read: it is not for want of it that files are replaced.
+    """
+    try:
+        record = json.loads((out / patching.RECORD).read_bytes())
+        kept = {name: entry["original"].encode() for name, entry in record["files"].items()}
+    except PermissionError:
+        raise UserError(f"{out / patching.RECORD} may not be read: give yourself the right to read it.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        kept = {}
+    rest = {
+        name: described
+        for name, described in manifest.get("outputs", {}).items()
+        if name not in kept or hashlib.sha256(kept[name]).hexdigest() != described["sha256"]
+    }
+    if not artefacts.is_whole(out, manifest | {"outputs": rest}):
+        return False
+    try:
+        verify(out, name)
+    except UserError:
+        return False
+    return True
+
+
+def _reuse(out: Path, previous: dict, files: list[hubs.RemoteFile], folder: Path) -> None:
+    """Take over from an earlier fetch at `out` what is still whole and wanted."""
+    recorded = previous.get("outputs", {})
+    for file in files:
+        there, target = out / file.path, folder / file.key
+        same = file.sha256 and recorded.get(file.path, {}).get("sha256") == file.sha256
+        if same and not target.exists() and there.is_file() and artefacts.sha256_file(there) == file.sha256:
+            _place(there, target)
+
+
+def _place(content: Path, target: Path) -> None:
+    """A second name for the same bytes: a kill between here and the move-in must not cost the download."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(content, target)
+    except OSError:
+        # A file system without hard links.
+        shutil.copyfile(content, target)
+
+
+def _require_space(out: Path, needed: int, name: str) -> None:
+    free = artefacts.free_bytes(out.parent)
+    if needed > free:
+        raise UserError(
+            f"{name} needs {needed / 1e9:.1f} GB more on the disk that holds {out.parent}, which has {free / 1e9:.1f} "
+            "GB free: free some, or give --out on another disk."
+        )
+
+
+# From a folder
+
+
+def _from_folder(source: Path, name: str | None, out: Path | None) -> Path:
+    if not source.is_dir():
+        raise UserError(
+            f"{source} is neither a folder nor a source by name ({', '.join(SOURCES)}, dfss): give one of these."
+        )
+    verify(source, name)
+    place, there = (out or source).resolve(), source.resolve()
+    if place == there:
+        return source
+    if place in there.parents or there in place.parents:
+        raise UserError(f"{source} and {out} lie one in the other, so no copy is made: give an --out elsewhere.")
+    files = sorted(_files_in(source, ()))
+    inputs = {path: artefacts.sha256_file(source / path) for path in files}
+    settings = {"name": name, "source": "folder"}
+    previous = _previous(out)
+    if previous.get("inputs") == inputs and _is_there(out, previous, name):
+        return out
+    _require_space(out, sum((source / path).stat().st_size for path in files), name or source.name)
+    downloading.make_folder(out.parent)
+    with artefacts.building(out, kind=KIND, inputs=inputs, settings=settings) as partial:
+        for path in files:
+            target = partial / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / path, target)
+        verify(partial, name, as_folder=out)
+    return out
+
+
+def _files_in(folder: Path, above: tuple[Path, ...], prefix: str = "") -> Iterator[str]:
+    """The files in a folder and below, by their paths from it, and what links there lead to.
+
+    Raises UserError for a link that leads nowhere, or back to a folder that it lies in.
+    """
+    above = (*above, folder.resolve())
+    for path in folder.iterdir():
+        if path.name in (".git", artefacts.MANIFEST):
+            continue
+        if path.is_symlink() and (not path.exists() or path.resolve() in above):
+            raise UserError(
+                f"{path} is a link to {os.readlink(path)}, which is not there or holds the link itself: delete the "
+                "link, or bring what it should lead to."
+            )
+        if path.is_dir():
+            yield from _files_in(path, above, f"{prefix}{path.name}/")
+        elif path.is_file():
+            yield prefix + path.name
+
+
+# Whole, and the right one
+
+
+def verify(folder: str | Path, name: str | None = None, as_folder: Path | None = None) -> Checkpoint:
+    """Open a checkpoint and see that it is whole without reading a weight; return it.
+
+    Every shard of the index is there, each safetensors header fits the file's size and the configuration's shapes,
+    code and vocabulary are there; with `name`, its sizes are that model's. as_folder: the folder to name in errors.
+    Raises UserError with what is wrong.
+    """
+    folder = Path(folder)
+    try:
+        single = folder / "model.safetensors"
+        if single.is_file():
+            # One that was cut off is not passed over for older shards beside it. Other files that no index names are.
+            _check_safetensors(single)
+        checkpoint = Checkpoint.open(folder)
+        shapes = checkpoint.shapes()
+        for file in sorted(set(checkpoint.files.values())):
+            if file.suffix == ".safetensors":
+                _check_safetensors(file)
+                _check_against(file, checkpoint, shapes)
+            elif not zipfile.is_zipfile(file):
+                raise damaged(file, "cut short, or not PyTorch's")
+        if not (folder / VOCABULARY).is_file() and cut_vocabulary(folder) is not None:
+            # As the embedded checkpoint has it: the vocabulary is cut from a package on first use.
+            QwenTokenizer.open(folder)
+        elif missing := [needed for needed in NEEDED if not (folder / needed).is_file()]:
+            raise UserError(f"{folder} lacks {', '.join(missing)}: take them from the checkpoint's own repository.")
+        if name is not None:
+            _check_model(checkpoint, name)
+    except UserError as error:
+        if as_folder is None:
+            raise
+        raise UserError(str(error).replace(str(folder), str(as_folder))) from None
+    return checkpoint
+
+
+def _check_model(checkpoint: Checkpoint, name: str) -> None:
+    model = MODELS[name]
+    wrong = [
+        f"{key} {getattr(checkpoint, key)} instead of {getattr(model, key)}"
+        for key in ("layers", "hidden_size", "heads", "intermediate_size", "vocab_size")
+        if getattr(checkpoint, key) != getattr(model, key)
+    ]
+    if wrong:
+        raise UserError(f"{checkpoint.path} is not {name}: it has {', '.join(wrong)}. Give the --name that it is.")
+
+
+def read_safetensors_header(file: Path) -> tuple[dict[str, dict], int]:
+    """Tensors {name: {dtype, shape, data_offsets}} of a safetensors file, and the bytes before the first of them.
+
+    The format: 8 bytes little-endian length, that many bytes of JSON, the data. Raises UserError where it is not that.
+    """
+    with open(file, "rb") as data:
+        start = data.read(8)
+        length = int.from_bytes(start, "little")
+        if start == b"version ":
+            raise UserError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` in {file.parent}.")
+        if len(start) < 8 or not 2 <= length <= _HEADER_LIMIT:
+            raise _damaged(file, "no safetensors header")
+        try:
+            header = json.loads(data.read(length))
+            header.pop("__metadata__", None)
+        except (ValueError, AttributeError):
+            raise _damaged(file, "an unreadable header") from None
+    return header, 8 + length
+
+
+def _check_safetensors(file: Path) -> None:
+    header, before = read_safetensors_header(file)
+    try:
+        for name, tensor in header.items():
+            begin, end = tensor["data_offsets"]
+            size = _BYTES.get(tensor["dtype"])
+            if size is not None and end - begin != math.prod(tensor["shape"]) * size:
+                raise _damaged(file, f"{name} in a space that is not its size")
+        whole = before + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    except (KeyError, TypeError, ValueError):
+        raise _damaged(file, "a header that is not of safetensors") from None
+    found = file.stat().st_size
+    if found != whole:
+        raise _damaged(file, f"{found} bytes where its header announces {whole}")
+
+
+def _check_against(file: Path, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
+    header, _ = read_safetensors_header(file)
+    for name in (name for name, place in checkpoint.files.items() if place == file):
+        if name not in header:
+            raise UserError(f"{file} lacks {name}, which the index says it has: download this file again.")
+        if name in shapes and header[name]["dtype"] not in _FLOATS:
+            raise quantised(file, name, header[name]["dtype"])
+        found = tuple(header[name]["shape"])
+        if name in shapes and found != shapes[name]:
+            raise UserError(
+                f"{file} has {name} of shape {list(found)}, but {checkpoint.path / 'config.json'} asks for "
+                f"{list(shapes[name])}: the two are not of the same model; take both from one repository."
+            )
+
+
+def _damaged(file: Path, how: str) -> UserError:
+    return UserError(f"{file} is damaged, it has {how}: fetch this file again.")
+
+
+# Command line
+
+
+def add_arguments(parser) -> None:
+    """The command line of `python -m helpers fetch`."""
+    parser.add_argument("--name", choices=MODELS, help="the model; not needed with a folder or --artefact")
+    parser.add_argument(
+        "--source",
+        default="huggingface",
+        metavar="huggingface|modelscope|dfss|FOLDER",
+        help="where from (default: huggingface; HF_ENDPOINT names a mirror); a folder is verified in place",
+    )
+    parser.add_argument("--out", metavar="DIR", help=f"default: {DEFAULT_FOLDER}/NAME")
+    parser.add_argument("--revision", help="commit, tag or branch on the hub (default: the pinned one)")
+    parser.add_argument(
+        "--artefact",
+        choices=prepared.ARTEFACTS,
+        help="one of Sophgo's prepared artefacts of Qwen-7B-Chat instead of a checkpoint; needs the package dfss",
+    )
+
+
+def run(args) -> None:
+    """Fetch what the arguments say; print where it is, and on standard error what to do next."""
+    path = fetch(args.name, args.source, args.out, args.revision, args.artefact)
+    print(path)
+    if args.artefact:
+        artefacts.log(prepared.next_step(args.artefact, path))
+    else:
+        artefacts.log(f"next: python -m helpers patch --model_path {path}")

@@ -1,0 +1,459 @@
+"""Changing Qwen's own code so that it exports, and taking the change back.
+
+The changes are the files in `patches/`, one a change, in the order of their numbers. What was there before is kept in
+`patches.json` in the checkpoint's folder, so that every change can be taken back byte for byte. Files are replaced
+whole: a patching that is killed leaves each file as it was or as it will be, and the same command goes on from there.
+"""
+
+import contextlib
+import difflib
+import filecmp
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+from helpers import artefacts
+from helpers.errors import UserError
+from helpers.patching.passages import MisfitError, NotNeededError, Source
+from helpers.patching.understood import multimodal
+
+FOLDER = Path(__file__).resolve().parents[2] / "patches"
+RECORD = "patches.json"
+FILES = ("modeling_qwen.py", "config.json")
+# The documented sequence length.
+SEQ_LENGTH = 512
+
+APPLIED, NOT_APPLIED, NOT_NEEDED, MISFIT = "applied", "not applied", "not needed", "does not fit"
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One file of `patches/`: its name, the file it changes, why in one line and in full, and the change itself."""
+
+    name: str
+    file: str
+    title: str
+    reason: str
+    change: Callable
+
+    def __call__(self, text: str, seq_length: int) -> str:
+        """The changed text. Raises NotNeededError or MisfitError."""
+        if self.file.endswith(".py"):
+            return self.change(Source(text)).text
+        return self.change(text, seq_length)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one patch does to one checkpoint: its state (one of the constants above), a note, the text around it."""
+
+    patch: Patch
+    state: str
+    note: str
+    before: str
+    after: str
+
+    @property
+    def diff(self) -> str:
+        """The change as a unified diff; empty where there is none."""
+        lines = difflib.unified_diff(
+            self.before.splitlines(), self.after.splitlines(), self.patch.file, self.patch.file, lineterm=""
+        )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `apply` and `revert` did: the folder, the steps, the files that were written, what to be told."""
+
+    folder: Path
+    steps: list[Step]
+    changed: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{step.patch.name:32} {step.state:12} {step.note}".rstrip() for step in self.steps]
+        done = f"changed: {', '.join(self.changed)}" if self.changed else "nothing to change"
+        return "\n".join([*lines, f"{self.folder}: {done}"])
+
+
+@cache
+def all_patches() -> tuple[Patch, ...]:
+    """The patches in the order of application."""
+    patches = []
+    for path in sorted(FOLDER.glob("[0-9]*.py")):
+        spec = importlib.util.spec_from_file_location(f"patch_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        reason = module.__doc__.strip()
+        patches.append(Patch(path.stem, module.FILE, reason.splitlines()[0], reason, module.change))
+    return tuple(patches)
+
+
+def apply(
+    model_path: str | Path,
+    out: str | Path | None = None,
+    seq_length: int | None = None,
+    only: Iterable[str] | None = None,
+) -> Report:
+    """Patch a checkpoint's modeling_qwen.py and config.json, in place or in a copy.
+
+    out: a folder for a patched copy whose other files are links to the checkpoint's own (no weights are copied).
+    seq_length: S for config.json; by default what it was patched for before, else 512 or, if less, the trained length.
+    only: names or numbers of patches, in addition to those that are applied already; by default all.
+    Applying again changes nothing. Raises UserError, with every file as it was, where a patch does not fit, where a
+    file was edited since it was patched, and where the folder is not a checkpoint or cannot be written.
+    """
+    source = Path(model_path)
+    target = source if out is None else Path(out)
+    if seq_length is not None and (not isinstance(seq_length, int) or seq_length < 1):
+        raise UserError(f"seq_length is {seq_length}; a whole number from 1 on was needed (the documented one is 512).")
+    originals, record = _read(source)
+    if target.absolute() != source.absolute():
+        _check_plan(source, plan(originals, seq_length or SEQ_LENGTH))
+        record = _link(source, target, originals)
+    chosen = _chosen(only) | set(record.get("patches", ()))
+    length = seq_length or record.get("seq_length") or min(SEQ_LENGTH, _trained(source, originals))
+    steps = plan(originals, length, chosen)
+    _check_plan(source, steps)
+    warnings = _warnings(originals, _trained(source, originals), length)
+    return Report(target, steps, _write(target, originals, steps, length), warnings)
+
+
+def revert(model_path: str | Path, only: Iterable[str] | None = None) -> Report:
+    """Take patches back, all or only some, byte for byte. A checkpoint that is not patched is left alone.
+
+    Raises UserError where a file was edited since it was patched: nothing is overwritten then.
+    """
+    folder = Path(model_path)
+    originals, record = _read(folder)
+    if not record:
+        return Report(folder, [], warnings=[f"{folder} has no {RECORD}: there is nothing to take back."])
+    remaining = set(record["patches"]) - _chosen(only)
+    steps = plan(originals, record["seq_length"], remaining)
+    changed = _write(folder, originals, steps, record["seq_length"])
+    if not remaining:
+        _unlink(folder / RECORD)
+    return Report(folder, steps, changed)
+
+
+def status(model_path: str | Path) -> list[Step]:
+    """What each patch has done, or would do, to a checkpoint. Changes nothing."""
+    folder = Path(model_path)
+    originals, record = _read(folder)
+    length = record.get("seq_length") or min(SEQ_LENGTH, _trained(folder, originals))
+    steps = plan(originals, length, set(record.get("patches", ())))
+    current = {name: _text(folder / name) for name in FILES}
+    if current == _results(originals, steps):
+        return steps
+    # A patching was killed between its record and its files.
+    note = "patching was interrupted: run it again"
+    return [replace(s, state=NOT_APPLIED, note=note) if s.state == APPLIED else s for s in steps]
+
+
+def plan(originals: dict[str, str], seq_length: int, chosen: set[str] | None = None) -> list[Step]:
+    """What the chosen patches (default: all) make of the original texts of FILES, patch by patch."""
+    texts = dict(originals)
+    steps = []
+    for patch in all_patches():
+        before = after = texts[patch.file]
+        try:
+            after = patch(before, seq_length)
+            state, note = APPLIED, ""
+        except NotNeededError as reason:
+            state, note = NOT_NEEDED, str(reason)
+        except MisfitError as reason:
+            state, note = MISFIT, str(reason)
+            # Of the file as it is, where it does not fit either: patches before this one have moved the lines.
+            with contextlib.suppress(NotNeededError):
+                try:
+                    patch(originals[patch.file], seq_length)
+                except MisfitError as in_the_file:
+                    note = str(in_the_file)
+        if state == APPLIED and chosen is not None and patch.name not in chosen:
+            state, after = NOT_APPLIED, before
+        texts[patch.file] = after
+        steps.append(Step(patch, state, note, before, after))
+    return steps
+
+
+def require_patched(model_path: str | Path) -> None:
+    """Raise UserError unless a checkpoint's files are such that no patch has anything to change in them.
+
+    Files that were patched by hand, as the documentation shows, are as good.
+    """
+    folder = Path(model_path)
+    texts = {name: _text(folder / name) for name in FILES}
+    steps = plan(texts, _config(folder, texts).get("seq_length", SEQ_LENGTH))
+    _check_plan(folder, steps)
+    missing = [step.patch.name for step in steps if step.state == APPLIED]
+    if missing:
+        raise UserError(
+            f"{folder} is not patched: {', '.join(missing)} had to be applied first. Run `python -m helpers patch "
+            f"--model_path {folder}`, with --out to leave this folder as it is."
+        )
+    try:
+        originals, record = _read(folder)
+    except UserError:
+        return  # edited since: its owner's, as what was patched by hand without a record
+    if record and texts != _results(originals, plan(originals, record["seq_length"], set(record["patches"]))):
+        raise UserError(
+            f"{folder} was patched by other code than this repository's own of today: run `python -m helpers patch` "
+            f"again, as it was made ({RECORD} there has the originals, and nothing else is touched)."
+        )
+
+
+def trained_seq_length(model_path: str | Path) -> int:
+    """The sequence length the model was trained for: config.json's before patching.
+
+    Raises UserError where the folder is not a checkpoint.
+    """
+    folder = Path(model_path)
+    originals, _ = _read(folder)
+    return _trained(folder, originals)
+
+
+def _trained(folder: Path, originals: dict[str, str]) -> int:
+    length = _config(folder, originals).get("seq_length")
+    if type(length) is not int or length < 1:
+        raise UserError(f"{folder / 'config.json'} says seq_length = {length!r}; the trained length was needed there.")
+    return length
+
+
+def _config(folder: Path, texts: dict[str, str]) -> dict:
+    try:
+        config = json.loads(texts["config.json"].removeprefix("\ufeff"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{folder / 'config.json'} is not readable JSON ({error}): download it again.") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{folder / 'config.json'} is JSON, but not a configuration (no object): download it again.")
+    return config
+
+
+def _warnings(originals: dict[str, str], trained: int, seq_length: int) -> list[str]:
+    warnings = []
+    if kind := multimodal(originals["modeling_qwen.py"]):
+        warnings.append(f"this is {kind}: only its language model is patched and compiled, and that reads text alone.")
+    if seq_length > trained:
+        warnings.append(
+            f"seq_length {seq_length} is more than the {trained} this model was trained for; beyond that Qwen scales "
+            "its attention and rotation, which compiled nets do not: expect worse answers there."
+        )
+    return warnings
+
+
+def _chosen(only: Iterable[str] | None) -> set[str]:
+    known = [patch.name for patch in all_patches()]
+    if only is None:
+        return set(known)
+    chosen = set()
+    for wanted in only:
+        match = [name for name in known if wanted in (name, name.split("_")[0])]
+        if not match:
+            raise UserError(f"There is no patch {wanted!r}; there are {', '.join(known)}.")
+        chosen.update(match)
+    return chosen
+
+
+def _check_plan(folder: Path, steps: list[Step]) -> None:
+    for step in steps:
+        if step.state == MISFIT:
+            kind = f"This is {kind}. " if (kind := multimodal(steps[0].before)) else ""
+            raise UserError(
+                f"Patch {step.patch.name} does not fit {folder / step.patch.file}, which was left as it was: "
+                f"{step.note}\n{kind}Take the file of a published revision of Qwen-1.8B, 7B, 14B or 72B."
+            )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{path.parent} has no {path.name}: a folder with a first-generation Qwen checkpoint (config.json, "
+            "modeling_qwen.py, the weights) was needed."
+        ) from None
+    except PermissionError:
+        raise UserError(f"{path} may not be read: give yourself the right to read it.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): download it again.") from None
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _read(folder: Path) -> tuple[dict[str, str], dict]:
+    """The texts of FILES before any patch, and the record ({} where there is none).
+
+    Raises UserError where a file is neither as it was before patching nor as patching left it.
+    """
+    record_path = folder / RECORD
+    if not record_path.exists():
+        originals = {name: _text(folder / name) for name in FILES}
+        _config(folder, originals)
+        return originals, {}
+    try:
+        record = json.loads(record_path.read_bytes())
+        kept = {name: record["files"][name] for name in FILES}
+        originals = {name: entry["original"] for name, entry in kept.items()}
+        known = {name: {_sha256(entry["original"]), *entry["patched_sha256"]} for name, entry in kept.items()}
+        if not isinstance(record["patches"], list) or not isinstance(record["seq_length"], int):
+            raise TypeError("its patches or its seq_length are not what they should be")
+    except PermissionError:
+        raise UserError(f"{record_path} may not be read: give yourself the right to read it.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{record_path} is not a readable record of patches ({error}): take modeling_qwen.py and config.json from "
+            f"the checkpoint's repository again, delete {RECORD} and patch again."
+        ) from None
+    for name, accepted in known.items():
+        # A file that is missing is one to restore.
+        if not (folder / name).exists():
+            continue
+        if _sha256(_text(folder / name)) not in accepted:
+            raise UserError(
+                f"{folder / name} was edited after it was patched, and was left as it is. To go back to the original, "
+                f"move the edited file away and run `python -m helpers patch --revert`, which restores it; to keep the "
+                f"edited file as your own original, delete {record_path}."
+            )
+    return originals, record
+
+
+def _results(originals: dict[str, str], steps: list[Step]) -> dict[str, str]:
+    results = dict(originals)
+    for step in steps:
+        results[step.patch.file] = step.after
+    return results
+
+
+def _write(folder: Path, originals: dict[str, str], steps: list[Step], seq_length: int) -> list[str]:
+    """Bring FILES to what the steps end in; return the names of those that changed.
+
+    The record goes first and accepts each file both as it is and as it will be, so that no moment of being killed
+    leaves a file that the record does not know.
+    """
+    results = _results(originals, steps)
+    current = {name: _text(folder / name) if (folder / name).exists() else None for name in FILES}
+    changed = [name for name in FILES if current[name] != results[name]]
+    patches = [step.patch.name for step in steps if step.state == APPLIED]
+    record = {"patches": patches, "seq_length": seq_length, "files": {}}
+    for name in FILES:
+        shas = {_sha256(text) for text in (current[name], results[name]) if text is not None}
+        record["files"][name] = {"patched_sha256": sorted(shas), "original": originals[name]}
+    try:
+        for abandoned in folder.glob(".*.partial"):
+            abandoned.unlink()
+        if changed or not (folder / RECORD).exists():
+            artefacts.write_json(folder / RECORD, record)
+        for name in changed:
+            _replace(folder / name, results[name])
+        if changed:
+            for name in FILES:
+                record["files"][name]["patched_sha256"] = [_sha256(results[name])]
+            artefacts.write_json(folder / RECORD, record)
+    except OSError as error:
+        raise UserError(
+            f"{folder} cannot be written ({error.strerror}): make room or give yourself the right to write there, or "
+            "patch a copy with --out."
+        ) from None
+    return changed
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(text.encode())
+        if path.exists():
+            shutil.copymode(path, partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _unlink(path: Path) -> None:
+    try:
+        path.unlink()
+    except OSError as error:
+        raise UserError(f"{path} cannot be removed ({error.strerror}); every file is as it was before.") from None
+
+
+def _link(source: Path, target: Path, originals: dict[str, str]) -> dict:
+    """Make `target` a copy of a checkpoint: links to every file of `source` but FILES; return the copy's record.
+
+    A copy that was made before follows its checkpoint: what changed there is linked anew. Raises UserError where the
+    copy's own code was edited, or where `target` holds something else.
+    """
+    record, copied = {}, False
+    if (target / RECORD).exists():
+        _, record = _read(target)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for file in sorted(source.iterdir()):
+            place = target / file.name
+            if file.name in (*FILES, RECORD) or file.name.startswith(".") or not file.is_file():
+                continue
+            if place.exists() and (place.samefile(file) or filecmp.cmp(place, file, shallow=False)):
+                continue
+            if place.exists() and not record:
+                raise _foreign(target, file.name, source)
+            partial = target / f".{file.name}.{os.getpid()}.partial"
+            copied |= not _linked(file.resolve(), partial)
+            os.replace(partial, place)
+        if copied:
+            artefacts.log(f"warning: the disk that holds {target} has no links: the weights are copied.")
+        for name in FILES:
+            if not record and (target / name).exists() and _text(target / name) != originals[name]:
+                raise _foreign(target, name, source)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror}): choose another --out.") from None
+    return record
+
+
+def _linked(file: Path, place: Path) -> bool:
+    """Put a file in a second place; whether by a link."""
+    for link in (os.link, os.symlink):  # the hard one does not reach another disk
+        with contextlib.suppress(OSError):
+            link(file, place)
+            return True
+    shutil.copyfile(file, place)
+    return False
+
+
+def _foreign(target: Path, name: str, source: Path) -> UserError:
+    return UserError(
+        f"{target} has another {name} than {source}: give --out a folder that does not exist, or delete this one."
+    )
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("--model_path", "-m", required=True, help="folder of the checkpoint")
+    parser.add_argument("--out", help="make a patched copy here (weights are linked) and leave the checkpoint alone")
+    parser.add_argument("--seq_length", "-s", type=int, help="S for config.json (default 512)")
+    parser.add_argument("--only", nargs="+", metavar="PATCH", help="these patches only, by number or name")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--revert", action="store_true", help="take the patches back")
+    what.add_argument("--status", action="store_true", help="show what each patch has done or would do")
+
+
+def run(args) -> int:
+    if args.status:
+        report = Report(Path(args.model_path), status(args.model_path))
+        print("\n".join(str(report).splitlines()[:-1]))
+        return 0
+    if args.revert:
+        if args.out or args.seq_length:
+            raise UserError("--revert takes back what is in --model_path: it goes without --out and --seq_length.")
+        report = revert(args.model_path, only=args.only)
+    else:
+        report = apply(args.model_path, out=args.out, seq_length=args.seq_length, only=args.only)
+    for warning in report.warnings:
+        artefacts.log(f"warning: {warning}")
+    print(report)
+    return 0

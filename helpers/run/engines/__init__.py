@@ -1,0 +1,110 @@
+"""Engines: where a bmodel runs. `open_engine` takes the chip where there is one, the simulator otherwise."""
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
+from typing import TypeVar
+
+from helpers.errors import UserError
+from helpers.run.engines.base import DeviceTensor, Engine, NetInfo, TensorInfo
+
+__all__ = ["ENGINES", "DeviceTensor", "Engine", "NetInfo", "TensorInfo", "on_each_bmodel", "open_engine"]
+
+ENGINES = ("auto", "simulator", "chip")
+Key = TypeVar("Key")
+Result = TypeVar("Result")
+
+
+def open_engine(bmodel: str | os.PathLike, engine: str = "auto", devid: Sequence[int] = (0,)) -> Engine:
+    """Load a bmodel. The engine's `reason` says in one line what was taken and why.
+
+    engine: "chip" (sophon-sail), "simulator" (tpu-mlir), or "auto": the chip where there is one.
+    devid: the numbers of the devices, one for each that the bmodel was compiled for. The simulator has one, number 0.
+    Raises UserError where the engine asked for is not there, or it cannot take the bmodel.
+    """
+    from helpers.run.engines.sail import SailEngine
+
+    devid = tuple(devid)
+    takes_chip, no_chip = _choose(engine)
+    if takes_chip:
+        opened: Engine = SailEngine(bmodel, devid)
+        chosen = "asked for" if engine == "chip" else "sophon.sail finds a device"
+        opened.reason = f"chip, device {','.join(map(str, devid))}: {chosen}"
+        if opened.kind_of_time != "measured":
+            opened.reason += ", built on the simulator's libraries"
+        return opened
+
+    from helpers.run.engines.simulator import SimulatorEngine
+
+    if devid != (0,):
+        why = f" (no chip was found: {no_chip})" if no_chip else ""
+        raise UserError(f"The simulator has one device, number 0; --devid {','.join(map(str, devid))} needs chips{why}")
+    try:
+        opened = SimulatorEngine(bmodel)
+    except UserError as error:
+        if no_chip and "not installed" in str(error):
+            raise UserError(f"Neither a chip nor the simulator is here. Chip: {no_chip} Simulator: {error}") from error
+        raise
+    opened.reason = f"simulator: {'asked for' if no_chip is None else no_chip}"
+    if opened.no_yield:
+        opened.reason += f" (many times slower than it could be: its threads do not yield. {opened.no_yield})"
+    return opened
+
+
+def on_each_bmodel(
+    bmodels: Mapping[Key, str | os.PathLike],
+    work: Callable[[Key, Engine], Result],
+    engine: str = "auto",
+    devid: Sequence[int] = (0,),
+) -> dict[Key, Result]:
+    """What `work` returns for each bmodel, which it is given open and which is closed after it.
+
+    On a chip one follows the other. Simulators are processes, which keep a core busy each or share it: as many run side
+    by side, each with a thread of this process, as free memory holds. Raises what open_engine or `work` raises.
+    """
+    opened: list[Engine] = []
+    stopped = threading.Event()
+
+    def work_on(key: Key) -> Result:
+        with open_engine(bmodels[key], engine, devid) as device:
+            opened.append(device)
+            if stopped.is_set():
+                raise CancelledError
+            return work(key, device)
+
+    at_once = 1
+    if not _choose(engine)[0]:
+        from helpers.run.engines.simulator import simulators_at_once
+
+        at_once = simulators_at_once(list(bmodels.values()))
+    if at_once == 1:
+        return {key: work_on(key) for key in bmodels}
+    with ThreadPoolExecutor(at_once) as pool:
+        futures = {key: pool.submit(work_on, key) for key in bmodels}
+        try:
+            for future in as_completed(futures.values()):
+                future.result()
+        except BaseException:
+            # The others would go on to their end before the caller heard of it.
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            for device in opened:
+                device.close()
+            raise
+    return {key: future.result() for key, future in futures.items()}
+
+
+def _choose(engine: str) -> tuple[bool, UserError | None]:
+    """Whether the chip is taken, and why there is none if it was looked for; raises UserError for an unknown name."""
+    from helpers.run.engines.sail import count_devices, load_sail
+
+    if engine not in ENGINES:
+        raise UserError(f"There is no engine {engine!r}: take one of {', '.join(ENGINES)}.")
+    if engine != "auto":
+        return engine == "chip", None
+    try:
+        count_devices(load_sail())
+    except UserError as error:
+        return False, error
+    return True, None

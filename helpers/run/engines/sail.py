@@ -1,0 +1,236 @@
+"""The chip: sophon-sail's `EngineLLM` behind the engine's interface. PCIe cards and SoC, one device or several.
+
+The calls used are those of sophon-sail 3.9.1 to 3.10.7 as its C++ source has them; its `.pyi` stubs differ in places.
+"""
+
+import contextlib
+import importlib
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+
+from helpers.errors import UserError
+from helpers.run.engines.base import (
+    ADDR_MODES,
+    HOST_DTYPE,
+    DeviceTensor,
+    Engine,
+    NetInfo,
+    TensorInfo,
+    check_allocation,
+    check_copy,
+    check_run,
+    check_values,
+    check_view,
+    net_tensor,
+)
+from helpers.run.engines.loading import checked_bmodel
+from helpers.toolchain import sophon_sail
+
+# sail.Dtype's names are bm_data_type_t's.
+SAIL_DTYPES = {f"BM_{name.upper()}": name for name in HOST_DTYPE}
+# Public sources before it (3.9.0) have EngineLLM, but no views of tensors.
+OLDEST = "3.9.1"
+SDK = "it comes with Sophgo's SDK (sophon-sail), not from PyPI"
+
+
+def load_sail() -> ModuleType:
+    """The module sophon.sail. Raises UserError where it is absent, PyPI's placeholder, or cannot be loaded."""
+    state, where = sophon_sail()
+    if state == "absent":
+        raise UserError(f"sophon.sail is not installed: {SDK}.")
+    if state == "placeholder":
+        raise UserError(
+            f"The installed `sophon` is PyPI's empty placeholder ({where}), not Sophgo's: pip uninstall it. "
+            f"sophon.sail is needed; {SDK}."
+        )
+    try:
+        sail = importlib.import_module("sophon.sail")
+    except (ImportError, OSError) as error:
+        raise UserError(
+            f"sophon.sail ({where}) cannot be loaded ({error}): install the driver and libsophon of the same SDK "
+            "release, and have their lib folders in LD_LIBRARY_PATH."
+        ) from error
+    if not hasattr(sail, "EngineLLM"):
+        raise UserError(f"This sophon.sail ({where}) has no EngineLLM: install sophon-sail {OLDEST} or newer.")
+    return sail
+
+
+def count_devices(sail: ModuleType) -> int:
+    """Number of chips that the driver shows. Raises UserError where there is none."""
+    try:
+        count = sail.get_available_tpu_num()
+    except Exception as error:
+        raise UserError(
+            f"No Sophon device: the driver does not answer ({error}). Is it loaded (ls /dev/bm-sophon*, bm-smi)?"
+        ) from error
+    if count < 1:
+        raise UserError("No Sophon device: sophon.sail is installed and counts 0 chips. Is the driver loaded (bm-smi)?")
+    return count
+
+
+class SailEngine(Engine):
+    """A bmodel on one chip or several. devid: the chips' numbers, as many as the bmodel was compiled for.
+
+    Raises UserError where sail, the driver or a device is missing, or the bmodel cannot be loaded on them.
+    """
+
+    name = "chip"
+    kind_of_time = "measured"
+
+    def __init__(self, bmodel: str | os.PathLike, devid: Sequence[int] = (0,)):
+        self._sail = sail = load_sail()
+        count = count_devices(sail)
+        if missing := [number for number in devid if not 0 <= number < count]:
+            there = "only number 0" if count == 1 else f"0 to {count - 1}"
+            raise UserError(f"There is no device {missing[0]}: this machine has {there}. Choose with --devid.")
+        if len(set(devid)) != len(devid) or not devid:
+            raise UserError(f"--devid {','.join(map(str, devid))}: name each device once.")
+        checked_bmodel(bmodel, len(devid))
+        self._lock = threading.Lock()
+        self._closed = False
+        self._basic: dict[tuple[str, str, int], DeviceTensor] = {}
+        with self._told(lambda: f"sophon.sail could not load {bmodel} on device {_ids(devid)}{self._state(devid)}"):
+            self._handles = [sail.Handle(number) for number in devid]
+            self._llm = sail.EngineLLM(str(bmodel), list(devid))
+            nets, self._own = self._describe(tuple(devid))
+        super().__init__(devid, nets)
+        if _libraries_are_the_simulators():
+            self.kind_of_time = "simulator wall"
+        self._check_views()
+
+    def _check_views(self) -> None:
+        """Raise UserError where sail is too old to make views, now and not in the middle of the first answer."""
+        memory = self.allocate((1,), "int32").memory
+        try:
+            self._sail.Tensor(memory, [1], 0)
+        except TypeError:
+            self.close()
+            raise UserError(
+                "This sophon.sail makes no views of tensors, and keys and values are written through them: install "
+                f"sophon-sail {OLDEST} or newer."
+            ) from None
+
+    @contextlib.contextmanager
+    def _told(self, subject: str | Callable[[], str]) -> Iterator[None]:
+        """One call of sail at a time; what it raises becomes a UserError that begins with `subject`."""
+        with self._lock:
+            if self._closed:
+                raise UserError("This engine is closed: open the bmodel again.")
+            try:
+                yield
+            except Exception as error:  # sail raises a dozen types, some of them unregistered
+                raise UserError(f"{subject() if callable(subject) else subject}: {error}.") from error
+
+    def _state(self, devid: Sequence[int]) -> str:
+        """What the devices are and how much memory they have, for a message; sail itself only says that it failed."""
+        parts = []
+        for number in devid:
+            with contextlib.suppress(Exception):
+                parts.append(f"{number} is a {self._sail.Handle(number).get_target()}")
+            with contextlib.suppress(Exception):
+                total, used = self._sail.get_dev_stat(number)[:2]
+                parts.append(f"{number} has {total - used} of {total} MB free")
+        return f" ({', '.join(parts)})" if parts else ""
+
+    def _describe(self, devid: tuple[int, ...]) -> tuple[dict[str, NetInfo], dict]:
+        llm, nets, own = self._llm, {}, {}
+        for net in llm.get_graph_names():
+            addr_mode = llm.get_addr_mode(net)
+            described = []
+            for kind in ("input", "output"):
+                call = {
+                    field: getattr(llm, f"get_{kind}_{field}")
+                    for field in ("num", "name", "shape", "dtype", "tensor_devid")
+                }
+                infos = []
+                for index in range(call["num"](net)):
+                    name, dtype = call["name"](net, index), call["dtype"](net, index).name
+                    device = devid.index(call["tensor_devid"](net, index))
+                    infos.append(TensorInfo(name, tuple(call["shape"](net, index)), SAIL_DTYPES[dtype], device))
+                if ADDR_MODES[addr_mode] == "io_alone":
+                    tensors = getattr(llm, f"get_{kind}_tensors")(net)
+                    for index, info in enumerate(infos):
+                        own[net, kind, index] = DeviceTensor(info.shape, info.dtype, info.device, tensors[index])
+                described.append(tuple(infos))
+            nets[net] = NetInfo(net, *described, ADDR_MODES[addr_mode], llm.get_is_dynamic(net))
+        return nets, own
+
+    def input_tensor(self, net: str, index: int) -> DeviceTensor:
+        return self._net_memory(net, "input", self._net(net).inputs, index)
+
+    def output_tensor(self, net: str, index: int) -> DeviceTensor:
+        return self._net_memory(net, "output", self._net(net).outputs, index)
+
+    def _net_memory(self, net: str, kind: str, infos: Sequence[TensorInfo], index: int) -> DeviceTensor:
+        info = net_tensor(infos, index, f"{net} {kind}s")
+        key = (net, kind, index)
+        if key in self._own:
+            return self._own[key]
+        # Not get_*_tensors_addrmode0: with basic addresses that memory is shared with intermediate results, so what
+        # is written there once is lost in the next run.
+        if key not in self._basic:
+            self._basic[key] = self.allocate(info.shape, info.dtype, info.device)
+        return self._basic[key]
+
+    def allocate(self, shape: Sequence[int], dtype: str, device: int = 0) -> DeviceTensor:
+        shape = check_allocation(shape, dtype)
+        if not 0 <= device < len(self.devices):
+            raise UserError(f"The engine has {len(self.devices)} devices, counted from 0; {device} was asked for.")
+        with self._told(lambda: f"No device memory for {dtype} {list(shape)}{self._state([self.devices[device]])}"):
+            code = getattr(self._sail.Dtype, f"BM_{dtype.upper()}")
+            memory = self._sail.Tensor(self._handles[device], list(shape), code, False, True)
+        return DeviceTensor(shape, dtype, device, memory)
+
+    def view(self, tensor: DeviceTensor, offset_elements: int, shape: Sequence[int]) -> DeviceTensor:
+        offset_elements, shape = check_view(tensor, offset_elements, shape)
+        with self._told(f"No view {list(shape)} of {list(tensor.shape)}"):
+            memory = self._sail.Tensor(tensor.memory, list(shape), offset_elements)
+        return DeviceTensor(shape, tensor.dtype, tensor.device, memory, tensor)
+
+    def write(self, tensor: DeviceTensor, values: np.ndarray) -> None:
+        values = check_values(tensor, values)
+        with self._told(f"Could not write a tensor {list(tensor.shape)}"):
+            tensor.memory.update_data(values)
+            # On a SoC the host sees the memory itself, through its cache; elsewhere this does nothing.
+            tensor.memory.sync_s2d()
+        self._count(to_device=values.nbytes)
+
+    def read(self, tensor: DeviceTensor) -> np.ndarray:
+        with self._told(f"Could not read a tensor {list(tensor.shape)}"):
+            tensor.memory.sync_d2s()
+            values = tensor.memory.asnumpy()
+        self._count(to_host=values.nbytes)
+        return values
+
+    def copy(self, source: DeviceTensor, target: DeviceTensor) -> None:
+        check_copy(source, target)
+        with self._told(f"Could not copy a tensor {list(source.shape)}"):
+            target.memory.sync_d2d(source.memory, 0, 0, source.count)
+
+    def run(self, net: str, inputs: Sequence[DeviceTensor], outputs: Sequence[DeviceTensor]) -> None:
+        check_run(self._net(net), inputs, outputs)
+        with self._told(f"The chip could not run {net}"):
+            self._llm.process(net, *({k: t.memory for k, t in enumerate(tensors)} for tensors in (inputs, outputs)))
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._own = {}
+            self._basic = {}
+            self._llm = None
+            self._handles = []
+
+
+def _ids(devid: Sequence[int]) -> str:
+    return ",".join(map(str, devid))
+
+
+def _libraries_are_the_simulators() -> bool:
+    """Whether sail was built against the simulator's libraries: its clock says nothing about a chip then."""
+    maps = Path("/proc/self/maps")
+    return maps.exists() and "libcmodel" in maps.read_text()

@@ -1,0 +1,336 @@
+"""Prefill and decode of a Qwen bmodel over any engine: numpy only, nothing above the engine's interface.
+
+Names and shapes are the contract between compiler and runtime (L layers, S compiled sequence length, H hidden size,
+h heads, d head size, V vocabulary):
+
+    embedding        ids [1,S]                                                     -> states [1,S,H]
+    block_i          states [1,S,H], positions [1,S], mask [1,1,S,S]               -> states, key, value [1,S,h,d]
+    embedding_cache  id [1,1]                                                      -> states [1,1,H]
+    block_cache_i    states [1,1,H], position [1,1], mask [1,1,1,S+1], key, value  -> states, key, value [1,1,h,d]
+    lm_head          states [1,H]                                                  -> logits [1,V], or a token id
+    greedy_head      logits [1,V]                                                  -> token [1,1]
+    penalty_sample_head  logits, ids [1,S], top_p, temperature, penalty            -> probabilities, tokens [1,50]
+
+A bmodel for several devices has these tensors once a device, device by device, with h split over the devices.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from helpers.errors import UserError
+from helpers.run.engines.base import DeviceTensor, Engine
+from helpers.tensors import to_bf16
+
+# The chip computes in bfloat16, where -inf minus -inf would be NaN in the softmax; bits 0xC61C are -9984.
+MASKED = -9984.0
+# penalty_sample_head returns this many candidates, sorted by probability (its export: top_k = 50).
+CANDIDATES = 50
+
+
+def prefill_mask(tokens: int, seq_length: int) -> np.ndarray:
+    """Additive attention mask of a prompt: float32 [1,1,S,S], 0 where row i may see column j, else -9984.
+
+    Row i < tokens sees columns 0..i. Rows of the padding see nothing: what they compute is never read.
+    """
+    mask = np.full((seq_length, seq_length), MASKED, dtype=np.float32)
+    mask[:tokens, :tokens][np.tril_indices(tokens)] = 0
+    return mask[None, None]
+
+
+def decode_mask(position: int, seq_length: int) -> np.ndarray:
+    """Additive attention mask of one new token: float32 [1,1,1,S+1]; it sees rows 0..position-1 and itself (last)."""
+    mask = np.full(seq_length + 1, MASKED, dtype=np.float32)
+    mask[:position] = 0
+    mask[seq_length] = 0
+    return mask[None, None, None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. `temperature` 0 is greedy.
+
+    top_p: smallest nucleus, 0 < top_p <= 1. top_k: at most this many candidates, 1..50.
+    repetition_penalty: > 1 makes tokens of the last `repetition_last_n` less likely. seed: of the draw.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 0.8
+    top_k: int = CANDIDATES
+    repetition_penalty: float = 1.0
+    repetition_last_n: int = 32
+    seed: int | None = None
+
+    def __post_init__(self):
+        checks = (
+            # Beyond these bounds the head, in float32, divides by zero or infinity and has no probabilities left.
+            (0 <= self.temperature <= 1000, "temperature", "0 to 1000", self.temperature),
+            (0 < self.top_p <= 1, "top_p", "over 0, at most 1", self.top_p),
+            (1 <= self.top_k <= CANDIDATES, "top_k", f"1 to {CANDIDATES}", self.top_k),
+            (0.001 <= self.repetition_penalty <= 1000, "repetition_penalty", "0.001 to 1000", self.repetition_penalty),
+            (self.repetition_last_n >= 1, "repetition_last_n", "1 or more", self.repetition_last_n),
+            (self.seed is None or self.seed >= 0, "seed", "0 or more", self.seed),
+        )
+        for good, name, needed, found in checks:
+            if not good:
+                raise UserError(f"{name} is {found}, it must be {needed}.")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0 and self.repetition_penalty == 1
+
+
+@dataclass
+class Timings:
+    """Seconds of one answer on this engine; what kind of time that is, `Engine.kind_of_time` says."""
+
+    first_token_s: float = 0.0
+    decode_s: list[float] = field(default_factory=list)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decode speed, the first token left out; 0 where there was no second one."""
+        return len(self.decode_s) / sum(self.decode_s) if self.decode_s else 0.0
+
+
+class QwenRunner:
+    """A Qwen bmodel in an engine. Keys and values never leave the device.
+
+    Prefill writes each layer's keys and values [1,S,h,d] where that layer's decode net reads its past; a decode
+    step's new row goes straight to row p of it, through a view.
+    Raises UserError where a net is missing, or was compiled for another number of rows a decode step.
+    """
+
+    def __init__(self, engine: Engine, rows: int = 1):
+        self.engine = engine
+        nets = engine.nets
+        self.layers = sum(bool(re.fullmatch(r"block_\d+", name)) for name in nets)
+        needed = ["embedding", "embedding_cache", "lm_head", "block_0"]
+        needed += [f"{kind}_{i}" for i in range(self.layers) for kind in ("block", "block_cache")]
+        if missing := [name for name in needed if name not in nets]:
+            raise UserError(
+                f"The bmodel has no net {', '.join(missing[:3])}: it is not a whole Qwen chat model; compile all nets "
+                "(`python -m helpers compile`)."
+            )
+        if (found := nets["embedding_cache"].inputs[0].shape[1]) != rows:
+            raise UserError(
+                f"The bmodel decodes {found} rows a step, {rows} are needed here (1 to chat, more for lookahead): take "
+                f"another bmodel, or `export --rows {rows}` and compile again."
+            )
+        self.devices = len(nets["block_0"].inputs) // 3
+        self.seq_length = nets["block_0"].inputs[0].shape[1]
+        self.hidden_size = nets["block_0"].inputs[0].shape[2]
+        self.head_gives_token = "greedy_head" not in nets
+        self.can_sample = "penalty_sample_head" in nets
+        self.position = 0
+        self.visited: list[int] = []
+        self.timings = Timings()
+        self.finish_reason: str | None = None
+        self._prefill_states = [
+            [engine.input_tensor("block_0", 3 * k), engine.output_tensor("block_0", 3 * k)] for k in range(self.devices)
+        ]
+        self._caches = [
+            [
+                (engine.input_tensor(f"block_cache_{i}", 5 * k + 3), engine.input_tensor(f"block_cache_{i}", 5 * k + 4))
+                for k in range(self.devices)
+            ]
+            for i in range(self.layers)
+        ]
+        heads, head_dim = self._caches[0][0][0].shape[2:]
+        self._row = (1, 1, heads, head_dim)
+        self._head_input = [engine.input_tensor("lm_head", k) for k in range(len(nets["lm_head"].inputs))]
+        self._head_output = [engine.output_tensor("lm_head", k) for k in range(len(nets["lm_head"].outputs))]
+
+    def check_prompt(self, ids: Sequence[int]) -> None:
+        """Raise UserError where a prompt is empty or does not leave room for an answer within S."""
+        if not ids:
+            raise UserError("The prompt is empty: ask something.")
+        if len(ids) > self.seq_length:
+            raise UserError(
+                f"The prompt has {len(ids)} tokens, this bmodel was compiled for {self.seq_length} (S) with the answer "
+                "in it: shorten the question, clear the history, or compile with a larger --seq_length."
+            )
+
+    def prefill(self, ids: Sequence[int]) -> None:
+        """Run a whole prompt: afterwards the caches hold its keys and values and lm_head its last row's logits."""
+        self.check_prompt(ids)
+        engine, seq_length, count = self.engine, self.seq_length, len(ids)
+        padded = np.zeros((1, seq_length), dtype=np.int32)
+        padded[0, :count] = ids
+        positions = np.zeros((1, seq_length), dtype=np.int32)
+        positions[0, :count] = np.arange(count)
+        mask = to_bf16(prefill_mask(count, seq_length))
+        source, target = 0, 1
+        self._embed("embedding", padded, [states[source] for states in self._prefill_states])
+        shared = []
+        for k in range(self.devices):
+            position_input = engine.input_tensor("block_0", 3 * k + 1)
+            mask_input = engine.input_tensor("block_0", 3 * k + 2)
+            engine.write(position_input, positions)
+            engine.write(mask_input, mask)
+            shared.append((position_input, mask_input))
+        for i in range(self.layers):
+            inputs, outputs = [], []
+            for k in range(self.devices):
+                inputs += [self._prefill_states[k][source], *shared[k]]
+                outputs += [self._prefill_states[k][target], *self._caches[i][k]]
+            engine.run(f"block_{i}", inputs, outputs)
+            source, target = target, source
+        for k, head_input in enumerate(self._head_input):
+            row = engine.view(
+                self._prefill_states[k][source], (count - 1) * self.hidden_size, (1, 1, self.hidden_size)
+            )
+            engine.copy(row, engine.view(head_input, 0, row.shape))
+        engine.run("lm_head", self._head_input, self._head_output)
+        self.position = count
+        self.visited = list(ids)
+
+    def decode(self, token: int) -> None:
+        """Feed one token: its keys and values join the cache, lm_head holds the logits of what follows."""
+        engine, position = self.engine, self.position
+        if position >= self.seq_length:
+            raise UserError(f"The cache of {self.seq_length} tokens is full: the answer ends here.")
+        row_offset = position * self._row[2] * self._row[3]
+        self.feed(
+            np.array([[token]], dtype=np.int32),
+            np.array([[position]], dtype=np.int32),
+            decode_mask(position, self.seq_length),
+            lambda layer, device: [engine.view(cache, row_offset, self._row) for cache in self._caches[layer][device]],
+        )
+        self.position += 1
+        self.visited.append(int(token))
+
+    def feed(
+        self,
+        ids: np.ndarray,
+        positions: np.ndarray,
+        mask: np.ndarray,
+        new_rows: Callable[[int, int], Sequence[DeviceTensor]],
+    ) -> None:
+        """Run the decode nets on R new rows: lm_head then holds what follows each of them.
+
+        ids, positions: int32 [1,R]. mask: additive, float32 [1,1,R,S+R]. new_rows(layer, device): the tensors
+        [1,R,h,d] that take the new keys and the new values.
+        """
+        engine = self.engine
+        self._embed(
+            "embedding_cache", ids, [engine.input_tensor("block_cache_0", 5 * k) for k in range(self.devices)]
+        )
+        for k in range(self.devices):
+            engine.write(engine.input_tensor("block_cache_0", 5 * k + 1), positions)
+            engine.write(engine.input_tensor("block_cache_0", 5 * k + 2), to_bf16(mask))
+        for i in range(self.layers):
+            inputs, outputs = [], []
+            for k in range(self.devices):
+                own = [engine.input_tensor(f"block_cache_{i}", 5 * k + n) for n in range(5)]
+                if i:
+                    # With io_alone a net reads only its own memory; position and mask are handed on inside the device.
+                    for n in (1, 2):
+                        engine.copy(engine.input_tensor("block_cache_0", 5 * k + n), own[n])
+                inputs += own
+                if i + 1 < self.layers:
+                    states = engine.input_tensor(f"block_cache_{i + 1}", 5 * k)
+                elif k < len(self._head_input):
+                    states = engine.view(self._head_input[k], 0, (1, ids.shape[1], self.hidden_size))
+                else:
+                    states = engine.output_tensor(f"block_cache_{i}", 3 * k)
+                outputs += [states, *new_rows(i, k)]
+            engine.run(f"block_cache_{i}", inputs, outputs)
+        engine.run("lm_head", self._head_input, self._head_output)
+
+    def _embed(self, net: str, ids: np.ndarray, outputs: list[DeviceTensor]) -> None:
+        inputs = [self.engine.input_tensor(net, k) for k in range(len(self.engine.nets[net].inputs))]
+        for tensor in inputs:
+            self.engine.write(tensor, ids.reshape(tensor.shape))
+        self.engine.run(net, inputs, outputs[: len(self.engine.nets[net].outputs)])
+
+    def greedy_tokens(self) -> np.ndarray:
+        """The most likely next token after each row last fed: int32 [R]. After a prefill only the first counts."""
+        if self.head_gives_token:
+            return self.engine.read(self._head_output[0]).reshape(-1)
+        token = self.engine.output_tensor("greedy_head", 0)
+        self.engine.run("greedy_head", [self._head_output[0]], [token])
+        return self.engine.read(token).reshape(-1)
+
+    def greedy_token(self) -> int:
+        """The most likely next token after the last prefill or decode."""
+        return int(self.greedy_tokens()[0])
+
+    def logits(self) -> np.ndarray:
+        """Logits after the last prefill or decode: float32 [V]. For lessons and parity; chatting never reads them."""
+        return self.engine.read(self._head_output[0]).reshape(-1)
+
+    def sample_token(self, sampling: Sampling, random: np.random.Generator) -> int:
+        """Draw the next token: the chip sorts and weighs 50 candidates, the host draws one of them.
+
+        Raises UserError where the bmodel has no penalty_sample_head.
+        """
+        if not self.can_sample:
+            raise UserError(
+                "This bmodel has no penalty_sample_head: ask with temperature 0, or compile with both heads."
+            )
+        engine = self.engine
+        window = self.visited[-sampling.repetition_last_n :]
+        # The net penalises every id it is given, so the rest is filled with one that is in the window anyway.
+        ids = np.full((1, self.seq_length), window[-1], dtype=np.int32)
+        ids[0, : len(window)] = window
+        temperature = max(sampling.temperature, 1e-3)
+        inputs = [self._head_output[0]]
+        for k, values in enumerate((ids, sampling.top_p, temperature, sampling.repetition_penalty), start=1):
+            tensor = engine.input_tensor("penalty_sample_head", k)
+            engine.write(tensor, ids if k == 1 else np.full(tensor.shape, values, dtype=np.float32))
+            inputs.append(tensor)
+        outputs = [engine.output_tensor("penalty_sample_head", k) for k in range(2)]
+        engine.run("penalty_sample_head", inputs, outputs)
+        weights, tokens = (engine.read(tensor).reshape(-1)[: sampling.top_k] for tensor in outputs)
+        if sampling.temperature == 0:
+            return int(tokens[0])
+        weights = weights.astype(np.float64)
+        return int(random.choice(tokens, p=weights / weights.sum()))
+
+    def generate(
+        self,
+        ids: Sequence[int],
+        *,
+        stop_ids: Iterable[int] = (),
+        max_new_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[int]:
+        """Answer a prompt, token by token; the stop token itself is not yielded.
+
+        Afterwards `finish_reason` is "stop" (a stop token), "length" (max_new_tokens or S) or "cancelled"
+        (`should_stop` said so), and `timings` holds seconds.
+        Raises UserError, before anything runs, where the prompt is empty or longer than S.
+        """
+        self.check_prompt(ids)
+        sampling = sampling or Sampling()
+        stop_ids = frozenset(stop_ids)
+        random = np.random.default_rng(sampling.seed)
+        room = self.seq_length - len(ids) + 1
+        limit = room if max_new_tokens is None else min(max_new_tokens, room)
+        self.timings, self.finish_reason = Timings(), "length"
+        token = None
+        for _ in range(limit):
+            if should_stop():
+                self.finish_reason = "cancelled"
+                return
+            started = time.perf_counter()
+            first = token is None
+            if first:
+                self.prefill(ids)
+            else:
+                self.decode(token)
+            token = self.greedy_token() if sampling.greedy else self.sample_token(sampling, random)
+            seconds = time.perf_counter() - started
+            if first:
+                self.timings.first_token_s = seconds
+            else:
+                self.timings.decode_s.append(seconds)
+            if token in stop_ids:
+                self.finish_reason = "stop"
+                return
+            yield token
