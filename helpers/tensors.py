@@ -1,6 +1,48 @@
-"""bfloat16 on the host: numpy has no such type, so it travels as uint16."""
+"""Tensors as the device has them: dtypes, and bfloat16 on the host. numpy has no such type, it travels as uint16."""
+
+import math
+from dataclasses import dataclass
 
 import numpy as np
+
+# How each of the device's dtypes crosses to and from the host. numpy has no bfloat16: its bits cross as uint16.
+HOST_DTYPE = {
+    "bfloat16": np.dtype(np.uint16),
+    "float16": np.dtype(np.uint16),
+    "float32": np.dtype(np.float32),
+    "int32": np.dtype(np.int32),
+}
+ADDR_MODES = ("basic", "io_alone")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One input or output of a net. `shape` is the largest that the net takes; `device` counts from 0."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    device: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Device memory that it takes. dtype must be one of HOST_DTYPE."""
+        return math.prod(self.shape) * HOST_DTYPE[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class NetInfo:
+    """A net of the bmodel. Position in `inputs` and `outputs` is the contract, the compiler may change names.
+
+    addr_mode "io_alone": its inputs and outputs have memory of their own, at fixed addresses, that outlives a run,
+    so a cache can simply be its input. "basic": they share the memory of intermediate results.
+    """
+
+    name: str
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    addr_mode: str
+    dynamic: bool
 
 
 def to_bf16(values: np.ndarray) -> np.ndarray:

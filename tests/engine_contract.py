@@ -13,8 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helpers.errors import UserError
-from helpers.run.engines import TensorInfo
-from helpers.tensors import from_bf16, to_bf16
+from helpers.tensors import TensorInfo, from_bf16, to_bf16
 from tests.engine_bmodel import ROWS, VOCABULARY, WIDTH, weights
 
 STATES = (1, 1, WIDTH)

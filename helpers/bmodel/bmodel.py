@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from helpers.errors import UserError
-from helpers.run.engines.base import HOST_DTYPE, NetInfo, TensorInfo
+from helpers.nets import QwenShape, qwen_shape
+from helpers.tensors import NetInfo, TensorInfo
 
 CHIP = "BM1684X"
 _MAGIC = 0xFF55AAEE
@@ -80,26 +81,6 @@ class Bmodel:
     def weight_bytes(self) -> int:
         """Bytes of all weights, what nets share counted once."""
         return sum(size for _, size in frozenset().union(*(net.weights for net in self.nets.values())))
-
-
-@dataclass(frozen=True)
-class QwenShape:
-    """What the nets of a Qwen bmodel say of the model. heads: on one device; sampling: it has penalty_sample_head;
-    token_head: its lm_head gives a token, not logits; rows: how many tokens a decode step takes."""
-
-    layers: int
-    seq_length: int
-    hidden_size: int
-    heads: int
-    head_dim: int
-    vocab_size: int
-    rows: int
-    token_head: bool
-    sampling: bool
-
-    def cache_bytes(self, devices: int = 1) -> int:
-        """Bytes of all keys and values in bfloat16."""
-        return 2 * 2 * self.layers * self.seq_length * self.heads * self.head_dim * devices
 
 
 class _Malformed(Exception):
@@ -369,65 +350,10 @@ def _join(name: str, parts: list[_Part]) -> Net:
 
 
 def require_qwen(bmodel: Bmodel) -> QwenShape:
-    """The model that the nets describe, checked against the contract of a Qwen bmodel (inputs by position).
-
-    Raises UserError where the bmodel is for another chip, lacks a net, or a net has other inputs or outputs.
-    """
+    """The model that the nets describe. Raises UserError where they are not Qwen's, or not for BM1684X."""
     if bmodel.chip.upper() != CHIP:
         raise UserError(
             f"{bmodel.path} is for the chip {bmodel.chip}, {CHIP} is needed: compile it with `python -m helpers "
             "compile`."
         )
-    nets = bmodel.nets
-    layers = 1 + max((int(name[6:]) for name in nets if name.startswith("block_") and name[6:].isdigit()), default=-1)
-    layers = min(layers, len(nets))
-    needed = ["embedding", "embedding_cache", "lm_head"]
-    needed += [f"{kind}_{i}" for i in range(max(layers, 1)) for kind in ("block", "block_cache")]
-    missing = [name for name in needed if name not in nets]
-    if missing:
-        shown = ", ".join(missing[:4]) + (" and more" if len(missing) > 4 else "")
-        raise UserError(
-            f"{bmodel.path} lacks the net {shown}; it has {', '.join(list(nets)[:6])}: it is not a whole Qwen model, "
-            "compile it again."
-        )
-    head = nets["lm_head"].info.outputs
-    token_head = bool(head) and math.prod(head[0].shape) <= 1 and head[0].dtype == "int32"
-    if not token_head and "greedy_head" not in nets:
-        raise UserError(f"{bmodel.path} lacks the net greedy_head, its lm_head gives logits: compile it again.")
-    devices = max(1, nets["block_0"].devices)
-    counts = {"embedding": (1, 1), "embedding_cache": (1, 1), "lm_head": (1, 1), "block": (3, 3), "block_cache": (5, 3)}
-    for name in needed:
-        info, kind = nets[name].info, name.rstrip("0123456789").rstrip("_")
-        wanted = tuple(count * nets[name].devices for count in counts[kind])
-        if nets[name].devices == 1 and (len(info.inputs), len(info.outputs)) != wanted:
-            raise UserError(
-                f"{bmodel.path}: the net {name} has {len(info.inputs)} inputs and {len(info.outputs)} outputs, "
-                f"{wanted[0]} and {wanted[1]} are needed: it is not a Qwen model of this kind."
-            )
-    try:
-        states = nets["block_0"].info.inputs[0].shape
-        past = next(t.shape for t in nets["block_cache_0"].info.inputs if len(t.shape) == 4 and t.shape[1] > 1)
-        rows = nets["block_cache_0"].info.inputs[0].shape[1]
-        shape = QwenShape(
-            layers=layers,
-            seq_length=states[1],
-            hidden_size=states[2],
-            heads=past[2],
-            head_dim=past[3],
-            vocab_size=0 if token_head else math.prod(head[0].shape) // max(1, math.prod(head[0].shape[:-1])),
-            rows=rows,
-            token_head=token_head,
-            sampling="penalty_sample_head" in nets,
-        )
-    except (IndexError, StopIteration):
-        raise UserError(
-            f"{bmodel.path}: the blocks' inputs are not states [1,S,H] and caches [1,S,h,d]: it is not a Qwen model."
-        ) from None
-    if past[1] != shape.seq_length or shape.heads * shape.head_dim * devices < 1:
-        raise UserError(f"{bmodel.path}: prefill has {shape.seq_length} rows, its cache {past[1]}: compile it again.")
-    return shape
-
-
-def tensor_bytes(tensor: TensorInfo) -> int:
-    """Device memory of one tensor in bytes."""
-    return math.prod(tensor.shape) * HOST_DTYPE[tensor.dtype].itemsize
+    return qwen_shape({name: net.info for name, net in bmodel.nets.items()}, bmodel.path)

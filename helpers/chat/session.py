@@ -19,9 +19,10 @@ from helpers.artefacts import log, read_manifest
 from helpers.bmodel.bmodel import read_bmodel
 from helpers.checkpoint.tokenizer import QwenTokenizer
 from helpers.errors import UserError
+from helpers.nets import CANDIDATES
 from helpers.run.engines import ENGINES, open_engine
 from helpers.run.engines.loading import device_bytes
-from helpers.run.generation import CANDIDATES, QwenRunner, Sampling
+from helpers.run.generation import QwenRunner, Sampling
 from helpers.run.latency import KINDS
 
 # Qwen's own demonstrations and the tutorial's embedded model are prompted with this.

@@ -19,16 +19,14 @@ from helpers.compile import jobs as net_jobs
 from helpers.compile.profile import estimates
 from helpers.errors import UserError
 from helpers.export.onnx_signature import Signature, read_signature
+from helpers.nets import HEADS, TOPK_HEAD, count_layers, needed_nets, net_kind
+from helpers.tensors import ADDR_MODES
 
 # Documented: --quantize W8BF16 for int8, W4BF16 --q_group_size 64 for int4. 64 is the tools' default for W8 too.
 QUANTIZE = {"bf16": "BF16", "int8": "W8BF16", "int4": "W4BF16"}
 Q_GROUP_SIZE = 64
-ADDR_MODES = ("basic", "io_alone")
 # The documented sequence length.
 SEQ_LENGTH = 512
-HEADS = ("greedy_head", "penalty_sample_head")
-# The exported head that gives a token without a net for logits: lm_head where there are several devices.
-TOPK_HEAD = "lm_head_with_topk"
 # What of these helpers decides what the nets are combined to; for a net see helpers.compile.jobs.
 _CODE = artefacts.code_of("compile.compiling", "compile.profile")
 
@@ -68,14 +66,12 @@ def plan_nets(onnx: str | Path, num_device: int = 1) -> Plan:
     found = {path.stem for path in folder.glob("*.onnx")}
     if not found:
         raise UserError(f"{folder} has no .onnx files: make them with `python -m helpers export`.")
-    layers = 1 + max((int(net[6:]) for net in found if net.startswith("block_") and net[6:].isdigit()), default=-1)
-    blocks = [f"{kind}_{i}" for i in range(layers) for kind in ("block", "block_cache")]
-    names = ["embedding", "embedding_cache", "lm_head"]
+    layers, heads = count_layers(found), ()
     manifest = artefacts.read_manifest(folder) if artefacts.manifest_path(folder).exists() else {}
     if num_device == 1 and found & set(HEADS):
         # Nets that decode several rows at once are exported without a head to sample with.
-        names += HEADS if manifest.get("settings", {}).get("rows", 1) == 1 else HEADS[:1]
-    names += blocks or ["block_0", "block_cache_0"]
+        heads = HEADS if manifest.get("settings", {}).get("rows", 1) == 1 else HEADS[:1]
+    names = needed_nets(layers, heads)
     plan = Plan(folder, {}, layers, 0, 0, 0, num_device, manifest)
     missing = [plan.source(net).stem for net in names if plan.source(net).stem not in found]
     if missing:
@@ -150,8 +146,9 @@ def net_settings(net: str, mode: str, num_device: int, addr_mode: str, dynamic: 
     io_alone is for block_cache only: its inputs are the cache, which must outlive a run. dynamic is for prefill
     (embedding and blocks): decode nets have one row whatever the prompt.
     """
-    embedding, block = net.startswith("embedding"), net.startswith("block")
-    cache, head = net.startswith("block_cache"), net in HEADS
+    kind = net_kind(net)
+    embedding, block = kind.startswith("embedding"), kind.startswith("block")
+    cache, head = kind == "block_cache", net in HEADS
     quantize = "F32" if head else "BF16" if embedding else QUANTIZE[mode]
     return {
         "quantize": quantize,

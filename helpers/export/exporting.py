@@ -14,7 +14,7 @@ from pathlib import Path
 from helpers import artefacts
 from helpers.checkpoint.weights import Checkpoint
 from helpers.errors import UserError
-from helpers.run.generation import CANDIDATES
+from helpers.nets import CANDIDATES, INPUT_NAMES, OUTPUT_NAMES, net_groups, net_kind
 
 # The operator set that the documented export uses, and TPU-MLIR's front end was made for.
 OPSET = 15
@@ -22,7 +22,7 @@ OPSET = 15
 MIN_TOKENS_TO_KEEP = 5
 FLOAT32_BYTES = 4
 # What of these helpers decides the content of a net; the code of the model is among its inputs.
-_CODE = artefacts.code_of("export.exporting", "checkpoint.modeling", "checkpoint.weights")
+_CODE = artefacts.code_of("export.exporting", "nets", "checkpoint.modeling", "checkpoint.weights")
 _COPY_BYTES = 64 << 20
 # torch, its exporter and one traced layer's activations; measured with benchmarks/export_memory.py.
 _BASE_MEMORY = 1_000_000_000
@@ -214,28 +214,6 @@ class NetBuilder:
         }[net]()
 
 
-INPUT_NAMES = {
-    "embedding": ["input_ids"],
-    "block": ["input_states", "position_ids", "attention_mask"],
-    "block_cache": ["input_states", "position_ids", "attention_mask", "history_k", "history_v"],
-    "lm_head": ["hidden_states"],
-    "lm_head_with_topk": ["hidden_states"],
-    "greedy_head": ["m_logits"],
-    "penalty_sample_head": ["m_logits", "input_ids", "top_p", "temperature", "penalty"],
-}
-OUTPUT_NAMES = {
-    "embedding": ["input_states"],
-    "block": ["hidden_states", "past_k", "past_v"],
-    "lm_head": ["m_logits"],
-    "lm_head_with_topk": ["token"],
-    "greedy_head": ["token"],
-    "penalty_sample_head": ["probs", "token"],
-}
-INPUT_NAMES["embedding_cache"] = INPUT_NAMES["embedding"]
-OUTPUT_NAMES["embedding_cache"] = OUTPUT_NAMES["embedding"]
-OUTPUT_NAMES["block_cache"] = OUTPUT_NAMES["block"]
-
-
 def trace(module, net: str, example: tuple):
     """Trace a module to an onnx.ModelProto whose weights are named inputs without data.
 
@@ -332,28 +310,6 @@ def attach_weights(graph, module, weights: WeightFile | None):
     del model.graph.input[:]
     model.graph.input.extend(kept)
     return model
-
-
-def net_groups(layers: int, rows: int = 1) -> dict[str, list[str]]:
-    """The files that share weights: name of the group to its nets, in the order they are exported.
-
-    Nets that decode several rows at once (helpers.run.lookahead) are greedy: they have no head to sample with.
-    """
-    groups = {"embedding": ["embedding", "embedding_cache"]}
-    groups |= {f"block_{i}": [f"block_{i}", f"block_cache_{i}"] for i in range(layers)}
-    if rows > 1:
-        return groups | {"lm_head": ["lm_head"], "greedy_head": ["greedy_head"]}
-    return groups | {
-        "lm_head": ["lm_head", "lm_head_with_topk"],
-        "greedy_head": ["greedy_head"],
-        "penalty_sample_head": ["penalty_sample_head"],
-    }
-
-
-def net_kind(net: str) -> str:
-    """`block_cache_3` -> `block_cache`."""
-    head, _, tail = net.rpartition("_")
-    return head if tail.isdigit() else net
 
 
 def checkpoint_prefixes(group: str) -> dict[str, str]:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from helpers.run.latency import KINDS, phase_nets
+from helpers.nets import phase_nets
+from helpers.run.latency import KINDS
 
 _COLOURS = {
     "embedding": "#9aa5b1",

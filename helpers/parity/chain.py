@@ -1,6 +1,6 @@
 """The same nets on the host, in PyTorch and in onnxruntime, chained as the chip chains them; and parity between them.
 
-`HostChain` walks the contract of helpers.run.generation with numpy arrays, over anything that runs a net by name. So
+`HostChain` walks the contract of helpers.nets with numpy arrays, over anything that runs a net by name. So
 patched PyTorch, onnxruntime and (for per-net parity) the chip's own nets are compared on the very same inputs.
 """
 
@@ -11,8 +11,8 @@ import numpy as np
 
 from helpers import artefacts
 from helpers.errors import UserError
-from helpers.run.generation import decode_mask, prefill_mask
-from helpers.tensors import from_bf16, to_bf16
+from helpers.nets import decode_mask, net_kind, prefill_mask, weight_group
+from helpers.tensors import HOST_DTYPE, from_bf16, to_bf16
 
 
 def compare(found: np.ndarray, expected: np.ndarray) -> dict[str, float]:
@@ -48,9 +48,8 @@ class TorchNets:
     def _make(self, net: str):
         from helpers.export.exporting import checkpoint_prefixes, load_weights, net_module
 
-        group = net.replace("block_cache_", "block_").replace("embedding_cache", "embedding")
         module = net_module(self._builder, net)
-        load_weights(module, self.checkpoint, checkpoint_prefixes(group))
+        load_weights(module, self.checkpoint, checkpoint_prefixes(weight_group(net)))
         return module.to(self._device)
 
     def run(self, net: str, *inputs: np.ndarray) -> list[np.ndarray]:
@@ -108,13 +107,10 @@ class EngineNets:
         for tensor, array in zip(tensors, inputs, strict=True):
             if tensor.dtype == "bfloat16":
                 array = to_bf16(array)
-            self.engine.write(tensor, np.asarray(array, dtype=_HOST_DTYPES[tensor.dtype]).reshape(tensor.shape))
+            self.engine.write(tensor, np.asarray(array, dtype=HOST_DTYPE[tensor.dtype]).reshape(tensor.shape))
         self.engine.run(net, tensors, outputs)
         arrays = [self.engine.read(tensor) for tensor in outputs]
         return [from_bf16(a) if t.dtype == "bfloat16" else a for a, t in zip(arrays, outputs, strict=True)]
-
-
-_HOST_DTYPES = {"bfloat16": np.uint16, "float32": np.float32, "int32": np.int32}
 
 
 def fits_in_memory(needed: object, device: object = None) -> bool:
@@ -267,7 +263,7 @@ def parity(recorded: dict, nets, *, tokens: int) -> dict[str, dict[str, float]]:
     for net, (inputs, expected) in recorded.items():
         found = nets.run(net, *inputs)
         pairs = [(f, e) for f, e in zip(found, expected, strict=True)]
-        if net.startswith("block_") and not net.startswith("block_cache_") or net == "embedding":
+        if net_kind(net) in ("block", "embedding"):
             pairs = [(f[:, :tokens], e[:, :tokens]) for f, e in pairs]
         figures = [compare(f, e) for f, e in pairs]
         result[net] = {

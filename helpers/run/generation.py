@@ -1,17 +1,6 @@
 """Prefill and decode of a Qwen bmodel over any engine: numpy only, nothing above the engine's interface.
 
-Names and shapes are the contract between compiler and runtime (L layers, S compiled sequence length, H hidden size,
-h heads, d head size, V vocabulary):
-
-    embedding        ids [1,S]                                                     -> states [1,S,H]
-    block_i          states [1,S,H], positions [1,S], mask [1,1,S,S]               -> states, key, value [1,S,h,d]
-    embedding_cache  id [1,1]                                                      -> states [1,1,H]
-    block_cache_i    states [1,1,H], position [1,1], mask [1,1,1,S+1], key, value  -> states, key, value [1,1,h,d]
-    lm_head          states [1,H]                                                  -> logits [1,V], or a token id
-    greedy_head      logits [1,V]                                                  -> token [1,1]
-    penalty_sample_head  logits, ids [1,S], top_p, temperature, penalty            -> probabilities, tokens [1,50]
-
-A bmodel for several devices has these tensors once a device, device by device, with h split over the devices.
+Which nets there are and what they take says helpers.nets.
 """
 
 import re
@@ -22,31 +11,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from helpers.errors import UserError
+from helpers.nets import CANDIDATES, decode_mask, prefill_mask
 from helpers.run.engines.base import DeviceTensor, Engine
 from helpers.tensors import to_bf16
-
-# The chip computes in bfloat16, where -inf minus -inf would be NaN in the softmax; bits 0xC61C are -9984.
-MASKED = -9984.0
-# penalty_sample_head returns this many candidates, sorted by probability (its export: top_k = 50).
-CANDIDATES = 50
-
-
-def prefill_mask(tokens: int, seq_length: int) -> np.ndarray:
-    """Additive attention mask of a prompt: float32 [1,1,S,S], 0 where row i may see column j, else -9984.
-
-    Row i < tokens sees columns 0..i. Rows of the padding see nothing: what they compute is never read.
-    """
-    mask = np.full((seq_length, seq_length), MASKED, dtype=np.float32)
-    mask[:tokens, :tokens][np.tril_indices(tokens)] = 0
-    return mask[None, None]
-
-
-def decode_mask(position: int, seq_length: int) -> np.ndarray:
-    """Additive attention mask of one new token: float32 [1,1,1,S+1]; it sees rows 0..position-1 and itself (last)."""
-    mask = np.full(seq_length + 1, MASKED, dtype=np.float32)
-    mask[:position] = 0
-    mask[seq_length] = 0
-    return mask[None, None, None]
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,6 @@ KINDS = {
 }
 
 
-def phase_nets(layers: int, nets: Sequence[str]) -> dict[str, list[str]]:
-    """The nets that run, in order, for the first token ("prefill") and for each further one ("decode")."""
-    heads = [net for net in ("lm_head", "greedy_head") if net in nets]
-    return {
-        "prefill": ["embedding", *(f"block_{i}" for i in range(layers)), *heads],
-        "decode": ["embedding_cache", *(f"block_cache_{i}" for i in range(layers)), *heads],
-    }
-
-
 def summary(seconds: Sequence[float]) -> dict[str, float]:
     """Median and 95th percentile in ms of repeated measurements in s, and how many there were."""
     if not len(seconds):

@@ -23,8 +23,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from helpers.errors import UserError
+from helpers.nets import MASKED
 from helpers.run.engines.base import DeviceTensor, Engine
-from helpers.run.generation import MASKED, QwenRunner, Sampling, Timings
+from helpers.run.generation import QwenRunner, Sampling, Timings
 
 
 @dataclass(frozen=True)

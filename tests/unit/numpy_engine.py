@@ -6,18 +6,15 @@ Memory is one array a tensor, views are numpy's own: what a runner writes where 
 import numpy as np
 
 from helpers.run.engines.base import (
-    HOST_DTYPE,
     DeviceTensor,
     Engine,
-    NetInfo,
-    TensorInfo,
     check_allocation,
     check_copy,
     check_run,
     check_values,
     check_view,
 )
-from helpers.tensors import from_bf16, to_bf16
+from helpers.tensors import HOST_DTYPE, NetInfo, TensorInfo, from_bf16, to_bf16
 
 
 def rotate(x, positions):

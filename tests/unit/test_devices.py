@@ -10,7 +10,7 @@ import pytest
 from helpers import toolchain
 from helpers.bmodel.bmodel import read_bmodel
 from helpers.compile import compiling, graph, jobs
-from helpers.run.generation import decode_mask, prefill_mask
+from helpers.nets import decode_mask, prefill_mask
 from helpers.tensors import from_bf16, to_bf16
 from tests.conftest import ROOT
 from tests.unit import small_nets

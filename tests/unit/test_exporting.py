@@ -13,9 +13,9 @@ from helpers import artefacts
 from helpers.checkpoint.weights import Checkpoint
 from helpers.errors import UserError
 from helpers.export import exporting
+from helpers.nets import prefill_mask
 from helpers.parity.chain import HostChain, OnnxNets, OriginalModel, TorchNets, parity
 from helpers.patching import patching
-from helpers.run.generation import prefill_mask
 from tests.conftest import SEQ_LENGTH
 from tests.unit.small_nets import write_random_checkpoint
 
@@ -353,7 +353,7 @@ def test_nets_of_another_version_of_the_exporting_code_are_made_anew(patched_tin
     assert said.count("made anew") == 1 and "exporting" in said
     assert [name for name in first if first[name] != second[name]] == ["penalty_sample_head.onnx"]
     assert "made anew" not in export()[0]
-    own_copy.edit("helpers/run/generation.py", "\nCANDIDATES = 50", "\nCANDIDATES = 40")
+    own_copy.edit("helpers/nets.py", "\nCANDIDATES = 50", "\nCANDIDATES = 40")
     _, third = export()
     assert [name for name in second if second[name] != third[name]] == ["penalty_sample_head.onnx"]
 

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from helpers.errors import UserError
+from helpers.nets import MASKED, decode_mask, prefill_mask
 from helpers.run.engines import open_engine
-from helpers.run.generation import MASKED, QwenRunner, Sampling, Timings, decode_mask, prefill_mask
+from helpers.run.generation import QwenRunner, Sampling, Timings
 from helpers.run.lookahead import LookaheadRunner
 from helpers.tensors import from_bf16
 from tests.conftest import SEQ_LENGTH

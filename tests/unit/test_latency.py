@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from helpers import nets
 from helpers.notebook import plots
 from helpers.run import latency
 from helpers.run.engines import open_engine
@@ -8,7 +9,7 @@ from tests.unit.numpy_engine import NumpyEngine, RandomModel
 
 
 def test_phases_name_every_net_of_a_token_in_order():
-    phases = latency.phase_nets(2, ["lm_head", "greedy_head"])
+    phases = nets.phase_nets(2, ["lm_head", "greedy_head"])
     assert phases["prefill"] == ["embedding", "block_0", "block_1", "lm_head", "greedy_head"]
     assert phases["decode"] == ["embedding_cache", "block_cache_0", "block_cache_1", "lm_head", "greedy_head"]
 

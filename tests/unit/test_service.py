@@ -23,7 +23,7 @@ import pytest
 from helpers.chat.session import MAX_TURNS, StopStrings
 from helpers.cli import main
 from helpers.errors import UserError
-from helpers.run.generation import CANDIDATES
+from helpers.nets import CANDIDATES
 from helpers.serve.api import FAREWELL_S, STOP_CHARACTERS, CompletionRequest, Server, Settings, create_app
 from helpers.serve.front import HEADERS_WITHIN_S
 from helpers.serve.queue import ChipQueue, EngineFailed, Job

@@ -7,9 +7,9 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
 from helpers.errors import UserError
-from helpers.run.engines.base import DeviceTensor, Engine, NetInfo, TensorInfo
+from helpers.run.engines.base import DeviceTensor, Engine
 
-__all__ = ["ENGINES", "DeviceTensor", "Engine", "NetInfo", "TensorInfo", "on_each_bmodel", "open_engine"]
+__all__ = ["ENGINES", "DeviceTensor", "Engine", "on_each_bmodel", "open_engine"]
 
 ENGINES = ("auto", "simulator", "chip")
 Key = TypeVar("Key")

@@ -3,9 +3,9 @@
 import os
 from pathlib import Path
 
-from helpers.bmodel.bmodel import CHIP, Bmodel, read_bmodel, tensor_bytes
+from helpers.bmodel.bmodel import CHIP, Bmodel, read_bmodel
 from helpers.errors import UserError
-from helpers.run.engines.base import ADDR_MODES, HOST_DTYPE
+from helpers.tensors import ADDR_MODES, HOST_DTYPE
 
 
 def checked_bmodel(path: str | os.PathLike, devices: int) -> Bmodel:
@@ -40,7 +40,7 @@ def device_bytes(bmodel: Bmodel) -> int:
     nets = bmodel.nets.values()
     runtime = sum(net.instruction_bytes + net.scratch_bytes + net.io_bytes for net in nets)
     tensors = sum(
-        tensor_bytes(tensor)
+        tensor.bytes
         for net in nets
         if net.info.addr_mode == "basic"
         for tensor in (*net.info.inputs, *net.info.outputs)

@@ -15,12 +15,8 @@ import numpy as np
 
 from helpers.errors import UserError
 from helpers.run.engines.base import (
-    ADDR_MODES,
-    HOST_DTYPE,
     DeviceTensor,
     Engine,
-    NetInfo,
-    TensorInfo,
     check_allocation,
     check_copy,
     check_run,
@@ -29,6 +25,7 @@ from helpers.run.engines.base import (
     net_tensor,
 )
 from helpers.run.engines.loading import checked_bmodel
+from helpers.tensors import ADDR_MODES, HOST_DTYPE, NetInfo, TensorInfo
 from helpers.toolchain import sophon_sail
 
 # sail.Dtype's names are bm_data_type_t's.

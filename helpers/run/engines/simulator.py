@@ -25,12 +25,8 @@ import numpy as np
 from helpers.errors import UserError
 from helpers.run.engines import yield_library
 from helpers.run.engines.base import (
-    ADDR_MODES,
-    HOST_DTYPE,
     DeviceTensor,
     Engine,
-    NetInfo,
-    TensorInfo,
     check_allocation,
     check_copy,
     check_run,
@@ -39,6 +35,7 @@ from helpers.run.engines.base import (
     net_tensor,
 )
 from helpers.run.engines.loading import checked_bmodel, device_bytes, free_host_bytes
+from helpers.tensors import ADDR_MODES, HOST_DTYPE, NetInfo, TensorInfo
 from helpers.toolchain import wheel_path
 
 WORKER = Path(__file__).with_name("simulator_worker.py")
