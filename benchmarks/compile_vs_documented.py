@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.compile_common import add_arguments, prepare, print_table, timed
-from helpers import artefacts, toolchain
+from helpers import artefacts, machine, toolchain
 from helpers.compile import compiling, jobs
 from helpers.compile.profile import PROFILE, read_profile
 
@@ -37,7 +37,7 @@ def documented(onnx: Path, out: Path, mode: str) -> dict[str, int | None]:
         for script, *arguments in commands:
             with open(folder / f"{script}.log", "wb") as log:
                 command = [sys.executable, str(tools / script), *arguments]
-                environment = toolchain.environment(jobs.cores())
+                environment = toolchain.environment(machine.cores())
                 subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=log, check=True)
         cycles[net] = (read_profile(folder / PROFILE) or {}).get("cycles")
         bmodels.append((folder / f"{net}.bmodel").absolute())
@@ -55,7 +55,7 @@ def main() -> None:
     _, onnx, _ = prepare(args, out)
     rows = []
     for mode in args.modes:
-        jobs.machine.close()
+        jobs.shared.close()
         target, ours = timed(lambda mode=mode: compiling.compile_model(onnx, out, "bench", mode, jobs=args.jobs))
         cycles, theirs = timed(lambda mode=mode: documented(onnx, out / f"documented_{mode}", mode))
         rows.append([mode, "wall s", ours, theirs, ours / theirs])

@@ -20,11 +20,11 @@ from helpers.compile import compiling, jobs, llm_convert
 def compare(checkpoint: Path, onnx: Path, out: Path, mode: str, args: argparse.Namespace) -> dict:
     """One mode both ways: seconds and cycles of the first prefill and decode block."""
     # A fresh start of our tool chain, as from a command line.
-    jobs.machine.close()
+    jobs.shared.close()
     ours, seconds = timed(
         lambda: compiling.compile_model(onnx, out / "ours", "bench", mode, addr_mode="io_alone", jobs=args.jobs)
     )
-    jobs.machine.close()
+    jobs.shared.close()
     theirs = llm_convert.convert(checkpoint, out / "theirs", "bench", mode, args.seq_length)
     nets, converted = (artefacts.read_manifest(path) for path in (ours, theirs))
     # At 7B size what one mode leaves takes 15 GB.

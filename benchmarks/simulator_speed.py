@@ -14,8 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from helpers.artefacts import write_json
 from helpers.errors import UserError
+from helpers.files import write_json
 from helpers.run.engines.simulator import SCHEDULING, SimulatorEngine
 from helpers.run.generation import QwenRunner
 

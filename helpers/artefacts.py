@@ -6,47 +6,19 @@ code made it and its outputs are still there, never because a file happens to ex
 """
 
 import contextlib
-import errno
-import fcntl
 import glob
-import hashlib
 import json
 import os
-import platform
 import shutil
-import sys
 import time
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 
 from helpers.errors import UserError
+from helpers.files import DISK_IS_FULL, sha256_file, write_json
+from helpers.machine import description, log, tool_versions
 
 MANIFEST = "manifest.json"
-TOOLS = ("tpu-mlir", "torch", "onnx", "onnxruntime", "transformers", "numpy")
-
-
-def sha256_file(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def digest_of(value: object) -> str:
-    """SHA-256 of a JSON-serialisable value, independent of the order of keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def tool_versions() -> dict[str, str]:
-    """Installed versions of the tools that decide what an artefact contains, plus Python's."""
-    versions = {"python": platform.python_version()}
-    for name in TOOLS:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions
 
 
 def code_of(*modules: str) -> dict[str, str]:
@@ -55,15 +27,6 @@ def code_of(*modules: str) -> dict[str, str]:
     Taken where a module is imported: a session that goes on while the files change runs the code of its start.
     """
     return {name: sha256_file(Path(__file__).parent.joinpath(*name.split(".")).with_suffix(".py")) for name in modules}
-
-
-def machine() -> dict[str, object]:
-    """Where an artefact was made: architecture, system, number of usable cores."""
-    return {
-        "architecture": platform.machine(),
-        "system": platform.system(),
-        "cores": len(os.sched_getaffinity(0)),
-    }
 
 
 def manifest_path(artefact: str | Path) -> Path:
@@ -103,29 +66,6 @@ def _is_manifest(value: object) -> bool:
         and all(isinstance(entry, dict) and "sha256" in entry for entry in outputs.values())
         and isinstance(value.get("tokenizer", ""), str | None)
     )
-
-
-def write_json(path: str | Path, value: object) -> None:
-    """Write JSON beside its place and move it in whole."""
-    write_file(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def write_file(path: str | Path, content: bytes) -> None:
-    """Write a file beside its place and move it in whole; leave it alone where it has this content already.
-
-    Raises OSError, which names the file.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        if not path.is_file() or path.stat().st_size != len(content) or path.read_bytes() != content:
-            partial.write_bytes(content)
-            os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        # A full disk is met while writing, where the system names no file.
-        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _files(artefact: Path) -> dict[str, Path]:
@@ -216,7 +156,7 @@ def building(
             "settings": settings,
             "code": code or {},
             "versions": tool_versions(),
-            "machine": machine(),
+            "machine": description(),
             "seconds": round(time.monotonic() - started, 3),
             "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "outputs": {name: _describe(path) for name, path in _files(partial).items()},
@@ -233,7 +173,7 @@ def building(
             for name in manifest["outputs"]:
                 os.replace(staging / name, artefact.parent / name)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_IS_FULL:
             raise UserError(
                 f"No space left on the disk that holds {artefact.parent}: free some, or choose another --out, and run "
                 "the same command again; what was finished is kept."
@@ -263,53 +203,3 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
-
-_without_locks: set[int] = set()
-
-
-@contextlib.contextmanager
-def locked(path: str | Path, busy: str | None = None) -> Iterator[bool]:
-    """Hold a file as a lock, which goes with the process, however that ends. The file stays. Yields whether it is held.
-
-    busy: what to say where another process has it; without it, wait. Raises UserError(busy).
-    Where the disk has no locks (Lustre or NFS, as they are often mounted) it goes on without, with one warning; where
-    the folder cannot be written, without one: whoever may not write there disturbs nobody.
-    """
-    path = Path(path)
-    held = False
-    with contextlib.ExitStack() as stack:
-        try:
-            file = stack.enter_context(open(path, "a"))
-        except OSError as error:
-            if not isinstance(error, PermissionError) and error.errno != errno.EROFS:
-                raise
-            file = stack.enter_context(open(path)) if os.access(path, os.R_OK) else None
-        try:
-            if file is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy else 0))
-                held = True
-        except BlockingIOError:
-            raise UserError(busy) from None
-        except OSError as error:
-            disk = os.fstat(file.fileno()).st_dev
-            if disk not in _without_locks:
-                _without_locks.add(disk)
-                log(
-                    f"warning: the disk that holds {path.parent} has no file locks ({error.strerror}): do not run two "
-                    "commands at once that write there."
-                )
-        yield held
-
-
-def free_bytes(path: str | Path) -> int:
-    """Free bytes on the disk that holds `path` or its nearest existing parent."""
-    path = Path(path).absolute()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
-
-
-def log(message: str) -> None:
-    """A line of progress for people: standard error, so that standard output stays machine-readable."""
-    print(message, file=sys.stderr, flush=True)

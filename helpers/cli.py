@@ -4,12 +4,12 @@ Each command lives in the module of its step, as `add_arguments(parser)` and `ru
 """
 
 import argparse
-import errno
 import importlib
 import os
 import sys
 
 from helpers.errors import UserError
+from helpers.files import remedy
 
 COMMANDS = {
     "doctor": ("helpers.doctor", "what this machine has, what it lacks, and the remedy"),
@@ -40,9 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         _let_go_of_stdout()
         if isinstance(error, BrokenPipeError):
             return 1  # whoever read the output has enough: `… | head`
-        if (remedy := _remedy(error)) is None:
+        if (cure := remedy(error)) is None:
             raise
-        print(f"error: {error.filename or 'A file'}: {error.strerror}. {remedy}", file=sys.stderr)
+        print(f"error: {error.filename or 'A file'}: {error.strerror}. {cure}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: what was finished is kept; the same command goes on from there.", file=sys.stderr)
@@ -65,19 +65,6 @@ def _let_go_of_stdout() -> None:
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _remedy(error: OSError) -> str | None:
-    """What to do where the system refuses a file; None for what no user can cause."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return "Free some space, or write to another disk, and run the same command again; what was finished is kept."
-    if isinstance(error, PermissionError) or error.errno == errno.EROFS:
-        return "Give yourself the right to it, or name a file or folder that you may read, and for --out write."
-    if isinstance(error, FileExistsError | IsADirectoryError | NotADirectoryError):
-        return "A file was found where a folder was needed, or a folder for a file: name another."
-    if error.errno in (errno.ENAMETOOLONG, errno.ELOOP):
-        return "Give it another name."
-    return None
 
 
 def _run(argv: list[str]) -> int:

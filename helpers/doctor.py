@@ -16,8 +16,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from helpers import toolchain
-from helpers.artefacts import free_bytes
+from helpers import machine, toolchain
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements.txt"
@@ -148,28 +147,14 @@ def check_cpu() -> Check:
     model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
     present = [flag for flag in CPU_FLAGS if flags and flag in flags[1].split()]
-    cores = len(os.sched_getaffinity(0))
+    cores = machine.cores()
     name = model[1].strip() if model else os.uname().machine
     return Check("CPU", OK, f"{name}, {cores} cores{', ' if present else ''}{' '.join(present)}")
 
 
-def available_memory() -> tuple[int, int]:
-    """(available, total) bytes of memory, the limit of a container included."""
-    text = Path("/proc/meminfo").read_text(encoding="utf-8")
-    total, available = (
-        int(re.search(rf"^{name}:\s+(\d+) kB", text, re.MULTILINE)[1]) * 1024 for name in ("MemTotal", "MemAvailable")
-    )
-    try:
-        limit = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="utf-8"))
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # no container, or "max"
-        return available, total
-    return min(available, limit - used), min(total, limit)
-
-
 def check_memory() -> Check:
     """Memory that is free for the compiler."""
-    available, total = available_memory()
+    available, total = machine.memory()
     ok = available >= NEEDED_MEMORY
     remedy = "" if ok else f"close programs: compiling needs {NEEDED_MEMORY / GB:.0f} GB, a 7B block 9 GB"
     return Check("memory", _state(ok), f"{available / GB:.1f} of {total / GB:.1f} GB free", remedy)
@@ -177,7 +162,7 @@ def check_memory() -> Check:
 
 def check_disk(folder: Path = ROOT) -> Check:
     """Disk space where out/ is."""
-    free = free_bytes(folder)
+    free = machine.free_disk(folder)
     ok = free >= NEEDED_DISK
     remedy = "" if ok else f"free {NEEDED_DISK / GB:.0f} GB (a real 7B checkpoint with its nets: 60 GB), or use --out"
     return Check("disk", _state(ok), f"{free / GB:.0f} GB free", remedy)

@@ -16,6 +16,7 @@ import numpy as np
 
 from helpers import artefacts, toolchain
 from helpers.compile import compiling, jobs
+from helpers.files import sha256_file
 from tests.unit.small_nets import task
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -102,7 +103,7 @@ def _compile(net: str, addr_mode: str, folder: Path) -> str:
 def build() -> dict[str, Path]:
     """{"basic": FILE, "io_alone": FILE}: the address mode is the one of `cache`. Made once, kept under out/tests."""
     kept = ROOT / "out" / "tests" / "engine_bmodel"
-    inputs = {"recipe": artefacts.sha256_file(__file__)}
+    inputs = {"recipe": sha256_file(__file__)}
     code = artefacts.code_of("compile.graph", "compile.jobs", "compile.worker", "compile.compiling")
     if not artefacts.up_to_date(kept, inputs, {}, code):
         with artefacts.building(kept, kind="engine test bmodel", inputs=inputs, settings={}, code=code) as partial:

@@ -16,6 +16,7 @@ from pathlib import Path
 from helpers import artefacts, toolchain
 from helpers.bmodel.bmodel import Bmodel, read_bmodel, require_qwen
 from helpers.errors import UserError
+from helpers.files import sha256_file
 
 
 def memory_report(model: Bmodel) -> dict:
@@ -117,7 +118,7 @@ def combine(bmodels: list[str | Path], target: str | Path) -> Path:
     names = [name for model in models for name in model.nets]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise UserError(f"Two of the bmodels have a net named {twice[0]}: take one of them out.")
-    inputs = {str(model.path): artefacts.sha256_file(model.path) for model in models}
+    inputs = {str(model.path): sha256_file(model.path) for model in models}
     with artefacts.building(target, kind="bmodel", inputs=inputs, settings={"via": "combine"}) as partial:
         compiling.combine([model.path.absolute() for model in models], partial)
     return target

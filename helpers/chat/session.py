@@ -15,10 +15,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from helpers.artefacts import log, read_manifest
+from helpers.artefacts import read_manifest
 from helpers.bmodel.bmodel import read_bmodel
 from helpers.checkpoint.tokenizer import QwenTokenizer
 from helpers.errors import UserError
+from helpers.machine import log
 from helpers.nets import CANDIDATES
 from helpers.run.engines import ENGINES, open_engine
 from helpers.run.engines.loading import device_bytes

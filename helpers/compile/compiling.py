@@ -13,12 +13,13 @@ from concurrent.futures import as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from helpers import artefacts, toolchain
+from helpers import artefacts, machine, toolchain
 from helpers.bmodel import bmodel
 from helpers.compile import jobs as net_jobs
 from helpers.compile.profile import estimates
 from helpers.errors import UserError
 from helpers.export.onnx_signature import Signature, read_signature
+from helpers.files import locked, write_file
 from helpers.nets import HEADS, TOPK_HEAD, count_layers, needed_nets, net_kind
 from helpers.tensors import ADDR_MODES
 
@@ -190,7 +191,7 @@ def compile_model(
         raise UserError(f"jobs is {jobs}, it must be 1 or more.")
     plan = plan_nets(onnx, num_device)
     check(plan, mode, num_device, addr_mode)
-    jobs = jobs or net_jobs.cores()
+    jobs = jobs or machine.cores()
     if scheduler is None:
         toolchain.require()
         check_memory(plan)
@@ -212,12 +213,12 @@ def compile_model(
             "memory": net_jobs.needed_memory(sig.weights_bytes),
             "weights": sig.weights_bytes,
             "shapes": sorted(sig.inputs.items()),
-            "threads": max(1, net_jobs.cores() // jobs),
+            "threads": max(1, machine.cores() // jobs),
         }
         for net, sig in plan.nets.items()
     ]
     busy = f"Another compile is running in {folder}: wait for it, or take another --out."
-    with artefacts.locked(folder / ".lock", busy):
+    with locked(folder / ".lock", busy):
         records = _run(tasks, jobs, scheduler, f"compile {mode}", progress)
         nets = {
             net: {k: records[net][k] for k in ("bytes", "cycles", "ms", "ddr_bw", "flops", "seconds")}
@@ -248,7 +249,7 @@ def _bring_vocabulary(plan: Plan, out: Path) -> str | None:
     if (source := plan.vocabulary) is None:
         return None
     target = out / source.name
-    artefacts.write_file(target, source.read_bytes())
+    write_file(target, source.read_bytes())
     return target.name
 
 
@@ -339,6 +340,6 @@ def run(args) -> int:
     manifest = artefacts.read_manifest(target)
     if manifest["estimates"]:
         first, decode = manifest["estimates"]["first_token_ms"], manifest["estimates"]["decode_ms"]
-        artefacts.log(f"estimated by the compiler's cycle model: first token {first:.2f} ms, decode {decode:.2f} ms")
+        machine.log(f"estimated by the compiler's cycle model: first token {first:.2f} ms, decode {decode:.2f} ms")
     print(target)
     return 0

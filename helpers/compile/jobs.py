@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 
-from helpers import artefacts
+from helpers import artefacts, machine
 from helpers.bmodel import bmodel
 from helpers.compile.profile import PROFILE, read_profile
 from helpers.compile.server import CompilerServer
 from helpers.errors import UserError
+from helpers.files import digest_of, sha256_file
 
 # Peak memory of one net, measured at Qwen-7B's size: 1.7 GB for a block (0.81 GB of float32 weights), 7.5 GB for an
 # embedding and 8.6 GB for lm_head (2.49 GB each). The base is the front end's own, with room to spare.
@@ -43,9 +44,7 @@ def needed_memory(weights_bytes: int) -> int:
 
 def memory_budget() -> int:
     """Bytes of memory that nets may take together: most of what could be used now without swapping."""
-    import psutil
-
-    return int(MEMORY_SHARE * psutil.virtual_memory().available)
+    return int(MEMORY_SHARE * machine.free_memory())
 
 
 class MemoryGate:
@@ -83,7 +82,7 @@ class MemoryGate:
             self._changed.notify_all()
 
 
-class _Machine:
+class _Shared:
     """What the jobs of one process share: the server, started when first needed, and the gate."""
 
     def __init__(self):
@@ -118,7 +117,7 @@ class _Machine:
             one = self._digesting.setdefault(key, threading.Lock())
         with one:
             if key not in self._digests:
-                self._digests[key] = artefacts.sha256_file(path)
+                self._digests[key] = sha256_file(path)
             return self._digests[key]
 
     def close(self) -> None:
@@ -130,8 +129,8 @@ class _Machine:
             self._server = self._gate = None
 
 
-machine = _Machine()
-atexit.register(machine.close)
+shared = _Shared()
+atexit.register(shared.close)
 
 
 def compile_net(task: dict) -> dict:
@@ -147,7 +146,7 @@ def compile_net(task: dict) -> dict:
     net, folder = task["net"], Path(task["folder"])
     inputs = {}
     for path in map(Path, task["files"]):
-        inputs[path.name] = machine.digest(path)
+        inputs[path.name] = shared.digest(path)
         recorded = task["recorded"].get(path.name)
         if recorded and recorded != inputs[path.name]:
             raise UserError(
@@ -175,9 +174,9 @@ def _build(task: dict, artefact: Path, inputs: dict) -> None:
     net = task["net"]
     log = artefact.with_name(f"{net}.log")
     extra: dict = {}
-    server = machine.server()
+    server = shared.server()
     with (
-        machine.gate().room_for(task["memory"]),
+        shared.gate().room_for(task["memory"]),
         artefacts.building(
             artefact, kind="net", inputs=inputs, settings=task["settings"], code=_CODE, extra=extra
         ) as partial,
@@ -185,14 +184,14 @@ def _build(task: dict, artefact: Path, inputs: dict) -> None:
         partial.mkdir()
         job = {key: task[key] for key in ("net", "onnx", "settings", "threads")}
         # Kernels depend on shapes and settings, which all blocks of a model share; a machine has its own.
-        kind = artefacts.digest_of([task["settings"], task["shapes"], _CODE, artefacts.tool_versions()])[:16]
+        kind = digest_of([task["settings"], task["shapes"], _CODE, machine.tool_versions()])[:16]
         kernels = artefact.parent / f".kernels.{socket.gethostname()}" / kind
         job |= {"work": str(partial), "log": str(log), "kernels": str(kernels)}
         status = server.run(job)
         if status:
             text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
             # The tools say of a full disk whatever they fail at because of it; what they wrote is still there.
-            if (free := artefacts.free_bytes(partial)) < task["weights"] + SPACE_LEFT_BYTES:
+            if (free := machine.free_disk(partial)) < task["weights"] + SPACE_LEFT_BYTES:
                 raise UserError(
                     f"{net} did not compile, and the disk that holds {artefact.parent} has only {free / 1e6:.0f} MB "
                     f"left: free some, or choose another --out, and run the same command again; what was finished is "
@@ -261,14 +260,14 @@ def executor(jobs: int, scheduler: str | None = None) -> Iterator[Executor]:
     Raises UserError where no scheduler answers at the address.
     """
     if scheduler is None:
-        machine.measure()
+        shared.measure()
         pool = ThreadPoolExecutor(jobs, thread_name_prefix="compile")
         try:
             yield pool
         except BaseException:
             # Ctrl-C or a net that failed: nothing goes on in the background.
             pool.shutdown(wait=False, cancel_futures=True)
-            machine.close()
+            shared.close()
             raise
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -295,8 +294,3 @@ def executor(jobs: int, scheduler: str | None = None) -> Iterator[Executor]:
         finally:
             # Without waiting, which cancels what has not begun.
             pool.shutdown(wait=False)
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))

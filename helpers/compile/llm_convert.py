@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from helpers import artefacts, toolchain
+from helpers import artefacts, machine, toolchain
 from helpers.bmodel import bmodel
 from helpers.checkpoint.tokenizer import VOCABULARY, QwenTokenizer
 from helpers.checkpoint.weights import Checkpoint
@@ -25,6 +25,7 @@ from helpers.compile.jobs import own_error
 from helpers.compile.profile import PROFILE, estimates, read_profile
 from helpers.errors import UserError
 from helpers.fetch.hubs import check_huggingface_variables
+from helpers.files import locked, write_file, write_json
 
 QUANTIZE = {"bf16": "bf16", "int8": "w8bf16", "int4": "w4bf16"}
 # What of these helpers decides what comes out.
@@ -126,8 +127,8 @@ def write_qwen2_checkpoint(checkpoint: Checkpoint, folder: Path, seq_length: int
             tensors |= qwen2_tensors(name, tensor)
         save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / shard, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, shard)
-    artefacts.write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
-    artefacts.write_json(folder / "config.json", qwen2_config(checkpoint, seq_length))
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+    write_json(folder / "config.json", qwen2_config(checkpoint, seq_length))
 
 
 def convert(
@@ -201,7 +202,7 @@ def _bring_vocabulary(checkpoint: Checkpoint, out: Path) -> str | None:
     except UserError:
         # The bmodel is of use without: the chat asks for --tokenizer.
         return None
-    artefacts.write_file(out / VOCABULARY, vocabulary)
+    write_file(out / VOCABULARY, vocabulary)
     return VOCABULARY
 
 
@@ -224,7 +225,7 @@ def _run(work: Path, addr_mode: str, options: list[str], log: Path) -> None:
     folder = toolchain.plain(work)
     command = [sys.executable, "-c", _RUNNER, addr_mode, str(tool), "-m", str(folder / "qwen2")]
     command += ["-o", str(folder / "converted"), *options]
-    with open(log, "wb") as file, artefacts.locked(work / "lock") as locks, contextlib.ExitStack() as stack:
+    with open(log, "wb") as file, locked(work / "lock") as locks, contextlib.ExitStack() as stack:
         # Its jobs, each in a folder of its own, take turns at the kernels; where they cannot, each makes its own.
         kernels = "../kernels/" if locks else "./kernels/"
         if not toolchain.is_plain(work):
@@ -250,7 +251,7 @@ def _run(work: Path, addr_mode: str, options: list[str], log: Path) -> None:
                 shutil.copy(failed, log)
                 break
         # On a full disk the converter goes on, and finds its own files broken later. What it wrote is still there.
-        free = artefacts.free_bytes(work)
+        free = machine.free_disk(work)
         raise UserError(
             f"llm_convert.py failed: {own_error(text, status)} (its log is {log}; when it ended {free / 1e9:.1f} GB of "
             "disk were free: it can need ten times the checkpoint's size)"

@@ -19,11 +19,12 @@ import time
 import types
 from pathlib import Path
 
-from helpers import artefacts, toolchain
+from helpers import toolchain
 from helpers.compile import graph
 from helpers.compile.profile import PROFILE
 from helpers.compile.server import die_with_parent
 from helpers.errors import UserError
+from helpers.files import locked
 
 CHIP = "bm1684x"
 # Tensors from this size on bypass the ONNX simplifier: it copies them many times over and looks at none.
@@ -112,7 +113,7 @@ def _kernels(cache: Path):
         ours = Path(KERNELS)
         if not toolchain.is_plain(Path.cwd()):
             ours = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=toolchain.plain_parent()))) / KERNELS
-        with artefacts.locked(cache / "lock"):
+        with locked(cache / "lock"):
             if not whole.exists():
                 ours.mkdir()
                 yield ours

@@ -11,9 +11,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from helpers import artefacts
+from helpers import artefacts, machine
 from helpers.checkpoint.weights import Checkpoint
 from helpers.errors import UserError
+from helpers.files import sha256_file, write_file, write_json
 from helpers.nets import CANDIDATES, INPUT_NAMES, OUTPUT_NAMES, net_groups, net_kind
 
 # The operator set that the documented export uses, and TPU-MLIR's front end was made for.
@@ -336,10 +337,8 @@ def needed_bytes(checkpoint: Checkpoint, seq_length: int = 0, rows: int = 1) -> 
 
 def check_room(checkpoint: Checkpoint, out: Path, seq_length: int, rows: int = 1) -> str:
     """One line saying what the export will need. Raises UserError, with the remedy, where that is not there."""
-    import psutil
-
     memory, disk = needed_bytes(checkpoint, seq_length, rows)
-    free_memory, free_disk = psutil.virtual_memory().available, artefacts.free_bytes(out)
+    free_memory, free_disk = machine.free_memory(), machine.free_disk(out)
     giga = 1e9
     if free_memory < memory:
         scores = memory - needed_bytes(checkpoint)[0]
@@ -368,7 +367,7 @@ def export(
     model_path: str | Path,
     out: str | Path,
     seq_length: int,
-    log: Callable[[str], None] = artefacts.log,
+    log: Callable[[str], None] = machine.log,
     rows: int = 1,
 ) -> Path:
     """Export all nets of a patched checkpoint for sequence length S to `out`/<net>.onnx.
@@ -397,7 +396,7 @@ def export(
         )
     log(check_room(checkpoint, out, seq_length, rows))
     code = {
-        name: artefacts.sha256_file(checkpoint.path / name)
+        name: sha256_file(checkpoint.path / name)
         for name in ("config.json", "modeling_qwen.py", "configuration_qwen.py")
         if (checkpoint.path / name).exists()
     }
@@ -476,14 +475,14 @@ def _save(model, path: Path) -> None:
 def _write_folder_manifest(out: Path, checkpoint: Checkpoint, code: dict, settings: dict, trained: int) -> None:
     groups = net_groups(checkpoint.layers, settings["rows"])
     manifests = {group: artefacts.read_manifest(out / f"{group}.onnx") for group in groups}
-    artefacts.write_json(
+    write_json(
         out / artefacts.MANIFEST,
         {
             "kind": "onnx",
             "inputs": code,
             "settings": settings,
             "code": _CODE,
-            "versions": artefacts.tool_versions(),
+            "versions": machine.tool_versions(),
             "machine": next(iter(manifests.values()))["machine"],
             "seconds": round(sum(m["seconds"] for m in manifests.values()), 3),
             "outputs": {name: entry for m in manifests.values() for name, entry in m["outputs"].items()},
@@ -503,9 +502,9 @@ def _copy_vocabulary(checkpoint: Checkpoint, out: Path) -> str | None:
     try:
         tokenizer = QwenTokenizer.open(checkpoint.path)
     except UserError as error:
-        artefacts.log(f"warning: {error} The nets are exported all the same; chatting will want --tokenizer.")
+        machine.log(f"warning: {error} The nets are exported all the same; chatting will want --tokenizer.")
         return None
-    artefacts.write_file(out / VOCABULARY, tokenizer.vocabulary)
+    write_file(out / VOCABULARY, tokenizer.vocabulary)
     return VOCABULARY
 
 

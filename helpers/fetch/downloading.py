@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from helpers import artefacts
-from helpers.artefacts import sha256_file
 from helpers.errors import UserError
 from helpers.fetch.hubs import PATIENCE, RemoteFile, silent
+from helpers.files import locked as _locked
+from helpers.files import sha256_file
 
 AT_A_TIME = 4
 # Seconds without a byte before a connection is given up; how often a file may fail before all is given up, unless
@@ -43,7 +43,7 @@ def locked(folder: Path) -> Iterator[None]:
     """Create the folder and hold it, one process at a time. Raises UserError where another has it."""
     make_folder(folder)
     busy = f"Another fetch is writing to {folder}: wait for it, or give another --out."
-    with artefacts.locked(folder / "lock", busy):
+    with _locked(folder / "lock", busy):
         yield
 
 

@@ -16,11 +16,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers import artefacts
+from helpers import artefacts, machine
 from helpers.checkpoint.tokenizer import VOCABULARY, QwenTokenizer, cut_vocabulary
 from helpers.checkpoint.weights import Checkpoint, damaged, quantised
 from helpers.errors import UserError
 from helpers.fetch import downloading, hubs, prepared
+from helpers.files import sha256_file
 from helpers.patching import patching
 
 KIND = "checkpoint"
@@ -114,10 +115,10 @@ def _from_hub(name: str, source: str, out: Path, revision: str | None, progress)
     settings = {"name": name, "source": source, "repo": model.repo, "revision": revision}
     previous = _previous(out)
     if previous.get("settings") == settings and _is_there(out, previous, name):
-        artefacts.log(f"{out} is there already, whole: {model.repo} at {previous['revision']}")
+        machine.log(f"{out} is there already, whole: {model.repo} at {previous['revision']}")
         return out
     if previous:
-        artefacts.log(f"{out} is of another source or was changed since it was fetched: it is replaced.")
+        machine.log(f"{out} is of another source or was changed since it was fetched: it is replaced.")
     folder = out.parent / f".{out.name}.download"
     present = sum(path.stat().st_size for path in folder.glob("*")) if folder.is_dir() else 0
     reusable = sum(described["bytes"] for described in previous.get("outputs", {}).values())
@@ -202,7 +203,7 @@ def _reuse(out: Path, previous: dict, files: list[hubs.RemoteFile], folder: Path
     for file in files:
         there, target = out / file.path, folder / file.key
         same = file.sha256 and recorded.get(file.path, {}).get("sha256") == file.sha256
-        if same and not target.exists() and there.is_file() and artefacts.sha256_file(there) == file.sha256:
+        if same and not target.exists() and there.is_file() and sha256_file(there) == file.sha256:
             _place(there, target)
 
 
@@ -217,7 +218,7 @@ def _place(content: Path, target: Path) -> None:
 
 
 def _require_space(out: Path, needed: int, name: str) -> None:
-    free = artefacts.free_bytes(out.parent)
+    free = machine.free_disk(out.parent)
     if needed > free:
         raise UserError(
             f"{name} needs {needed / 1e9:.1f} GB more on the disk that holds {out.parent}, which has {free / 1e9:.1f} "
@@ -240,7 +241,7 @@ def _from_folder(source: Path, name: str | None, out: Path | None) -> Path:
     if place in there.parents or there in place.parents:
         raise UserError(f"{source} and {out} lie one in the other, so no copy is made: give an --out elsewhere.")
     files = sorted(_files_in(source, ()))
-    inputs = {path: artefacts.sha256_file(source / path) for path in files}
+    inputs = {path: sha256_file(source / path) for path in files}
     settings = {"name": name, "source": "folder"}
     previous = _previous(out)
     if previous.get("inputs") == inputs and _is_there(out, previous, name):
@@ -406,6 +407,6 @@ def run(args) -> None:
     path = fetch(args.name, args.source, args.out, args.revision, args.artefact)
     print(path)
     if args.artefact:
-        artefacts.log(prepared.next_step(args.artefact, path))
+        machine.log(prepared.next_step(args.artefact, path))
     else:
-        artefacts.log(f"next: python -m helpers patch --model_path {path}")
+        machine.log(f"next: python -m helpers patch --model_path {path}")

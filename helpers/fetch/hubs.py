@@ -12,8 +12,9 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import quote, urlsplit
 from urllib.request import getproxies
 
-from helpers.artefacts import digest_of, log
 from helpers.errors import UserError
+from helpers.files import digest_of
+from helpers.machine import log
 
 # Seconds without a byte after which a hub is silent. However slowly an answer comes, it is waited for.
 PATIENCE = 60.0

@@ -24,10 +24,11 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from helpers import artefacts
+from helpers import artefacts, machine
 from helpers.bmodel.bmodel import CHIP, read_bmodel
 from helpers.errors import UserError
 from helpers.fetch.downloading import make_folder
+from helpers.files import sha256_file
 
 MODEL = "qwen-7b"
 DEFAULT_FOLDER = Path("out/prepared")
@@ -84,11 +85,11 @@ def fetch_prepared(artefact: str | None, out: str | Path | None = None, progress
         target = Path(out or DEFAULT_FOLDER) / offered.file
     settings = {"artefact": artefact, "place": offered.place}
     if _is_there(target, settings):
-        artefacts.log(f"{target} is there already, whole.")
+        machine.log(f"{target} is there already, whole.")
         return target
     make_folder(target.parent)
     with _brought(offered, target, progress) as file:
-        inputs = {offered.file: artefacts.sha256_file(file)}
+        inputs = {offered.file: sha256_file(file)}
         with artefacts.building(target, kind="prepared", inputs=inputs, settings=settings) as partial:
             if archive:
                 unpack(file, partial)
@@ -251,7 +252,7 @@ def unpack(archive: Path, folder: Path) -> None:
                 raise UserError(f"{archive.name} holds no file: {HOST} offers another one by now.")
             for member in members:
                 _check_member(member)
-            needed, free = sum(member.file_size for member in members), artefacts.free_bytes(folder)
+            needed, free = sum(member.file_size for member in members), machine.free_disk(folder)
             if needed > free:
                 raise UserError(
                     f"{archive.name} unpacks to {needed / 1e9:.1f} GB and the disk that holds {folder.parent.parent} "

@@ -28,8 +28,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from helpers.artefacts import digest_of, is_whole, locked, manifest_path, read_manifest, sha256_file, write_json
+from helpers.artefacts import is_whole, manifest_path, read_manifest
 from helpers.errors import UserError
+from helpers.files import digest_of, locked, sha256_file, write_json
 from helpers.patching import patching
 
 ROOT = Path(__file__).resolve().parents[2]

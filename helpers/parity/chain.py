@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from helpers import artefacts
+from helpers import artefacts, machine
 from helpers.errors import UserError
 from helpers.nets import decode_mask, net_kind, prefill_mask, weight_group
 from helpers.tensors import HOST_DTYPE, from_bf16, to_bf16
@@ -127,9 +127,7 @@ def fits_in_memory(needed: object, device: object = None) -> bool:
 
         free = torch.cuda.mem_get_info(device)[0]
     else:
-        import psutil
-
-        free = psutil.virtual_memory().available
+        free = machine.free_memory()
     return needed < free / 2
 
 

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-from helpers import artefacts
+from helpers import machine
 from helpers.errors import UserError
+from helpers.files import write_json
 from helpers.patching.passages import MisfitError, NotNeededError, Source
 from helpers.patching.understood import multimodal
 
@@ -351,13 +352,13 @@ def _write(folder: Path, originals: dict[str, str], steps: list[Step], seq_lengt
         for abandoned in folder.glob(".*.partial"):
             abandoned.unlink()
         if changed or not (folder / RECORD).exists():
-            artefacts.write_json(folder / RECORD, record)
+            write_json(folder / RECORD, record)
         for name in changed:
             _replace(folder / name, results[name])
         if changed:
             for name in FILES:
                 record["files"][name]["patched_sha256"] = [_sha256(results[name])]
-            artefacts.write_json(folder / RECORD, record)
+            write_json(folder / RECORD, record)
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written ({error.strerror}): make room or give yourself the right to write there, or "
@@ -407,7 +408,7 @@ def _link(source: Path, target: Path, originals: dict[str, str]) -> dict:
             copied |= not _linked(file.resolve(), partial)
             os.replace(partial, place)
         if copied:
-            artefacts.log(f"warning: the disk that holds {target} has no links: the weights are copied.")
+            machine.log(f"warning: the disk that holds {target} has no links: the weights are copied.")
         for name in FILES:
             if not record and (target / name).exists() and _text(target / name) != originals[name]:
                 raise _foreign(target, name, source)
@@ -454,6 +455,6 @@ def run(args) -> int:
     else:
         report = apply(args.model_path, out=args.out, seq_length=args.seq_length, only=args.only)
     for warning in report.warnings:
-        artefacts.log(f"warning: {warning}")
+        machine.log(f"warning: {warning}")
     print(report)
     return 0

@@ -13,10 +13,10 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
-from helpers.artefacts import log
 from helpers.chat.session import Answer
 from helpers.checkpoint.tokenizer import QwenTokenizer
 from helpers.errors import UserError
+from helpers.machine import log
 from helpers.run.generation import QwenRunner, Sampling
 
 # A prefill on the simulator takes minutes with a large model: nobody should wait for it to stop the service.

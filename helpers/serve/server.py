@@ -14,9 +14,9 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from helpers.artefacts import log
 from helpers.chat.session import add_model_arguments, open_tokenizer
 from helpers.errors import UserError
+from helpers.machine import log
 from helpers.run.engines import open_engine
 from helpers.run.generation import QwenRunner
 from helpers.run.latency import KINDS

@@ -16,7 +16,7 @@ FAKE = f"""
 import argparse, sys
 sys.path.insert(0, {str(ROOT)!r})
 from helpers.serve import server
-from helpers.tokenizer import QwenTokenizer
+from helpers.checkpoint.tokenizer import QwenTokenizer
 from tests.unit.fake_runner import FakeRunner
 tokenizer = QwenTokenizer.open({str(TINY)!r})
 class Forgetful(FakeRunner):

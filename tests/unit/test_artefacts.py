@@ -10,7 +10,7 @@ from importlib import metadata
 
 import pytest
 
-from helpers import artefacts
+from helpers import artefacts, files, machine
 from helpers.errors import UserError
 
 
@@ -62,19 +62,19 @@ def test_a_manifest_that_proves_nothing_is_not_believed(tmp_path):
     recorded = manifest["outputs"]["file.bin"]
     near = recorded["sha256"][:-1] + ("0" if recorded["sha256"][-1] != "0" else "1")
     for outputs in ({}, {"file.bin": recorded | {"sha256": near}}):
-        artefacts.write_json(artefacts.manifest_path(path), manifest | {"outputs": outputs})
+        files.write_json(artefacts.manifest_path(path), manifest | {"outputs": outputs})
         assert not artefacts.up_to_date(path, {"a": "1"}, {"s": 1})
 
 
 def test_a_file_is_written_anew_where_its_content_differs_by_one_letter(tmp_path):
     for content in (b"first", b"fIrst", b"longer than that"):
-        artefacts.write_file(tmp_path / "file", content)
+        files.write_file(tmp_path / "file", content)
         assert (tmp_path / "file").read_bytes() == content
 
 
 def test_a_digest_does_not_depend_on_the_order_of_keys():
-    assert artefacts.digest_of({"a": 1, "b": [2]}) == artefacts.digest_of({"b": [2], "a": 1})
-    assert artefacts.digest_of({"a": 1, "b": [2]}) != artefacts.digest_of({"a": 1, "b": [3]})
+    assert files.digest_of({"a": 1, "b": [2]}) == files.digest_of({"b": [2], "a": 1})
+    assert files.digest_of({"a": 1, "b": [2]}) != files.digest_of({"a": 1, "b": [3]})
 
 
 def test_a_failure_leaves_what_was_there(tmp_path):
@@ -107,11 +107,11 @@ def test_what_was_built_is_moved_into_place_not_copied(tmp_path):
 def test_who_reads_while_it_is_replaced_reads_the_old_one_whole(tmp_path):
     path = tmp_path / "file.bin"
     build(path, "first" * 100_000)
-    artefacts.write_json(tmp_path / "record", ["first"] * 100_000)
+    files.write_json(tmp_path / "record", ["first"] * 100_000)
     with open(path) as file, open(tmp_path / "record") as record:
         assert file.read(5) == "first" and record.read(1) == "["
         build(path, "second")
-        artefacts.write_json(tmp_path / "record", [])
+        files.write_json(tmp_path / "record", [])
         assert file.read() == "first" * 99_999
         assert record.read().count("first") == 100_000
 
@@ -175,7 +175,7 @@ def test_a_folder_replaces_the_previous_one_whole(tmp_path):
 def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     path = tmp_path / "file.bin"
     code = (
-        "import sys, time\nfrom helpers import artefacts\n"
+        "import sys, time\nfrom helpers import artefacts, files, machine\n"
         "with artefacts.building(sys.argv[1], kind='t', inputs={}, settings={}) as partial:\n"
         "    partial.write_text('half')\n    print('ready', flush=True)\n    time.sleep(60)\n"
     )
@@ -191,7 +191,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
 def test_two_processes_that_build_one_artefact_leave_each_other_alone(tmp_path):
     path = tmp_path / "file.bin"
     code = (
-        "import sys\nfrom helpers import artefacts\n"
+        "import sys\nfrom helpers import artefacts, files, machine\n"
         "with artefacts.building(sys.argv[1], kind='t', inputs={}, settings={}) as partial:\n"
         "    print('ready', flush=True)\n    sys.stdin.read()\n    partial.write_text('theirs')\n"
     )
@@ -214,7 +214,7 @@ def test_a_quota_that_is_used_up_is_a_sentence_too(tmp_path):
 def test_free_is_what_an_ordinary_user_may_still_write(tmp_path, monkeypatch):
     sizes = os.statvfs_result((4096, 4096, 1000, 500, 400, 0, 0, 0, 0, 255))
     monkeypatch.setattr(os, "statvfs", lambda path: sizes)
-    assert artefacts.free_bytes(tmp_path / "not" / "there") == 400 * 4096
+    assert machine.free_disk(tmp_path / "not" / "there") == 400 * 4096
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
@@ -267,17 +267,17 @@ def test_a_folder_is_not_replaced_by_a_file(tmp_path):
 
 def test_one_process_at_a_time_holds_a_lock(tmp_path):
     code = (
-        "import sys\nfrom helpers import artefacts\n"
-        "with artefacts.locked(sys.argv[1]):\n    print('held', flush=True)\n    sys.stdin.read()\n"
+        "import sys\nfrom helpers import artefacts, files, machine\n"
+        "with files.locked(sys.argv[1]):\n    print('held', flush=True)\n    sys.stdin.read()\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "lock")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"held\n"
-        with pytest.raises(UserError, match="taken"), artefacts.locked(tmp_path / "lock", "taken"):
+        with pytest.raises(UserError, match="taken"), files.locked(tmp_path / "lock", "taken"):
             pytest.fail("two hold it")
         process.kill()
         process.wait()
-    with artefacts.locked(tmp_path / "lock", "taken"):
+    with files.locked(tmp_path / "lock", "taken"):
         pass
 
 
@@ -285,11 +285,11 @@ def test_who_says_nothing_of_a_lock_that_is_taken_waits_for_it(tmp_path):
     order = []
 
     def second():
-        with artefacts.locked(tmp_path / "lock"):
+        with files.locked(tmp_path / "lock"):
             order.append("second")
 
     thread = threading.Thread(target=second)
-    with artefacts.locked(tmp_path / "lock"):
+    with files.locked(tmp_path / "lock"):
         thread.start()
         thread.join(0.2)
         order.append("first")
@@ -300,9 +300,9 @@ def test_who_says_nothing_of_a_lock_that_is_taken_waits_for_it(tmp_path):
 @pytest.mark.parametrize("error", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
 def test_without_locks_it_goes_on_with_one_warning(tmp_path, preload, error):
     code = (
-        "import sys\nfrom helpers import artefacts\n"
+        "import sys\nfrom helpers import artefacts, files, machine\n"
         "for busy in (None, 'taken', 'taken'):\n"
-        "    with artefacts.locked(sys.argv[1], busy):\n        print('inside')\n"
+        "    with files.locked(sys.argv[1], busy):\n        print('inside')\n"
     )
     environment = preload(f"int flock(int file, int operation) {{ errno = {error}; return -1; }}")
     command = [sys.executable, "-c", code, str(tmp_path / "lock")]

@@ -20,13 +20,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from helpers import artefacts, toolchain
+from helpers import artefacts, machine, toolchain
 from helpers.bmodel.bmodel import read_bmodel, strip_time
 from helpers.compile import compiling, graph, jobs
 from helpers.compile.jobs import MemoryGate, own_error
 from helpers.compile.profile import PROFILE, estimates, read_profile
 from helpers.errors import UserError
 from helpers.export.onnx_signature import read_signature
+from helpers.files import locked, sha256_file, write_json
 from tests.unit import small_nets
 from tests.unit.small_nets import outputs_on_simulator, task
 
@@ -147,9 +148,9 @@ def test_what_is_dynamic_takes_a_prompt_and_nothing_else_is():
 
 def test_a_second_compile_makes_nothing(nets, compiled):
     before = {path: path.stat().st_mtime_ns for path in compiled.parent.rglob("*.bmodel")}
-    jobs.machine.close()
+    jobs.shared.close()
     compiling.compile_model(nets, compiled.parent, "small", "int8")
-    assert jobs.machine._server is None  # not even begun
+    assert jobs.shared._server is None  # not even begun
     assert before == {path: path.stat().st_mtime_ns for path in compiled.parent.rglob("*.bmodel")}
 
 
@@ -367,7 +368,7 @@ def test_a_truncated_net_is_refused_before_anything_runs(nets, tmp_path):
 
 def test_a_net_changed_after_its_export_is_refused(nets, tmp_path):
     folder = linked_copy(nets, tmp_path / "onnx")
-    exported = artefacts.sha256_file(folder / "block_0.onnx")
+    exported = sha256_file(folder / "block_0.onnx")
     outputs = {"block_0.onnx": {"sha256": exported[:-1] + ("1" if exported[-1] == "0" else "0")}}
     (folder / "manifest.json").write_text(json.dumps({"outputs": outputs}))
     with pytest.raises(UserError, match="block_0.onnx is not what the export wrote"):
@@ -379,7 +380,7 @@ def test_weights_changed_after_the_export_are_refused(nets, tmp_path):
     model, path = onnx.load(folder / "block_0.onnx"), folder / "block_0.onnx"
     path.unlink()
     onnx.save(model, str(path), save_as_external_data=True, location="block_0.weights", size_threshold=0)
-    outputs = {name: {"sha256": artefacts.sha256_file(folder / name)} for name in ("block_0.onnx", "block_0.weights")}
+    outputs = {name: {"sha256": sha256_file(folder / name)} for name in ("block_0.onnx", "block_0.weights")}
     (folder / "manifest.json").write_text(json.dumps({"outputs": outputs}))
     with open(folder / "block_0.weights", "r+b") as file:
         file.write(b"\x7f")
@@ -393,7 +394,7 @@ def test_a_file_that_is_written_in_place_is_read_again(tmp_path):
     for second, content in enumerate((b"first", b"fIrst")):
         path.write_bytes(content)
         os.utime(path, (second, second))
-        digests.add(jobs.machine.digest(path))
+        digests.add(jobs.shared.digest(path))
     assert len(digests) == 2
 
 
@@ -421,7 +422,7 @@ def test_a_net_that_fails_on_a_full_disk_says_so(nets, tmp_path, monkeypatch):
     broken = task(nets, tmp_path / "out", "lm_head", {"recipe": "none of the settings that it needs"})
     with pytest.raises(UserError, match="lm_head did not compile: KeyError"):
         jobs.compile_net(broken)
-    monkeypatch.setattr(artefacts, "free_bytes", lambda path: 3_000_000)
+    monkeypatch.setattr(machine, "free_disk", lambda path: 3_000_000)
     with pytest.raises(UserError, match="the disk that holds .*out has only 3 MB left: free some.*lm_head.log"):
         jobs.compile_net(broken)
 
@@ -507,7 +508,7 @@ def test_nets_of_another_version_of_the_compiling_code_are_made_anew(nets, compi
     # A manifest of before there was such a key counts as one of other code.
     manifest = artefacts.read_manifest(out / "int8_1dev" / "lm_head")
     del manifest["code"]
-    artefacts.write_json(out / "int8_1dev" / "lm_head" / "manifest.json", manifest)
+    write_json(out / "int8_1dev" / "lm_head" / "manifest.json", manifest)
     said, after = compile()
     assert said.count("made anew") == 1 and after == content
     assert "code" in artefacts.read_manifest(out / "int8_1dev" / "lm_head")
@@ -566,12 +567,12 @@ def test_bytes_do_not_depend_on_the_path(nets, tmp_path, monkeypatch):
     made = set()
     for number, more in enumerate(["", ":/nowhere", ":/" + "nowhere" * 9]):
         monkeypatch.setenv("PATH", os.environ["PATH"] + more)
-        jobs.machine.close()  # a server has the PATH of its start
+        jobs.shared.close()  # a server has the PATH of its start
         record = jobs.compile_net(
             task(nets, tmp_path / str(number), "penalty_sample_head", settings)
         )
         made.add(record["sha256"])
-    jobs.machine.close()
+    jobs.shared.close()
     assert len(made) == 1
 
 
@@ -666,7 +667,7 @@ def test_what_takes_all_of_the_memory_runs_and_what_takes_more_never_does():
 
 
 def test_two_compiles_in_one_folder_are_kept_apart(nets, compiled):
-    with artefacts.locked(compiled.parent / "int8_1dev" / ".lock"):
+    with locked(compiled.parent / "int8_1dev" / ".lock"):
         with pytest.raises(UserError, match="Another compile is running"):
             compiling.compile_model(nets, compiled.parent, "small", "int8")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from helpers import machine
 from helpers.bmodel import bmodel
 from helpers.errors import UserError
 from helpers.run.engines import loading, on_each_bmodel, open_engine, simulator, yield_library
@@ -169,7 +170,7 @@ def test_refusals_before_anything_starts(bmodels, monkeypatch):
         with pytest.raises(UserError, match=said):
             open_engine(bmodels["basic"], engine="simulator")
     monkeypatch.setattr(loading, "read_bmodel", lambda path: described)
-    monkeypatch.setattr(simulator, "free_host_bytes", lambda: 1_000_000)
+    monkeypatch.setattr(machine, "free_memory", lambda: 1_000_000)
     with pytest.raises(UserError, match=r"needs about 0\.0 GB of memory .* 0\.0 GB are free"):
         open_engine(bmodels["basic"], engine="simulator")
 
@@ -178,7 +179,7 @@ def test_refusals_before_anything_starts(bmodels, monkeypatch):
 
 CALLER = """
 import os, sys, time
-from helpers.engines import open_engine
+from helpers.run.engines import open_engine
 from tests.engine_contract import *
 engine = open_engine(sys.argv[1], engine="simulator")
 inputs = [engine.input_tensor("cache", k) for k in range(2)]
@@ -770,8 +771,8 @@ for name in blocked:
 @pytest.mark.parametrize("engine", ["chip", "simulator"])
 def test_an_engine_runs_without_torch_and_the_tool_chain(bmodels, engine):
     code = """
-from helpers.engines import open_engine
-import helpers.generation, helpers.tokenizer, helpers.chat
+from helpers.run.engines import open_engine
+import helpers.run.generation, helpers.checkpoint.tokenizer, helpers.chat.session
 from tests.engine_contract import bf16, run_cache, STATES, PAST
 with open_engine(sys.argv[1], engine=sys.argv[2]) as engine:
     run_cache(engine, bf16(STATES)[0], bf16(PAST)[0])
@@ -831,7 +832,7 @@ def test_simulators_run_side_by_side(bmodels):
 
 
 def test_where_memory_holds_one_simulator_they_take_turns(bmodels, monkeypatch):
-    monkeypatch.setattr(simulator, "free_host_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(machine, "free_memory", lambda: 1 << 20)
     assert simulator.simulators_at_once(list(bmodels.values())) == 1
 
 

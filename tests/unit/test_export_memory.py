@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.export_memory import export_peak
 from benchmarks.random_checkpoint import write
-from helpers import artefacts
+from helpers.files import sha256_file
 from helpers.patching import patching
 
 pytestmark = pytest.mark.slow
@@ -72,7 +72,7 @@ def test_killed_at_random_moments_an_export_ends_with_the_same_files(tmp_path, s
 
     def contents(folder):
         return {
-            path.name: artefacts.sha256_file(path) for path in folder.iterdir() if path.suffix in (".onnx", ".weights")
+            path.name: sha256_file(path) for path in folder.iterdir() if path.suffix in (".onnx", ".weights")
         }
 
     def there():

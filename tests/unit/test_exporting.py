@@ -9,10 +9,11 @@ import onnx
 import onnxruntime
 import pytest
 
-from helpers import artefacts
+from helpers import artefacts, machine
 from helpers.checkpoint.weights import Checkpoint
 from helpers.errors import UserError
 from helpers.export import exporting
+from helpers.files import sha256_file
 from helpers.nets import prefill_mask
 from helpers.parity.chain import HostChain, OnnxNets, OriginalModel, TorchNets, parity
 from helpers.patching import patching
@@ -184,7 +185,7 @@ def test_a_second_export_writes_nothing_and_a_damaged_file_is_written_again(onnx
     folder = tmp_path / "onnx"
     shutil.copytree(onnx_tiny, folder)
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-    whole = artefacts.sha256_file(folder / "block_1.weights")
+    whole = sha256_file(folder / "block_1.weights")
     with open(folder / "block_1.weights", "r+b") as file:
         file.write(b"\xff")
     exporting.export(patched_tiny, folder, SEQ_LENGTH)
@@ -193,7 +194,7 @@ def test_a_second_export_writes_nothing_and_a_damaged_file_is_written_again(onnx
     assert changed == {
         "block_1.onnx", "block_1.onnx.json", "block_1.weights", "block_cache_1.onnx", "manifest.json"
     }  # fmt: skip
-    assert artefacts.sha256_file(folder / "block_1.weights") == whole
+    assert sha256_file(folder / "block_1.weights") == whole
 
 
 def test_weights_config_and_code_that_changed_are_exported_anew(tmp_path):
@@ -260,7 +261,7 @@ def test_a_weight_that_the_exporter_drops_or_the_checkpoint_lacks_is_an_error(pa
 
 def test_what_is_written_already_needs_no_room(onnx_tiny, patched_tiny, tmp_path, monkeypatch):
     checkpoint = Checkpoint.open(patched_tiny)
-    monkeypatch.setattr(artefacts, "free_bytes", lambda path: 10**5)
+    monkeypatch.setattr(machine, "free_disk", lambda path: 10**5)
     exporting.check_room(checkpoint, onnx_tiny, SEQ_LENGTH)
     with pytest.raises(UserError, match="disk"):
         exporting.check_room(checkpoint, tmp_path, SEQ_LENGTH)
@@ -285,13 +286,12 @@ def test_an_unpatched_checkpoint_is_refused(tiny, tmp_path):
 
 
 def test_too_little_memory_and_disk_are_said_before_anything_is_written(patched_tiny, tmp_path, monkeypatch):
-    from types import SimpleNamespace
 
-    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=10**8))
+    monkeypatch.setattr(machine, "free_memory", lambda: 10**8)
     with pytest.raises(UserError, match="memory"):
         exporting.export(patched_tiny, tmp_path / "onnx", SEQ_LENGTH)
     monkeypatch.undo()
-    monkeypatch.setattr(artefacts, "free_bytes", lambda path: 10**5)
+    monkeypatch.setattr(machine, "free_disk", lambda path: 10**5)
     with pytest.raises(UserError, match="disk"):
         exporting.export(patched_tiny, tmp_path / "onnx", SEQ_LENGTH)
     assert not (tmp_path / "onnx").exists()

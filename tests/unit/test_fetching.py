@@ -25,9 +25,10 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-from helpers import artefacts, cli
+from helpers import artefacts, cli, machine
 from helpers.errors import UserError
 from helpers.fetch import downloading, fetching, hubs, prepared
+from helpers.files import sha256_file
 from helpers.patching import patching
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -292,7 +293,7 @@ def test_a_weight_that_changed_in_place_is_fetched_again_and_what_is_there_needs
         shard.seek(-1, os.SEEK_END)
         shard.write(bytes([last ^ 1]))
     hub.asked.clear()
-    monkeypatch.setattr(artefacts, "free_bytes", lambda path: (hub.folder / SHARDS[0]).stat().st_size)
+    monkeypatch.setattr(machine, "free_disk", lambda path: (hub.folder / SHARDS[0]).stat().st_size)
     fetching.fetch("two", "modelscope", out)
     assert (out / SHARDS[0]).read_bytes() == (hub.folder / SHARDS[0]).read_bytes()
     assert [path for path, _ in hub.asked] == [SHARDS[0]]
@@ -342,7 +343,7 @@ fetching.fetch("two", {source!r}, {out!r})
 
 def test_killed_in_the_middle_it_goes_on_from_there_even_from_the_other_hub(hub, checkpoint, tmp_path):
     def sha256(shard: str) -> str:
-        return artefacts.sha256_file(checkpoint / shard)
+        return sha256_file(checkpoint / shard)
 
     out = tmp_path / "two"
     hub.block, hub.hold_after = 4096, 60_000
@@ -376,7 +377,7 @@ def test_killed_while_it_is_moved_in_nothing_is_fetched_again(hub, tmp_path, mon
             fetching.fetch("two", "huggingface", tmp_path / "two")
     assert not (tmp_path / "two").exists()
     hub.asked.clear()
-    cut = tmp_path / ".two.download" / artefacts.sha256_file(hub.folder / SHARDS[0])
+    cut = tmp_path / ".two.download" / sha256_file(hub.folder / SHARDS[0])
     os.truncate(cut, 1000)  # as where the machine lost power
     fetching.fetch("two", "huggingface", tmp_path / "two")
     assert {path for path, _ in hub.asked} == {SHARDS[0]}
@@ -393,7 +394,7 @@ def test_killed_while_it_is_moved_in_nothing_is_fetched_again(hub, tmp_path, mon
 def test_other_bytes_than_announced(hub, tmp_path, source, name, kind):
     out = tmp_path / "two"
     file = hub.folder / name
-    genuine = downloading.git_blob(file) if kind == "Git hash" else artefacts.sha256_file(file)
+    genuine = downloading.git_blob(file) if kind == "Git hash" else sha256_file(file)
     hub.announced[name] = genuine[:-1] + ("0" if genuine[-1] != "0" else "1")
     said = refused(f"^{name} as .* {kind}", "two", source, out)
     assert "deleted" in said and "127.0.0.1" in said
@@ -507,11 +508,11 @@ def test_the_token_goes_to_the_hub_and_to_nobody_else(hub, tmp_path, monkeypatch
 
 
 def test_the_disk_is_looked_at_before_anybody_is_asked(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(artefacts, "free_bytes", lambda path: 10_000_000_000)
+    monkeypatch.setattr(machine, "free_disk", lambda path: 10_000_000_000)
     hub.silent.set()
     said = refused("qwen-72b needs 144.6 GB more", "qwen-72b", "huggingface", tmp_path / "big")
     assert "10.0 GB free" in said
-    monkeypatch.setattr(artefacts, "free_bytes", lambda path: MODEL.weight_bytes + 10)
+    monkeypatch.setattr(machine, "free_disk", lambda path: MODEL.weight_bytes + 10)
     hub.silent.clear()
     refused("two needs .* GB more", "two", "huggingface", tmp_path / "two")
     assert hub.asked == []
@@ -715,7 +716,7 @@ def snapshot_of(local: Path, cache: Path) -> Path:
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
     for path in local.iterdir():
-        digest = artefacts.sha256_file(path)
+        digest = sha256_file(path)
         (blobs / digest).write_bytes(path.read_bytes())
         (snapshot / path.name).symlink_to(Path("../../blobs") / digest)
     return snapshot
@@ -1080,7 +1081,7 @@ def test_an_archive_is_unpacked_and_not_fetched_twice(dfss, tmp_path, capsys):
     assert fetched_files(out) == {"onnx/block_0.onnx", "onnx/lm_head.onnx", "manifest.json"}
     said = capsys.readouterr()
     assert said.out == f"{out}\n" and f"--onnx {out}/onnx " in said.err
-    assert artefacts.read_manifest(out)["inputs"] == {"qwen_512.zip": artefacts.sha256_file(archive)}
+    assert artefacts.read_manifest(out)["inputs"] == {"qwen_512.zip": sha256_file(archive)}
     dfss("fail")
     assert fetching.fetch(artefact="onnx-512", out=out) == out
     assert {path.name for path in tmp_path.iterdir()} == {"a.zip", "site", "nets"}
@@ -1179,6 +1180,6 @@ def test_an_archive_without_a_file(tmp_path):
 def test_an_archive_larger_than_the_disk(tmp_path, monkeypatch):
     archive = make_archive(tmp_path / "a.zip", {"zeros": bytes(10_000_000)})
     assert archive.stat().st_size < 20_000
-    monkeypatch.setattr(artefacts, "free_bytes", lambda path: 1_000_000)
+    monkeypatch.setattr(machine, "free_disk", lambda path: 1_000_000)
     with pytest.raises(UserError, match="unpacks to"):
         prepared.unpack(archive, tmp_path / "to")

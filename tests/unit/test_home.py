@@ -79,7 +79,7 @@ HOMES = pytest.mark.parametrize("home", ["none", "missing", "unwritable", "empty
 def test_the_checkpoints_code_is_imported_and_the_libraries_find_a_home(nobody, home):
     code = (
         "import getpass, matplotlib.pyplot, IPython.paths, jupyter_core.paths, torch, os\n"
-        "from helpers.modeling import load_modeling\n"
+        "from helpers.checkpoint.modeling import load_modeling\n"
         "load_modeling('models/tiny')\n"
         "getpass.getuser()\n"
         "os.makedirs(jupyter_core.paths.jupyter_runtime_dir())\n"

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import types
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from helpers import machine
 from helpers.checkpoint.modeling import build_block, build_model, load_modeling, make_config
 from helpers.checkpoint.tokenizer import QwenTokenizer
 from helpers.checkpoint.weights import Checkpoint
@@ -184,7 +184,7 @@ def test_precision_and_gpu_options_of_the_config_do_not_reach_the_model(copy):
 def test_it_runs_without_a_warning():
     code = """
         import torch
-        from helpers.modeling import build_model
+        from helpers.checkpoint.modeling import build_model
         model = build_model("models/tiny")
         first = model(torch.tensor([[1, 2, 3]]), use_cache=True)
         model(torch.tensor([[4]]), past_key_values=first.past_key_values, use_cache=True)
@@ -254,6 +254,5 @@ def test_a_gpu_gives_the_cpus_tokens(resident, monkeypatch):
 def test_a_model_that_does_not_fit_half_of_the_free_memory_is_streamed(monkeypatch):
     checkpoint = Checkpoint.open(TINY)
     assert fits_in_memory(checkpoint)
-    free = types.SimpleNamespace(available=8_000_000)
-    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    monkeypatch.setattr(machine, "free_memory", lambda: 8_000_000)
     assert not fits_in_memory(checkpoint)

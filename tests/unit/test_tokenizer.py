@@ -247,7 +247,7 @@ def test_a_file_that_is_no_vocabulary_is_refused(tmp_path, contents):
 def test_it_needs_neither_torch_nor_transformers():
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['torch', 'transformers', 'onnx', 'tpu_mlir', 'numpy']));"
-        "from helpers.tokenizer import QwenTokenizer; print(len(QwenTokenizer.open('models/tiny')))"
+        "from helpers.checkpoint.tokenizer import QwenTokenizer; print(len(QwenTokenizer.open('models/tiny')))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "3003\n"

@@ -49,7 +49,7 @@ def test_cure_brings_the_bundle_back_on_an_older_machine(sick_wheel, monkeypatch
     assert len(glibc_there(sick_wheel)) == 3
 
 
-def test_environment_is_what_importing_the_wheel_sets():
+def test_doctor_is_what_importing_the_wheel_sets():
     show = "import tpu_mlir, os, json; print(json.dumps(dict(os.environ)))"
     env = {"PATH": os.environ["PATH"], "PYTHONWARNINGS": "ignore"}
     imported = json.loads(

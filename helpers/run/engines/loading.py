@@ -46,10 +46,3 @@ def device_bytes(bmodel: Bmodel) -> int:
         for tensor in (*net.info.inputs, *net.info.outputs)
     )
     return bmodel.kernel_bytes + bmodel.weight_bytes + runtime + tensors
-
-
-def free_host_bytes() -> int:
-    """Memory of this machine that programs can still take."""
-    with open("/proc/meminfo") as file:
-        fields = dict(line.split(":") for line in file)
-    return int(fields["MemAvailable"].split()[0]) << 10

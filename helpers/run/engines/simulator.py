@@ -22,6 +22,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from helpers import machine
 from helpers.errors import UserError
 from helpers.run.engines import yield_library
 from helpers.run.engines.base import (
@@ -34,7 +35,7 @@ from helpers.run.engines.base import (
     check_view,
     net_tensor,
 )
-from helpers.run.engines.loading import checked_bmodel, device_bytes, free_host_bytes
+from helpers.run.engines.loading import checked_bmodel, device_bytes
 from helpers.tensors import ADDR_MODES, HOST_DTYPE, NetInfo, TensorInfo
 from helpers.toolchain import wheel_path
 
@@ -67,7 +68,7 @@ class SimulatorEngine(Engine):
 
     def __init__(self, bmodel: str | os.PathLike, scheduling: str | None = None):
         need, on_host = _needed_bytes(bmodel)
-        if on_host > (free := free_host_bytes()):
+        if on_host > (free := machine.free_memory()):
             raise UserError(
                 f"The simulator needs about {on_host / 1e9:.1f} GB of memory for {bmodel} and {free / 1e9:.1f} GB are "
                 "free: close other programs, or take a smaller model."
@@ -154,7 +155,7 @@ def simulators_at_once(bmodels: Sequence[str | os.PathLike]) -> int:
     Raises UserError for a bmodel that the simulator cannot take.
     """
     largest = max(_needed_bytes(bmodel)[1] for bmodel in bmodels)
-    return max(1, min(len(bmodels), free_host_bytes() // largest))
+    return max(1, min(len(bmodels), machine.free_memory() // largest))
 
 
 def _needed_bytes(bmodel: str | os.PathLike) -> tuple[int, int]:

@@ -10,8 +10,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers.artefacts import sha256_file
 from helpers.errors import UserError
+from helpers.files import sha256_file
 from helpers.patching import patching
 from tests.unit.revisions import blocks
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from helpers import doctor
+from helpers import doctor, machine
 from helpers.doctor import NOT_OK, OK, OPTIONAL, Check
 
 ROOT = Path(doctor.ROOT)
 
 
-def doctor(*arguments, **variables):
+def report(*arguments, **variables):
     """The report of a doctor process: (exit code, {name: check})."""
     done = subprocess.run(
         [sys.executable, "-m", "helpers", "doctor", "--json", *arguments],
@@ -24,9 +24,9 @@ def doctor(*arguments, **variables):
         text=True,
         check=False,
     )
-    report = json.loads(done.stdout)
-    assert report["ok"] == (done.returncode == 0), done.stderr
-    return done.returncode, {check["name"]: check for check in report["checks"]}
+    said = json.loads(done.stdout)
+    assert said["ok"] == (done.returncode == 0), done.stderr
+    return done.returncode, {check["name"]: check for check in said["checks"]}
 
 
 def program(folder: Path, name: str, body: str) -> Path:
@@ -38,7 +38,7 @@ def program(folder: Path, name: str, body: str) -> Path:
 
 
 def test_this_environment_is_well():
-    code, checks = doctor()
+    code, checks = report()
     assert code == 0, [check for check in checks.values() if check["state"] == NOT_OK]
     for name in ("python for the wheel", "tpu-mlir", "glibc of the wheel", "cmake", "ninja", "tpuc-opt", "packages"):
         assert checks[name]["state"] == OK
@@ -46,7 +46,7 @@ def test_this_environment_is_well():
 
 
 def test_every_line_that_is_not_ok_names_a_remedy(tmp_path):
-    _, checks = doctor(PATH=str(tmp_path))
+    _, checks = report(PATH=str(tmp_path))
     assert all(check["remedy"] for check in checks.values() if check["state"] == NOT_OK)
 
 
@@ -56,7 +56,7 @@ def test_wheel_that_does_not_start(tmp_path):
     program(wheel / "bin", "tpuc-opt", "echo '*** stack smashing detected ***: terminated' >&2; kill -ABRT $$")
     (wheel / "__init__.py").touch()
     (wheel / "lib" / "third_party").mkdir(parents=True)
-    code, checks = doctor(PYTHONPATH=str(tmp_path))
+    code, checks = report(PYTHONPATH=str(tmp_path))
     assert code == 1
     assert checks["tpuc-opt"]["state"] == NOT_OK
     assert checks["tpuc-opt"]["found"] == "dies with -6: *** stack smashing detected ***: terminated"
@@ -72,19 +72,19 @@ def test_fix_cures_the_glibc_bundle(tmp_path):
     # Older than any host's, so the cure is the same on every machine.
     (third_party / "libc.so.6").write_bytes(b"GNU C Library (test) stable release version 2.1.\n")
     (third_party / "libm.so.6").touch()
-    code, checks = doctor(PYTHONPATH=str(tmp_path))
+    code, checks = report(PYTHONPATH=str(tmp_path))
     assert code == 1 and {checks["glibc of the wheel"]["state"], checks["tpuc-opt"]["state"]} == {NOT_OK}
-    code, checks = doctor("--fix", PYTHONPATH=str(tmp_path))
+    code, checks = report("--fix", PYTHONPATH=str(tmp_path))
     assert code == 0 and {checks["glibc of the wheel"]["state"], checks["tpuc-opt"]["state"]} == {OK}
 
 
 def test_another_sdk_is_named():
-    code, checks = doctor(TPUC_ROOT="/opt/tpu-mlir/install", PPL_PROJECT_ROOT="/opt/tpu-mlir/third_party/ppl")
+    code, checks = report(TPUC_ROOT="/opt/tpu-mlir/install", PPL_PROJECT_ROOT="/opt/tpu-mlir/third_party/ppl")
     check = checks["another TPU-MLIR"]
     assert code == 0 and check["state"] == OPTIONAL
     assert "TPUC_ROOT=/opt/tpu-mlir/install, PPL_PROJECT_ROOT=/opt/tpu-mlir/third_party/ppl" in check["found"]
     assert check["remedy"] == "unset TPUC_ROOT PPL_PROJECT_ROOT"
-    _, checks = doctor(TPUC_ROOT=str(doctor.toolchain.wheel_path()))
+    _, checks = report(TPUC_ROOT=str(doctor.toolchain.wheel_path()))
     assert "another TPU-MLIR" not in checks
 
 
@@ -118,17 +118,17 @@ def test_pins_of_the_cpu_build_of_torch(tmp_path, monkeypatch):
 
 
 def test_no_c_compiler(tmp_path):
-    _, checks = doctor(PATH=str(tmp_path))
+    _, checks = report(PATH=str(tmp_path))
     compiler = checks["C compiler"]
     assert compiler["state"] == OPTIONAL and "slower" in compiler["found"] and compiler["remedy"]
 
 
 def test_gpu(tmp_path):
     program(tmp_path, "nvidia-smi", "echo 'Tesla, 16 GiB'")
-    _, checks = doctor(PATH=str(tmp_path))
+    _, checks = report(PATH=str(tmp_path))
     assert checks["GPU"]["state"] == OK and checks["GPU"]["found"].startswith("Tesla, 16 GiB (torch 2")
     program(tmp_path, "nvidia-smi", "echo no driver; exit 9")
-    _, checks = doctor(PATH=str(tmp_path))
+    _, checks = report(PATH=str(tmp_path))
     assert checks["GPU"]["state"] == OPTIONAL
 
 
@@ -141,14 +141,14 @@ def test_empty_placeholder_of_sail(tmp_path):
     (tmp_path / "sophon").mkdir()
     (tmp_path / "sophon" / "__init__.py").touch()
     (tmp_path / "sophon" / "sail.py").touch()
-    code, checks = doctor(PYTHONPATH=str(tmp_path))
+    code, checks = report(PYTHONPATH=str(tmp_path))
     assert code == 0
     assert checks["sophon.sail"]["state"] == OPTIONAL
     assert "placeholder" in checks["sophon.sail"]["found"]
     assert "pip uninstall sophon" in checks["sophon.sail"]["remedy"]
     (tmp_path / "sophon" / "sail.py").unlink()
     (tmp_path / "sophon" / "sail.cpython-310-x86_64-linux-gnu.so").write_bytes(b"\x7fELF")
-    _, checks = doctor(PYTHONPATH=str(tmp_path))
+    _, checks = report(PYTHONPATH=str(tmp_path))
     assert checks["sophon.sail"]["state"] == OK
 
 
@@ -188,7 +188,7 @@ def test_too_little_memory_or_disk(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "NEEDED_DISK", 1e18)
     for check in (doctor.check_memory(), doctor.check_disk(tmp_path / "not" / "there")):
         assert check.state == NOT_OK and check.remedy
-    available, total = doctor.available_memory()
+    available, total = machine.memory()
     assert 0 < available <= total
 
 
