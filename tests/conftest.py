@@ -142,17 +142,12 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def chat_prompt(tokenizer):
     """question -> ids of the ChatML prompt with the usual system text."""
-
-    def prompt(question: str) -> list[int]:
-        system = {"role": "system", "content": "You are a helpful assistant."}
-        return tokenizer.chatml([system, {"role": "user", "content": question}])
-
-    return prompt
+    return tokenizer.prompt
 
 
 @pytest.fixture(scope="session")
-def stop_ids(tokenizer) -> list[int]:
-    return [tokenizer.im_end, tokenizer.im_start, tokenizer.endoftext]
+def stop_ids(tokenizer) -> tuple[int, ...]:
+    return tokenizer.stop_ids
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from helpers.artefacts import read_manifest
 from helpers.bmodel.bmodel import read_bmodel
-from helpers.checkpoint.tokenizer import QwenTokenizer
+from helpers.checkpoint.tokenizer import SYSTEM_PROMPT, QwenTokenizer
 from helpers.errors import UserError
 from helpers.machine import log
 from helpers.nets import CANDIDATES
@@ -26,8 +26,6 @@ from helpers.run.engines.loading import device_bytes
 from helpers.run.generation import QwenRunner, Sampling
 from helpers.run.latency import KINDS
 
-# Qwen's own demonstrations and the tutorial's embedded model are prompted with this.
-SYSTEM_PROMPT = "You are a helpful assistant."
 MAX_TURNS = 10
 
 
@@ -106,7 +104,7 @@ class Answer:
         self._decoder = tokenizer.stream()
         self._ids = runner.generate(
             ids,
-            stop_ids=(tokenizer.im_end, tokenizer.im_start, tokenizer.endoftext),
+            stop_ids=tokenizer.stop_ids,
             max_new_tokens=max_new_tokens,
             sampling=sampling,
             should_stop=should_stop,

@@ -38,13 +38,17 @@ EXTRA_SPECIALS = tuple(f"<|extra_{i}|>" for i in range(205))
 # tiktoken ends its thread in a panic from about a million blanks on; 32768 tokens never hold this much text.
 MAX_CHARACTERS = 500_000
 
+# Qwen's own demonstrations and the tutorial's embedded model are prompted with this.
+SYSTEM_PROMPT = "You are a helpful assistant."
+
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 class QwenTokenizer:
     """Text to ids and back. Make it with `QwenTokenizer.open`.
 
-    endoftext, im_start, im_end: ids of the special tokens. path: the vocabulary file. vocabulary: its contents.
+    endoftext, im_start, im_end: ids of the special tokens. stop_ids: those that end an answer. path: the vocabulary
+    file. vocabulary: its contents.
     """
 
     def __init__(self, vocabulary: bytes, path: Path):
@@ -56,6 +60,7 @@ class QwenTokenizer:
         self.path, self.vocabulary = path, vocabulary
         self.specials = {name: len(ranks) + i for i, name in enumerate(specials)}
         self.endoftext, self.im_start, self.im_end = (self.specials[name] for name in CHATML_SPECIALS)
+        self.stop_ids = (self.im_end, self.im_start, self.endoftext)
         self._encoding = tiktoken.Encoding(
             "qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.specials
         )
@@ -122,6 +127,10 @@ class QwenTokenizer:
         if add_generation_prompt:
             ids += [*newline, self.im_start, *self.encode("assistant"), *newline]
         return ids
+
+    def prompt(self, question: str) -> list[int]:
+        """Ids of one question with the usual system prompt, ready for the answer."""
+        return self.chatml([{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}])
 
     def stream(self) -> StreamDecoder:
         """A decoder for tokens that come one by one."""

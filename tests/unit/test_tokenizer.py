@@ -129,6 +129,7 @@ def test_chatml_reads_as_documented(genuine):
     ids = genuine.chatml(
         [{"role": "system", "content": "You are a helpful assistant."}, {"role": "user", "content": "你好"}]
     )
+    assert genuine.prompt("你好") == ids
     assert ids == [
         151644,
         8948,
@@ -151,6 +152,11 @@ def test_chatml_reads_as_documented(genuine):
         77091,
         198,
     ]
+
+
+def test_an_answer_ends_where_the_models_own_settings_end_it(genuine, tiny):
+    for tokenizer in (genuine, tiny):
+        assert set(tokenizer.stop_ids) == {tokenizer.im_end, tokenizer.im_start, tokenizer.endoftext}
 
 
 def test_a_special_name_in_text_stays_text(tiny):
