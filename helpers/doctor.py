@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from helpers import machine, toolchain
+from helpers.run import sail_package
 
 ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements.txt"
@@ -229,7 +230,7 @@ def check_driver(root: Path = Path("/")) -> Check:
 
 def check_sail(driver: bool) -> Check:
     """sophon.sail, the empty package of PyPI told from the real one. driver: whether there is a device to use."""
-    kind, where = toolchain.sophon_sail()
+    kind, where = sail_package.sophon_sail()
     sdk = "install the sophon-sail wheel of Sophgo's SDK for this Python"
     if kind == "real":
         return Check("sophon.sail", OK, where)

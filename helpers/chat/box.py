@@ -33,11 +33,10 @@ def somebody_types() -> bool:
 class ChatBox:
     """The box over a session: `view` is the widget. Answers come in a thread, so that Stop is heard meanwhile."""
 
-    def __init__(self, session: ChatSession, model: str | Path):
+    def __init__(self, session: ChatSession):
         import ipywidgets
 
         self.session = session
-        self._model = model
         self._shown: list[tuple[str, str]] = []
         self._transcript = ipywidgets.HTML()
         self._question = ipywidgets.Text(placeholder="Ask something", continuous_update=False)
@@ -110,7 +109,7 @@ class ChatBox:
             for _ in pieces:
                 self._shown[-1] = ("answer", self.session.last.text)
                 self._draw()
-            self._show("note", figures(self.session, self._model))
+            self._show("note", figures(self.session))
         except UserError as error:
             self._show("error", str(error))
         finally:
@@ -156,11 +155,11 @@ def chat_box(
     if somebody_types():
         from IPython.display import display
 
-        _last = ChatBox(session, bmodel)
+        _last = ChatBox(session)
         display(_last.view)
         return
     with opened:
         print(f"> {question}")
         for piece in session.ask(question):
             print(piece, end="", flush=True)
-        print(f"\n{figures(session, bmodel)}")
+        print(f"\n{figures(session)}")

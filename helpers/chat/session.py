@@ -22,7 +22,6 @@ from helpers.errors import UserError
 from helpers.machine import log
 from helpers.nets import CANDIDATES
 from helpers.run.engines import ENGINES, open_engine
-from helpers.run.engines.loading import device_bytes
 from helpers.run.generation import QwenRunner, Sampling
 from helpers.run.latency import KINDS
 
@@ -271,18 +270,14 @@ def host_bytes() -> int:
     return 0
 
 
-def figures(session: ChatSession, model: str | Path) -> str:
-    """First-token latency, speed and memory of the last answer in one line that names the kind of time.
-
-    model: the bmodel; what memory it takes on the device is reckoned from the file.
-    """
-    answer = session.last
+def figures(session: ChatSession) -> str:
+    """First-token latency, speed and memory of the last answer in one line that names the kind of time."""
+    answer, engine = session.last, session.runner.engine
     parts = [f"{len(answer.tokens)} tokens", f"first token {answer.first_token_s:.2f} s"]
     if answer.decode_s:
         parts.append(f"{answer.tokens_per_s:.2f} token/s")
-    parts[-1] += f" ({KINDS[session.runner.engine.kind_of_time]})"
-    on_device = device_bytes(read_bmodel(Path(model)))
-    parts.append(f"memory: {on_device / 1e6:.0f} MB on the device, {host_bytes() / 1e6:.0f} MB on the host")
+    parts[-1] += f" ({KINDS[engine.kind_of_time]})"
+    parts.append(f"memory: {engine.device_bytes / 1e6:.0f} MB on the device, {host_bytes() / 1e6:.0f} MB on the host")
     return " · ".join(parts)
 
 
@@ -362,8 +357,8 @@ def as_typed(text: str) -> str:
     return text.removeprefix("\ufeff")
 
 
-def talk(session: ChatSession, model: str | Path, terminal: _Terminal) -> None:
-    """Questions from the terminal (or from a pipe, a line each) until `exit` or end of input; model: the bmodel."""
+def talk(session: ChatSession, terminal: _Terminal) -> None:
+    """Questions from the terminal (or from a pipe, a line each) until `exit` or end of input."""
     terminal.say("`clear` forgets the conversation, Ctrl-C stops an answer, `exit` leaves.")
     while True:
         try:
@@ -393,7 +388,7 @@ def talk(session: ChatSession, model: str | Path, terminal: _Terminal) -> None:
             terminal.say("(stopped)")
         elif session.last.finish_reason == "length":
             terminal.say("(cut: the limit of new tokens, or of S, is reached)")
-        terminal.say(figures(session, model))
+        terminal.say(figures(session))
 
 
 @contextlib.contextmanager
@@ -515,12 +510,12 @@ def run(args: argparse.Namespace) -> None:
                 max_new_tokens=args.max_new_tokens,
             )
             if args.question is None:
-                talk(session, args.model, _Terminal())
+                talk(session, _Terminal())
                 return
             pieces = session.ask(as_typed(args.question))
             if not args.json:
                 _Terminal().answer(pieces)
-                log(figures(session, args.model))
+                log(figures(session))
                 return
             for _ in pieces:
                 pass

@@ -52,7 +52,11 @@ class Sampling:
 
 @dataclass
 class Timings:
-    """Seconds of one answer on this engine; what kind of time that is, `Engine.kind_of_time` says."""
+    """Seconds of one answer on this engine; what kind of time that is, `Engine.kind_of_time` says.
+
+    first_token_s: of the prefill and its token; decode_s: of each further token. A runner makes one anew for each
+    answer and fills it as it goes, so whoever holds the answer can hold this.
+    """
 
     first_token_s: float = 0.0
     decode_s: list[float] = field(default_factory=list)

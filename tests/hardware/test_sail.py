@@ -6,7 +6,7 @@ import pytest
 
 from helpers.run.engines import open_engine
 from helpers.run.generation import QwenRunner
-from helpers.toolchain import sophon_sail
+from helpers.run.sail_package import sophon_sail
 from tests.engine_bmodel import build
 from tests.engine_contract import EngineContract
 from tests.sail_contract import SailContract

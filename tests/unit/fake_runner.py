@@ -33,7 +33,7 @@ class FakeRunner:
         self.can_sample = can_sample
         self.answers: list[dict] = []
         self.engine = SimpleNamespace(
-            name="simulator", kind_of_time="simulator wall", reason="a fake", close=self.close
+            name="simulator", kind_of_time="simulator wall", reason="a fake", device_bytes=0, close=self.close
         )
         self.timings, self.finish_reason = Timings(), None
         self._allowed, self._closed = allowed, False

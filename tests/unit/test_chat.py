@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.chat import session
+from helpers.chat import session as chat
 from helpers.chat.session import Answer, ChatSession, StopStrings, fit_history
 from helpers.errors import UserError
 from helpers.run.generation import Sampling
@@ -265,24 +265,24 @@ def test_clear_forgets(tokenizer):
 # Terminal
 
 
-def talk(session, bmodel, lines, monkeypatch):
+def talk(session, lines, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
     out = io.StringIO()
     with redirect_stdout(out):
-        session.talk(session, bmodel, session._Terminal())
+        chat.talk(session, chat._Terminal())
     return out.getvalue()
 
 
-def test_a_conversation_in_the_terminal(tokenizer, bmodel_tiny, monkeypatch):
+def test_a_conversation_in_the_terminal(tokenizer, monkeypatch):
     session = ChatSession(runner_saying(tokenizer, "fine [thanks]"), tokenizer)
-    out = talk(session, bmodel_tiny, ["how are you?", "", "clear", "and now?", "exit", "never asked"], monkeypatch)
+    out = talk(session, ["how are you?", "", "clear", "and now?", "exit", "never asked"], monkeypatch)
     assert out.count("fine [thanks]") == 2
     assert "question is empty" in out and "forgotten" in out
     assert "first token" in out and "simulator wall time" in out and "MB on the device" in out
     assert [question for question, _ in session.history] == ["and now?"]
 
 
-def test_ctrl_c_stops_the_answer_not_the_program(tokenizer, bmodel_tiny, monkeypatch):
+def test_ctrl_c_stops_the_answer_not_the_program(tokenizer, monkeypatch):
     presses = iter([False, False, True])
 
     def reply(ids):
@@ -301,7 +301,7 @@ def test_ctrl_c_stops_the_answer_not_the_program(tokenizer, bmodel_tiny, monkeyp
             self.finish_reason = "stop"
 
     session = ChatSession(Slow(reply), tokenizer)
-    out = talk(session, bmodel_tiny, ["count", "again"], monkeypatch)
+    out = talk(session, ["count", "again"], monkeypatch)
     assert "(stopped)" in out and "one two three four five six" in out
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -351,7 +351,7 @@ def test_device_ids_that_are_none(text, capsys):
 
 
 def test_device_ids():
-    assert session.device_ids("2,3") == (2, 3)
+    assert chat.device_ids("2,3") == (2, 3)
 
 
 def chat_in_shell(redirected, bmodel, *arguments, stdin="", **environment):
@@ -387,12 +387,12 @@ def test_json_keeps_the_text_on_a_terminal_without_its_characters(bmodel_tiny, t
 def test_a_piped_question_is_what_was_typed(tokenizer, environment):
     """Whatever the locale, after the byte-order mark that some editors write, with a byte that is no UTF-8."""
     script = (
-        "import helpers.chat as chat, helpers.cli as cli\n"
+        "import helpers.chat.session as chat, helpers.cli as cli\n"
         "class Terminal(chat._Terminal):\n"
         "    def say(self, text, style=''): pass\n"
         "class Session:\n"
         "    def ask(self, question): raise chat.UserError(print(ascii(question)) or '')\n"
-        "cli._run = lambda argv: chat.talk(Session(), '', Terminal())\n"
+        "cli._run = lambda argv: chat.talk(Session(), Terminal())\n"
         "cli.main([])\n"
     )
     done = subprocess.run(
@@ -432,7 +432,7 @@ def test_a_manifest_and_a_vocabulary_with_a_byte_order_mark_are_read(bmodel_tiny
     (tmp_path / name).write_bytes(bmodel_tiny.read_bytes())
     for marked in (f"{name}.json", "qwen.tiktoken"):
         (tmp_path / marked).write_bytes(codecs.BOM_UTF8 + bmodel_tiny.with_name(marked).read_bytes())
-    opened = session.open_tokenizer(tmp_path / name, None)
+    opened = chat.open_tokenizer(tmp_path / name, None)
     assert opened.specials == tokenizer.specials and opened.encode("深圳 Hello") == tokenizer.encode("深圳 Hello")
 
 
@@ -463,7 +463,7 @@ def test_the_object_has_just_the_documented_keys(tokenizer):
     runner = runner_saying(tokenizer, "fine again", step_s=0.0012345678)
     answer = Answer(runner, tokenizer, [1])
     list(answer)
-    value = json.loads(json.dumps(session.answer_object(answer, runner.engine)))
+    value = json.loads(json.dumps(chat.answer_object(answer, runner.engine)))
     assert sorted(value) == ["engine", "first_token_s", "kind", "text", "tokens", "tokens_per_s"]
     assert value["kind"] == "simulator wall" and value["tokens"] == tokenizer.encode("fine again")
     assert value["first_token_s"] == 0.001235 and value["tokens_per_s"] == 810.000066

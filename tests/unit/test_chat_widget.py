@@ -9,10 +9,10 @@ from tests.unit.fake_runner import FakeRunner
 
 
 @pytest.fixture
-def box_saying(tokenizer, bmodel_tiny):
+def box_saying(tokenizer):
     def box(text, **runner):
         session = ChatSession(FakeRunner(lambda ids: tokenizer.encode(text), **runner), tokenizer)
-        return ChatBox(session, bmodel_tiny)
+        return ChatBox(session)
 
     return box
 

@@ -154,7 +154,7 @@ def test_empty_placeholder_of_sail(tmp_path):
 
 def test_sail_is_needed_where_there_is_a_chip(monkeypatch):
     for kind in ("absent", "placeholder"):
-        monkeypatch.setattr(doctor.toolchain, "sophon_sail", lambda kind=kind: (kind, "somewhere"))
+        monkeypatch.setattr(doctor.sail_package, "sophon_sail", lambda kind=kind: (kind, "somewhere"))
         check = doctor.check_sail(driver=True)
         assert check.state == NOT_OK and "SDK" in check.remedy
 
@@ -173,12 +173,12 @@ def test_driver(tmp_path):
 
 def test_a_box_with_a_chip_need_not_compile(monkeypatch):
     monkeypatch.setattr(doctor, "chip_devices", lambda root=Path("/"): ["/dev/bm-sophon0"])
-    monkeypatch.setattr(doctor.toolchain, "sophon_sail", lambda: ("real", "sail.so"))
+    monkeypatch.setattr(doctor.sail_package, "sophon_sail", lambda: ("real", "sail.so"))
     missing = doctor.toolchain.Finding("tpu-mlir", False, "not installed", "make setup")
     monkeypatch.setattr(doctor.toolchain, "health", lambda: [missing])
     states = {check.name: check.state for check in doctor.checks()}
     assert states["tpu-mlir"] == OPTIONAL and NOT_OK not in states.values()
-    monkeypatch.setattr(doctor.toolchain, "sophon_sail", lambda: ("absent", ""))
+    monkeypatch.setattr(doctor.sail_package, "sophon_sail", lambda: ("absent", ""))
     states = {check.name: check.state for check in doctor.checks()}
     assert states["tpu-mlir"] == NOT_OK
 

@@ -17,6 +17,7 @@ import pytest
 from helpers import machine
 from helpers.bmodel import bmodel
 from helpers.errors import UserError
+from helpers.run import sail_package
 from helpers.run.engines import loading, on_each_bmodel, open_engine, simulator, yield_library
 from tests.engine_bmodel import ROOT, WIDTH, build
 from tests.engine_contract import PAST, STATES, EngineContract, bf16, run_cache
@@ -710,6 +711,19 @@ def test_a_sail_that_is_none(bmodels, sail, tmp_path, content, said):
     sail.syspath_prepend(str(tmp_path))
     with pytest.raises(UserError, match=said):
         open_engine(bmodels["basic"], engine="chip")
+
+
+@pytest.mark.parametrize("kind", ["absent", "placeholder", "real"])
+def test_sophon_placeholder_is_told_from_the_real_one(tmp_path, monkeypatch, kind):
+    folder = tmp_path / "sophon"
+    if kind != "absent":
+        folder.mkdir()
+        (folder / "__init__.py").touch()
+        (folder / ("sail.py" if kind == "placeholder" else "sail.cpython-310-x86_64-linux-gnu.so")).touch()
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *[p for p in sys.path if "site-packages" not in p]])
+    monkeypatch.delitem(sys.modules, "sophon", raising=False)
+    sail_package.importlib.invalidate_caches()
+    assert sail_package.sophon_sail()[0] == kind
 
 
 def test_a_sail_that_is_too_old(bmodels, sail):

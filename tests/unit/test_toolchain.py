@@ -139,19 +139,6 @@ def test_a_missing_wheel_is_one_sentence(monkeypatch):
     assert any(not finding.ok and finding.name == "tpu-mlir" for finding in toolchain.health())
 
 
-@pytest.mark.parametrize("kind", ["absent", "placeholder", "real"])
-def test_sophon_placeholder_is_told_from_the_real_one(tmp_path, monkeypatch, kind):
-    folder = tmp_path / "sophon"
-    if kind != "absent":
-        folder.mkdir()
-        (folder / "__init__.py").touch()
-        (folder / ("sail.py" if kind == "placeholder" else "sail.cpython-310-x86_64-linux-gnu.so")).touch()
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *[p for p in sys.path if "site-packages" not in p]])
-    monkeypatch.delitem(sys.modules, "sophon", raising=False)
-    toolchain.importlib.invalidate_caches()
-    assert toolchain.sophon_sail()[0] == kind
-
-
 def test_another_program_named_parallel_is_not_gnu_parallel(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match="not installed.*apt-get install parallel"):

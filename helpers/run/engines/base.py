@@ -44,6 +44,7 @@ class Engine:
 
     name: "simulator" or "chip". kind_of_time: what a clock around `run` measures, "simulator wall" or "measured".
     reason: why this engine was taken. devices: the device ids. nets: name to NetInfo.
+    device_bytes: device memory that the bmodel takes, reckoned from its file.
     bytes_to_device, bytes_to_host: what `write` and `read` moved since the engine was opened.
 
     Calls from several threads are carried out one at a time; other Python threads go on during a run.
@@ -53,9 +54,10 @@ class Engine:
     name: ClassVar[str]
     kind_of_time: ClassVar[str]
 
-    def __init__(self, devices: Sequence[int], nets: dict[str, NetInfo]):
+    def __init__(self, devices: Sequence[int], nets: dict[str, NetInfo], device_bytes: int = 0):
         self.devices = tuple(devices)
         self.nets = nets
+        self.device_bytes = device_bytes
         self.reason = ""
         self.bytes_to_device = 0
         self.bytes_to_host = 0

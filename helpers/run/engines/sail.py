@@ -24,9 +24,9 @@ from helpers.run.engines.base import (
     check_view,
     net_tensor,
 )
-from helpers.run.engines.loading import checked_bmodel
+from helpers.run.engines.loading import checked_bmodel, device_bytes
+from helpers.run.sail_package import sophon_sail
 from helpers.tensors import ADDR_MODES, HOST_DTYPE, NetInfo, TensorInfo
-from helpers.toolchain import sophon_sail
 
 # sail.Dtype's names are bm_data_type_t's.
 SAIL_DTYPES = {f"BM_{name.upper()}": name for name in HOST_DTYPE}
@@ -87,7 +87,7 @@ class SailEngine(Engine):
             raise UserError(f"There is no device {missing[0]}: this machine has {there}. Choose with --devid.")
         if len(set(devid)) != len(devid) or not devid:
             raise UserError(f"--devid {','.join(map(str, devid))}: name each device once.")
-        checked_bmodel(bmodel, len(devid))
+        described = checked_bmodel(bmodel, len(devid))
         self._lock = threading.Lock()
         self._closed = False
         self._basic: dict[tuple[str, str, int], DeviceTensor] = {}
@@ -95,7 +95,7 @@ class SailEngine(Engine):
             self._handles = [sail.Handle(number) for number in devid]
             self._llm = sail.EngineLLM(str(bmodel), list(devid))
             nets, self._own = self._describe(tuple(devid))
-        super().__init__(devid, nets)
+        super().__init__(devid, nets, device_bytes(described))
         if _libraries_are_the_simulators():
             self.kind_of_time = "simulator wall"
         self._check_views()

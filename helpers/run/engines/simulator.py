@@ -80,7 +80,7 @@ class SimulatorEngine(Engine):
         except BaseException:
             self._worker.close()
             raise
-        super().__init__((0,), nets)
+        super().__init__((0,), nets, need)
         self._room = SLACK_BYTES
         self._basic: dict[tuple[str, str, int], DeviceTensor] = {}
 
