@@ -18,7 +18,7 @@ from helpers.bmodel import bmodel
 from helpers.compile import jobs as net_jobs
 from helpers.compile.profile import estimates
 from helpers.errors import UserError
-from helpers.export.onnx_signature import Signature, read_signature
+from helpers.export.signature import Signature, read_signature
 from helpers.files import locked, write_file
 from helpers.nets import HEADS, TOPK_HEAD, count_layers, needed_nets, net_kind
 from helpers.tensors import ADDR_MODES
