@@ -20,7 +20,13 @@ say() { printf 'setup: %s\n' "$*" >&2; }
 
 runs() { [ -n "$1" ] && "$1" -c "import sys, ssl, ctypes; sys.exit(sys.version_info[:2] != (3, 10))" >/dev/null 2>&1; }
 
-fresh() { [ -f "$stamp" ] && [ ! -e "$begun" ] && [ "$(cat "$stamp")" = "$1" ] && runs "$python"; }
+# Whether it is these helpers that the environment has: the folder may have been moved or copied.
+ours() {
+  (cd / && "$OLDPWD/$python" -c "import helpers, pathlib, sys; sys.exit(not pathlib.Path(helpers.__file__).samefile(sys.argv[1]))" \
+    "$OLDPWD/helpers/__init__.py") >/dev/null 2>&1
+}
+
+fresh() { [ -f "$stamp" ] && [ ! -e "$begun" ] && [ "$(cat "$stamp")" = "$1" ] && runs "$python" && ours; }
 
 # uv: one that runs (a pyenv shim may answer "command not found"), else one in .tools, by any Python that has pip.
 find_uv() {
@@ -98,6 +104,7 @@ install() {
     say "torch: PyPI's build (there is a GPU, or PyTorch's CPU index does not answer)"
     packages -r requirements.txt
   }
+  packages --no-build-isolation --editable .
   rm -f "$begun"
   "$python" -m helpers doctor --fix
   echo "$1" >"$stamp"

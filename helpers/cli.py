@@ -1,6 +1,6 @@
 """`python -m helpers COMMAND`: every step of the notebooks for people who want no notebook.
 
-Each command lives in the module of its step, as `add_arguments(parser)` and `run(args)`.
+Each command is a module of helpers.commands, with `add_arguments(parser)` and `run(args)`.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from helpers.errors import UserError
 from helpers.files import remedy
 
 COMMANDS = {
-    "doctor": ("helpers.doctor", "what this machine has, what it lacks, and the remedy"),
+    "doctor": ("helpers.commands.doctor", "what this machine has, what it lacks, and the remedy"),
     "fetch": ("helpers.fetch.fetching", "bring a checkpoint or a prepared artefact to this machine"),
     "patch": ("helpers.patching.patching", "change Qwen's code so that it exports; --revert takes it back"),
     "export": ("helpers.export.exporting", "write every net of a patched checkpoint as ONNX"),

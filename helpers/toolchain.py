@@ -1,7 +1,7 @@
 """Where the TPU-MLIR wheel is, whether it is well on this machine, and the environment its programs need.
 
 Nothing here imports the wheel: importing it takes seconds, and a sick wheel would take this process with it.
-`python -m helpers.toolchain` cures what can be cured and prints the state of everything.
+The state of everything is the doctor's to print.
 """
 
 import atexit
@@ -11,12 +11,11 @@ import functools
 import hashlib
 import importlib.util
 import os
-import platform
 import re
 import shutil
+import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
@@ -42,16 +41,6 @@ _KERNEL_LIBRARY = "libppl_host.so"
 _EVERYBODYS_LOCK, _OWN_LOCK = b"/tmp/ppl_", b".././ppl_"
 # Imported by the wheel, not declared by it.
 UNDECLARED = ("psutil", "pkg_resources", "torch", "onnx", "onnxsim", "onnxruntime", "transformers")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the health report. remedy: what to do where it is not ok, else empty."""
-
-    name: str
-    ok: bool
-    found: str
-    remedy: str = ""
 
 
 def is_plain(path: str | Path) -> bool:
@@ -161,15 +150,12 @@ def glibc_state(wheel: Path | None = None) -> tuple[str, tuple[int, ...]]:
     return "absent", ()
 
 
-def _glibc_finding(wheel: Path) -> Finding:
+def glibc_suits(wheel: Path | None = None) -> tuple[bool, str]:
+    """Whether the wheel's glibc files are where this machine needs them, and what was found, for people."""
     state, bundle = glibc_state(wheel)
     host = host_glibc()
     shown = f"host {'.'.join(map(str, host)) or 'unknown'}, bundle {'.'.join(map(str, bundle)) or '?'} {state}"
-    if state == "active" and host > bundle:
-        return Finding("glibc of the wheel", False, shown, "python -m helpers.toolchain moves it aside")
-    if state == "aside" and host and host < bundle:
-        return Finding("glibc of the wheel", False, shown, "python -m helpers.toolchain brings it back")
-    return Finding("glibc of the wheel", True, shown)
+    return not (state == "active" and host > bundle or state == "aside" and host and host < bundle), shown
 
 
 def cure(wheel: Path | None = None) -> list[str]:
@@ -179,8 +165,8 @@ def cure(wheel: Path | None = None) -> list[str]:
     Raises UserError where the folder cannot be written.
     """
     wheel = wheel or wheel_path()
-    finding = _glibc_finding(wheel)
-    if finding.ok:
+    suits, found = glibc_suits(wheel)
+    if suits:
         return []
     source, target = _third_party(wheel), _aside(wheel)
     if glibc_state(wheel)[0] == "aside":
@@ -192,8 +178,8 @@ def cure(wheel: Path | None = None) -> list[str]:
             os.replace(source / name, target / name)
     except OSError as error:
         raise UserError(
-            f"The wheel's own glibc does not suit this machine ({finding.found}) and cannot be moved ({error}): run "
-            "`python -m helpers.toolchain` as the user who owns the environment."
+            f"The wheel's own glibc does not suit this machine ({found}) and cannot be moved ({error}): run "
+            "`python -m helpers doctor --fix` as the user who owns the environment."
         ) from error
     return moved
 
@@ -275,67 +261,24 @@ def environment(threads: int | None = None, kernel_locks: bool = True) -> dict[s
     return env
 
 
-def _program(name: str) -> str | None:
+def program(name: str) -> str | None:
+    """Path of a program of this Python's folder or of the PATH."""
     return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 
 
-def _bytecode_finding(wheel: Path) -> Finding:
-    converter = wheel / "python" / "transform" / "OnnxConverter.py"
-    compiled = Path(importlib.util.cache_from_source(str(converter))).exists()
-    return Finding(
-        "bytecode of the wheel",
-        compiled,
-        "compiled" if compiled else "not compiled: every start of a tool takes some 10 s longer",
-        "" if compiled else f"python -m compileall -q -j 0 {wheel.parent}",
-    )
-
-
-def health() -> list[Finding]:
-    """The state of everything that compiling needs, for the doctor; never raises."""
-    findings = []
-    machine = f"{platform.python_implementation()} {platform.python_version()}, {platform.machine()}"
-    right = sys.version_info[:2] == (3, 10) and platform.machine() == "x86_64" and sys.platform == "linux"
-    findings.append(
-        Finding("python for the wheel", right, machine, "" if right else "it is built for Python 3.10, x86-64 Linux")
-    )
-    try:
-        wheel = wheel_path()
-        findings.append(Finding("tpu-mlir", True, wheel_version()))
-        findings.append(_glibc_finding(wheel))
-        findings.append(_bytecode_finding(wheel))
-    except UserError:
-        findings.append(Finding("tpu-mlir", False, "not installed", "make setup"))
-    with contextlib.suppress(UserError):
-        if foreign := other_sdk():
-            # What follows from them is mended in environment(); programs that are started by hand meet them.
-            shown = ", ".join(f"{name}={value}" for name, value in foreign.items())
-            findings.append(
-                Finding("another TPU-MLIR", False, f"set and passed over: {shown}", f"unset {' '.join(foreign)}")
-            )
-    for name in ("cmake", "ninja"):
-        found = _program(name)
-        lost = "not found: the compiler would silently lose its fused attention"
-        findings.append(Finding(name, bool(found), found or lost, "" if found else f"pip install {name}"))
-    missing = [name for name in UNDECLARED if importlib.util.find_spec(name) is None]
-    findings.append(
-        Finding(
-            "what the wheel imports",
-            not missing,
-            "missing: " + ", ".join(missing) if missing else "complete",
-            "make setup" if missing else "",
-        )
-    )
-    return findings
+def missing_imports() -> list[str]:
+    """Packages that the wheel imports and does not declare, and that are not installed."""
+    return [name for name in UNDECLARED if importlib.util.find_spec(name) is None]
 
 
 def require() -> None:
     """Raises UserError, with the remedy, where the tool chain cannot work on this machine. Cures the glibc bundle."""
     wheel = wheel_path()
     cure(wheel)
-    if missing := [name for name in UNDECLARED if importlib.util.find_spec(name) is None]:
+    if missing := missing_imports():
         raise UserError(f"TPU-MLIR needs {', '.join(missing)}, which the environment lacks: run `make setup`.")
     for name in ("cmake", "ninja"):
-        if not _program(name):
+        if not program(name):
             raise UserError(
                 f"{name} is not on the PATH, without it the compiler silently loses its fused attention: run "
                 f"`make setup`, or install the Python package {name}."
@@ -344,8 +287,6 @@ def require() -> None:
 
 def require_parallel() -> str:
     """Path of GNU parallel, which llm_convert needs. Raises UserError where it is missing or another `parallel`."""
-    import subprocess
-
     path = shutil.which("parallel")
     if path:
         answer = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
@@ -356,23 +297,3 @@ def require_parallel() -> str:
         f"The one-click converter (--via llm_convert) runs its jobs through GNU parallel, and {found}: install it "
         "(Debian, Ubuntu: apt-get install parallel), or compile with --via onnx."
     )
-
-
-def main() -> int:
-    """Cure what can be cured, print the report; 0 if all is well."""
-    for name in cure():
-        print(f"moved {name}")
-    findings = health()
-    for finding in findings:
-        print(f"{'OK    ' if finding.ok else 'NOT OK'}  {finding.name}: {finding.found}")
-        if finding.remedy:
-            print(f"        remedy: {finding.remedy}")
-    return 0 if all(finding.ok for finding in findings) else 1
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)

@@ -5,11 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
 from helpers import doctor, machine
+from helpers.commands import doctor as report_command
 from helpers.doctor import NOT_OK, OK, OPTIONAL, Check
+from helpers.errors import UserError
 
 ROOT = Path(doctor.ROOT)
 
@@ -174,8 +177,11 @@ def test_driver(tmp_path):
 def test_a_box_with_a_chip_need_not_compile(monkeypatch):
     monkeypatch.setattr(doctor, "chip_devices", lambda root=Path("/"): ["/dev/bm-sophon0"])
     monkeypatch.setattr(doctor.sail_package, "sophon_sail", lambda: ("real", "sail.so"))
-    missing = doctor.toolchain.Finding("tpu-mlir", False, "not installed", "make setup")
-    monkeypatch.setattr(doctor.toolchain, "health", lambda: [missing])
+
+    def lost():
+        raise UserError("TPU-MLIR is not installed: run `make setup`.")
+
+    monkeypatch.setattr(doctor.toolchain, "wheel_path", lost)
     states = {check.name: check.state for check in doctor.checks()}
     assert states["tpu-mlir"] == OPTIONAL and NOT_OK not in states.values()
     monkeypatch.setattr(doctor.sail_package, "sophon_sail", lambda: ("absent", ""))
@@ -192,30 +198,44 @@ def test_too_little_memory_or_disk(monkeypatch, tmp_path):
     assert 0 < available <= total
 
 
-def test_helpers_in_every_folder(monkeypatch, tmp_path):
-    file = tmp_path / "tutorial.pth"
-    monkeypatch.setattr(doctor, "_path_file", lambda: file)
-    assert doctor.check_helpers_importable().state == OPTIONAL
-    file.write_text("/elsewhere\n")
-    assert "of /elsewhere, another copy" in doctor.check_helpers_importable().found
-    assert doctor.fix() == ["import helpers: works in every folder"]
-    assert doctor.check_helpers_importable().state == OK
-    assert doctor.fix() == []
-    # What was written is what Python's site takes.
-    code = f"import site; site.addsitedir({str(tmp_path)!r}); import helpers; print(helpers.__file__)"
-    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True, check=True)
+class Installed:
+    """The package's distribution, as an editable install leaves it."""
+
+    def __init__(self, folder: object):
+        self.url = {"url": f"file://{folder}", "dir_info": {"editable": True}}
+
+    def read_text(self, name: str) -> str:
+        return json.dumps(self.url) if name == "direct_url.json" else ""
+
+
+def test_helpers_in_every_folder(monkeypatch):
+    def installed(folder=None):
+        if folder is None:
+            raise doctor.metadata.PackageNotFoundError
+        return Installed(folder)
+
+    for folder, state, found in (
+        (None, OPTIONAL, "in this folder only"),
+        ("/else%20where", OPTIONAL, "of /else where, another copy"),
+        (quote(str(ROOT)), OK, "in every folder"),
+    ):
+        monkeypatch.setattr(doctor.metadata, "distribution", lambda name, folder=folder: installed(folder))
+        check = doctor.check_helpers_importable()
+        assert (check.state, check.found) == (state, found)
+        assert ("make setup" in check.remedy) == (state != OK)
+
+
+def test_make_setup_installs_the_package_where_notebooks_find_it():
+    code = "import helpers; print(helpers.__file__)"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True, check=True)
     assert Path(done.stdout.strip()).parent == ROOT / "helpers"
-
-
-def test_python_of_the_system_is_left_alone(monkeypatch, tmp_path):
-    monkeypatch.setattr(doctor, "_path_file", lambda: tmp_path / "tutorial.pth")
-    for name in ("prefix", "base_prefix"):
-        monkeypatch.setattr(sys, name, str(tmp_path))
-    assert doctor.fix() == [] and not list(tmp_path.iterdir())
+    assert doctor.check_helpers_importable().state == OK
 
 
 def test_plain_report(capsys):
-    doctor._print([Check("disk", NOT_OK, "0 GB free", "free some"), Check("CPU", OK, "8 cores")])
+    report_command._print([Check("disk", NOT_OK, "0 GB free", "free some"), Check("CPU", OK, "8 cores")])
     assert capsys.readouterr().out.splitlines() == [
         "NOT OK    disk  0 GB free",
         "                -> free some",

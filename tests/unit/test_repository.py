@@ -194,7 +194,7 @@ def test_bug_report_asks_for_the_doctor():
 def test_conda_takes_the_same_closure():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     assert "python=3.10" in environment["dependencies"]
-    assert {"pip": ["-r requirements.txt"]} in environment["dependencies"]
+    assert {"pip": ["-r requirements.txt", "-e ."]} in environment["dependencies"]
 
 
 # setup.sh, with a uv that only writes down what it is asked
@@ -204,8 +204,11 @@ echo "$@" >>{log}
 case "$1" in
   --version) echo uv 0 ;;
   python) [ "$2" = find ] && [ -n "{python}" ] && echo {python} ;;
-  venv) rm -rf .venv; mkdir -p .venv/bin && ln -s {python} .venv/bin/python ;;
-  pip) {install} ;;
+  venv) rm -rf .venv; mkdir -p .venv/bin
+        printf '#!/bin/bash\nh=${{0%%/*}}/../helpers\n[ -e "$h" ] && export PYTHONPATH=$(cat "$h")\n' >.venv/bin/python
+        printf 'exec {python} "$@"\n' >>.venv/bin/python
+        chmod +x .venv/bin/python ;;
+  pip) case "$*" in *--editable*) pwd >.venv/helpers ;; *) {install} ;; esac ;;
 esac
 """
 
@@ -237,7 +240,9 @@ def clone(tmp_path):
         for name in ("PYENV_ROOT", "CONDA_PREFIX", *(["HOME"] if home is None else [])):
             environment.pop(name, None)
         done = subprocess.run(["./setup.sh"], cwd=folder, env=environment, capture_output=True, text=True, check=False)
-        asked = [line.split()[0] for line in log.read_text().splitlines()]
+        lines = log.read_text().splitlines()
+        asked = [line.split()[0] for line in lines if "--editable" not in line]
+        assert not asked or done.returncode or "--editable ." in lines[-1]  # the helpers themselves come last
         return done, [word for word in asked if word in ("venv", "pip")]
 
     run.folder = folder
@@ -249,6 +254,13 @@ def test_setup_then_nothing_to_do(clone):
     assert (done.returncode, asked) == (0, ["venv", "pip"]), done.stderr
     done, asked = clone()
     assert (done.returncode, asked, done.stdout + done.stderr) == (0, [], "")
+
+
+def test_setup_in_a_copy_of_the_folder_installs_the_copys_helpers(clone):
+    clone()
+    (clone.folder / ".venv" / "helpers").write_text(str(clone.folder.parent / "elsewhere"))
+    assert clone()[1] == ["pip"]
+    assert clone()[1] == []
 
 
 @pytest.mark.parametrize("home", [None, "", "/proc/nobody"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers import toolchain
+from helpers import doctor, toolchain
 from helpers.errors import UserError
 
 
@@ -124,8 +124,8 @@ def test_a_link_to_a_path_stays_when_a_fork_ends(tmp_path):
 
 def test_health_is_good_here_and_does_not_import_the_wheel():
     code = (
-        "import sys; from helpers import toolchain; toolchain.require()\n"
-        "bad = [f for f in toolchain.health() if not f.ok and 'bytecode' not in f.name]\n"
+        "import sys; from helpers import doctor, toolchain; toolchain.require()\n"
+        "bad = [c for c in doctor.check_toolchain() if c.state == doctor.NOT_OK]\n"
         "assert not bad, bad\n"
         "assert not {'tpu_mlir', 'torch', 'onnx'} & set(sys.modules)"
     )
@@ -136,7 +136,7 @@ def test_a_missing_wheel_is_one_sentence(monkeypatch):
     monkeypatch.setattr(toolchain.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="make setup"):
         toolchain.require()
-    assert any(not finding.ok and finding.name == "tpu-mlir" for finding in toolchain.health())
+    assert any(check.state == doctor.NOT_OK and check.name == "tpu-mlir" for check in doctor.check_toolchain())
 
 
 def test_another_program_named_parallel_is_not_gnu_parallel(tmp_path, monkeypatch):
