@@ -97,3 +97,9 @@ def test_here_it_is_what_the_system_says():
     free, total = machine.memory()
     assert 0 < free <= total
     assert 1 <= machine.cores() <= len(os.sched_getaffinity(0))
+
+
+def test_free_is_what_an_ordinary_user_may_still_write(tmp_path, monkeypatch):
+    sizes = os.statvfs_result((4096, 4096, 1000, 500, 400, 0, 0, 0, 0, 255))
+    monkeypatch.setattr(os, "statvfs", lambda path: sizes)
+    assert machine.free_disk(tmp_path / "not" / "there") == 400 * 4096
