@@ -47,9 +47,7 @@ def read_manifest(artefact: str | Path) -> dict:
             raise ValueError("it does not say what a manifest says")
         return manifest
     except FileNotFoundError:
-        raise UserError(
-            f"{artefact} has no manifest ({path.name}): make it again with `python -m helpers`."
-        ) from None
+        raise UserError(f"{artefact} has no manifest ({path.name}): make it again with `python -m helpers`.") from None
     except ValueError as error:
         raise UserError(
             f"{path} is not a readable manifest ({error}): delete it and make the artefact again."

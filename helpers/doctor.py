@@ -23,12 +23,10 @@ from helpers.run import sail_package
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "qwen-bm1684x-tutorial"  # as pyproject.toml has it
-REQUIREMENTS = ROOT / "requirements.txt"
 OK, NOT_OK, OPTIONAL = "OK", "NOT OK", "optional"
 GB = 1e9
 # Measured: compiling the embedded model takes 1.4 GB a net, its artefacts 0.5 GB; less than this cannot end well.
-NEEDED_MEMORY = 2 * GB
-NEEDED_DISK = 2 * GB
+NEEDED_MEMORY = NEEDED_DISK = 2 * GB
 # Seconds after which a program is taken to hang: far beyond what the slowest machine needs.
 PATIENCE = 600
 CPU_FLAGS = ("avx2", "avx512f", "f16c", "amx_tile")
@@ -46,122 +44,94 @@ class Check:
     remedy: str = ""
 
 
-def _state(ok: bool, needed: bool = True) -> str:
-    return OK if ok else NOT_OK if needed else OPTIONAL
+def _check(name: str, ok: object, found: str, remedy: str = "", needed: bool = False) -> Check:
+    return Check(name, OK, found) if ok else Check(name, NOT_OK if needed else OPTIONAL, found, remedy)
 
 
-def _output(*command: str, seconds: float = PATIENCE, **options) -> str | None:
+def _output(*command: str, seconds: float = PATIENCE) -> str | None:
     """What a program prints; None where it is missing, fails or does not answer."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False, **options)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-# The tool chain
 
 
 def check_toolchain(needed: bool = True) -> list[Check]:
     """The wheel, what it needs around it, and whether its compiler really starts here; never raises."""
     found = f"{platform.python_implementation()} {platform.python_version()}, {platform.machine()}"
     right = sys.version_info[:2] == (3, 10) and platform.machine() == "x86_64" and sys.platform == "linux"
-    remedy = "" if right else "it is built for Python 3.10, x86-64 Linux"
-    checks = [Check("python for the wheel", _state(right, needed), found, remedy)]
+    checks = [_check("python for the wheel", right, found, "it is built for Python 3.10, x86-64 Linux", needed)]
     try:
-        wheel = toolchain.wheel_path()
+        checks += _check_wheel(toolchain.wheel_path(), needed)
     except UserError as error:
         found = str(error) if importlib.util.find_spec("tpu_mlir") else "not installed"
-        checks.append(Check("tpu-mlir", _state(False, needed), found, "make setup"))
-    else:
-        checks += [Check("tpu-mlir", OK, toolchain.wheel_version()), *_check_wheel(wheel, needed)]
+        checks.append(_check("tpu-mlir", False, found, "make setup", needed))
     for name in ("cmake", "ninja"):
         path = toolchain.program(name)
         lost = "not found: the compiler would silently lose its fused attention"
-        checks.append(Check(name, _state(bool(path), needed), path or lost, "" if path else f"pip install {name}"))
+        checks.append(_check(name, path, path or lost, f"pip install {name}", needed))
     missing = toolchain.missing_imports()
     found = "missing: " + ", ".join(missing) if missing else "complete"
-    checks.append(Check("what the wheel imports", _state(not missing, needed), found, "make setup" if missing else ""))
-    return checks
+    return [*checks, _check("what the wheel imports", not missing, found, "make setup", needed)]
 
 
 def _check_wheel(wheel: Path, needed: bool) -> list[Check]:
     suits, found = toolchain.glibc_suits(wheel)
-    remedy = "" if suits else "python -m helpers doctor --fix moves it aside, or brings it back"
+    fix = "python -m helpers doctor --fix"
     compiled = Path(importlib.util.cache_from_source(wheel / "python" / "transform" / "OnnxConverter.py")).exists()
+    bytecode = "compiled" if compiled else "not compiled: every start of a tool takes some 10 s longer"
     checks = [
-        Check("glibc of the wheel", _state(suits, needed), found, remedy),
-        Check(
-            "bytecode of the wheel",
-            _state(compiled, needed=False),
-            "compiled" if compiled else "not compiled: every start of a tool takes some 10 s longer",
-            "" if compiled else f"python -m compileall -q -j 0 {wheel.parent}",
-        ),
+        Check("tpu-mlir", OK, toolchain.wheel_version()),
+        _check("glibc of the wheel", suits, found, f"{fix} moves it aside, or brings it back", needed),
+        _check("bytecode of the wheel", compiled, bytecode, f"python -m compileall -q -j 0 {wheel.parent}"),
     ]
     if foreign := toolchain.other_sdk():
         # What follows from them is mended in toolchain.environment(); programs that are started by hand meet them.
         shown = "set and passed over: " + ", ".join(f"{name}={value}" for name, value in foreign.items())
         checks.append(Check("another TPU-MLIR", OPTIONAL, shown, f"unset {' '.join(foreign)}"))
-    return [*checks, _check_compiler_starts(needed)]
-
-
-def _check_compiler_starts(needed: bool) -> Check:
-    program = toolchain.wheel_path() / "bin" / "tpuc-opt"
+    command, options = [wheel / "bin" / "tpuc-opt", "--version"], {"capture_output": True, "timeout": PATIENCE}
     try:
-        done = subprocess.run(
-            [program, "--version"],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=PATIENCE,
-            env=toolchain.environment(),
-            check=False,
-        )
+        done = subprocess.run(command, env=toolchain.environment(), check=False, **options)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Check("tpuc-opt", _state(False, needed), str(error), "make setup")
-    if done.returncode == 0:
-        return Check("tpuc-opt", OK, "starts")
-    said = (done.stderr or done.stdout).strip().splitlines()
-    found = f"dies with {done.returncode}: {said[0] if said else 'no message'}"
-    return Check("tpuc-opt", _state(False, needed), found, "python -m helpers doctor --fix")
+        return [*checks, _check("tpuc-opt", False, str(error), "make setup", needed)]
+    said = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()
+    found = f"dies with {done.returncode}: {said[0] if said else 'no message'}" if done.returncode else "starts"
+    return [*checks, _check("tpuc-opt", done.returncode == 0, found, fix, needed)]
 
 
-def check_pins(requirements: Path = REQUIREMENTS, needed: bool = True) -> Check:
+def check_pins(requirements: Path = ROOT / "requirements.txt", needed: bool = True) -> Check:
     """Whether the installed packages are those that requirements.txt pins."""
+
+    def canonical(name: str) -> str:
+        return re.sub(r"[-_.]+", "-", name).lower()
+
     pins = dict(re.findall(r"^([A-Za-z0-9._-]+)==([^\s;]+)", requirements.read_text(encoding="utf-8"), re.MULTILINE))
-    installed = {_canonical(d.metadata["Name"]): d.version for d in metadata.distributions() if d.metadata["Name"]}
+    installed = {canonical(d.metadata["Name"]): d.version for d in metadata.distributions() if d.metadata["Name"]}
     cpu_build = installed.get("torch", "").endswith("+cpu")
     wrong = []
     for name, version in pins.items():
-        found = installed.get(_canonical(name))
-        if found is None:
-            if not (cpu_build and CUDA_ONLY.match(name)):
-                wrong.append(f"{name} is missing")
-        elif found.split("+")[0] != version:
+        found = installed.get(canonical(name))
+        if found is None and not (cpu_build and CUDA_ONLY.match(name)):
+            wrong.append(f"{name} is missing")
+        elif found and found.split("+")[0] != version:
             wrong.append(f"{name} is {found}, pinned {version}")
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
     found = "; ".join(wrong[:3]) + more or f"all {len(pins)} packages as pinned"
-    return Check("packages", _state(not wrong, needed), found, "make setup" if wrong else "")
-
-
-def _canonical(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
+    return _check("packages", not wrong, found, "make setup", needed)
 
 
 def check_helpers_importable() -> Check:
     """Whether `import helpers` works in a notebook, whose working folder is notebooks/: installed, of this copy."""
     try:
-        installed = json.loads(metadata.distribution(PACKAGE).read_text("direct_url.json") or "{}").get("url", "")
+        url = json.loads(metadata.distribution(PACKAGE).read_text("direct_url.json") or "{}").get("url", "")
     except metadata.PackageNotFoundError:
-        installed = ""
-    folder = Path(unquote(urlparse(installed).path))
-    ok = bool(installed) and folder == ROOT
-    found = "in every folder" if ok else f"of {folder}, another copy" if installed else "in this folder only"
-    remedy = "" if ok else "make setup (conda: pip install --no-deps --no-build-isolation -e .)"
-    return Check("import helpers", _state(ok, needed=False), found, remedy)
-
-
-# The machine
+        url = ""
+    folder = Path(unquote(urlparse(url).path))
+    ok = url and folder == ROOT
+    found = "in every folder" if ok else f"of {folder}, another copy" if url else "in this folder only"
+    remedy = "make setup (conda: pip install --no-deps --no-build-isolation -e .)"
+    return _check("import helpers", ok, found, remedy)
 
 
 def check_cpu() -> Check:
@@ -173,57 +143,45 @@ def check_cpu() -> Check:
     model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
     present = [flag for flag in CPU_FLAGS if flags and flag in flags[1].split()]
-    cores = machine.cores()
     name = model[1].strip() if model else os.uname().machine
-    return Check("CPU", OK, f"{name}, {cores} cores{', ' if present else ''}{' '.join(present)}")
+    return Check("CPU", OK, f"{name}, {machine.cores()} cores{', ' if present else ''}{' '.join(present)}")
 
 
 def check_memory() -> Check:
     """Memory that is free for the compiler."""
-    available, total = machine.memory()
-    ok = available >= NEEDED_MEMORY
-    remedy = "" if ok else f"close programs: compiling needs {NEEDED_MEMORY / GB:.0f} GB, a 7B block 9 GB"
-    return Check("memory", _state(ok), f"{available / GB:.1f} of {total / GB:.1f} GB free", remedy)
+    free, total = machine.memory()
+    remedy = f"close programs: compiling needs {NEEDED_MEMORY / GB:.0f} GB, a 7B block 9 GB"
+    return _check("memory", free >= NEEDED_MEMORY, f"{free / GB:.1f} of {total / GB:.1f} GB free", remedy, needed=True)
 
 
 def check_disk(folder: Path = ROOT) -> Check:
     """Disk space where out/ is."""
     free = machine.free_disk(folder)
-    ok = free >= NEEDED_DISK
-    remedy = "" if ok else f"free {NEEDED_DISK / GB:.0f} GB (a real 7B checkpoint with its nets: 60 GB), or use --out"
-    return Check("disk", _state(ok), f"{free / GB:.0f} GB free", remedy)
+    remedy = f"free {NEEDED_DISK / GB:.0f} GB (a real 7B checkpoint with its nets: 60 GB), or use --out"
+    return _check("disk", free >= NEEDED_DISK, f"{free / GB:.0f} GB free", remedy, needed=True)
 
 
 def check_gpu() -> Check:
     """An NVIDIA GPU and the build of torch: PyTorch's own answers then come from it; nothing here needs one."""
     answer = _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
-    if not answer:
-        return Check("GPU", OPTIONAL, "none; the CPU does everything")
-    try:
-        build = metadata.version("torch")
-    except metadata.PackageNotFoundError:
-        build = "none"
-    return Check("GPU", OK, f"{'; '.join(answer.splitlines())} (torch {build})")
+    build = metadata.version("torch") if importlib.util.find_spec("torch") else "none"
+    found = f"{'; '.join(answer.splitlines())} (torch {build})" if answer else "none; the CPU does everything"
+    return _check("GPU", answer, found)
 
 
 def check_c_compiler() -> Check:
     """A C compiler: for the simulator's yield library, and for the kernels that TPU-MLIR builds for fused attention."""
     found = next(filter(None, map(shutil.which, (os.environ.get("CC", "cc"), "gcc", "clang"))), None)
-    if found:
-        return Check("C compiler", OK, found)
-    missed = "none; the simulator is several times slower, and attention is compiled without its fused kernels"
-    return Check("C compiler", OPTIONAL, missed, "apt-get install gcc libc6-dev")
+    lost = "none; the simulator is several times slower, and attention is compiled without its fused kernels"
+    return _check("C compiler", found, found or lost, "apt-get install gcc libc6-dev")
 
 
 def check_parallel() -> Check:
     """GNU parallel, which only `compile --via llm_convert` uses."""
-    found = _output("parallel", "--version")
-    if found and "GNU parallel" in found:
-        return Check("GNU parallel", OK, found.splitlines()[0])
-    return Check("GNU parallel", OPTIONAL, "none; compile --via llm_convert needs it", "apt-get install parallel")
-
-
-# The chip
+    found = (_output("parallel", "--version") or "").splitlines()[:1]
+    ok = found and "GNU parallel" in found[0]
+    lost = "none; compile --via llm_convert needs it"
+    return _check("GNU parallel", ok, found[0] if ok else lost, "apt-get install parallel")
 
 
 def chip_devices(root: Path = Path("/")) -> list[str]:
@@ -233,11 +191,10 @@ def chip_devices(root: Path = Path("/")) -> list[str]:
 
 def check_driver(root: Path = Path("/")) -> Check:
     """Sophgo's driver and the devices that it offers."""
-    devices = chip_devices(root)
     proc = root / "proc" / "bmsophon"
-    smi = shutil.which("bm-smi")
-    if devices:
-        return Check("sophon driver", OK, ", ".join(devices) + ("" if smi else "; no bm-smi on the PATH"))
+    if devices := chip_devices(root):
+        smi = "" if shutil.which("bm-smi") else "; no bm-smi on the PATH"
+        return Check("sophon driver", OK, ", ".join(devices) + smi)
     if proc.exists():
         return Check("sophon driver", OPTIONAL, f"{proc} but no device", "dmesg | grep bmsophon; is the card seated?")
     return Check("sophon driver", OPTIONAL, "none; the simulator stands in for the chip")
@@ -247,12 +204,11 @@ def check_sail(driver: bool) -> Check:
     """sophon.sail, the empty package of PyPI told from the real one. driver: whether there is a device to use."""
     kind, where = sail_package.sophon_sail()
     sdk = "install the sophon-sail wheel of Sophgo's SDK for this Python"
-    if kind == "real":
-        return Check("sophon.sail", OK, where)
     if kind == "placeholder":
         found = f"PyPI's empty placeholder ({where})"
-        return Check("sophon.sail", _state(False, needed=driver), found, f"pip uninstall sophon; {sdk}")
-    return Check("sophon.sail", _state(False, needed=driver), "not installed; it drives a chip", sdk if driver else "")
+        return _check("sophon.sail", False, found, f"pip uninstall sophon; {sdk}", driver)
+    found = where or "not installed; it drives a chip"
+    return _check("sophon.sail", kind == "real", found, sdk if driver else "", driver)
 
 
 def checks() -> list[Check]:
@@ -260,19 +216,9 @@ def checks() -> list[Check]:
     driver = bool(chip_devices())
     sail = check_sail(driver)
     compiles = not (driver and sail.state == OK)
-    return [
-        *check_toolchain(needed=compiles),
-        check_pins(needed=compiles),
-        check_helpers_importable(),
-        check_cpu(),
-        check_memory(),
-        check_disk(),
-        check_gpu(),
-        check_c_compiler(),
-        check_parallel(),
-        check_driver(),
-        sail,
-    ]
+    this_machine = [check_cpu(), check_memory(), check_disk(), check_gpu(), check_c_compiler(), check_parallel()]
+    here = [*check_toolchain(compiles), check_pins(needed=compiles), check_helpers_importable(), *this_machine]
+    return [*here, check_driver(), sail]
 
 
 def fix() -> list[str]:
