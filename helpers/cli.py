@@ -17,8 +17,8 @@ COMMANDS = {
     "patch": ("helpers.patching.patching", "change Qwen's code so that it exports; --revert takes it back"),
     "export": ("helpers.export.exporting", "write every net of a patched checkpoint as ONNX"),
     "compile": ("helpers.compile.compiling", "compile the ONNX nets to one bmodel for BM1684X"),
-    "chat": ("helpers.chat.session", "talk with a bmodel, on the chip or on the simulator"),
-    "serve": ("helpers.serve.server", "serve a bmodel over HTTP"),
+    "chat": ("helpers.commands.chat", "talk with a bmodel, on the chip or on the simulator"),
+    "serve": ("helpers.commands.serve", "serve a bmodel over HTTP"),
     "info": ("helpers.bmodel.model_tool", "what a bmodel contains and what memory it needs; combine and extract"),
     "notebooks": ("helpers.notebook.runner", "run the notebooks headless"),
 }

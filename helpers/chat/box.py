@@ -5,6 +5,10 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import ipywidgets
+from IPython import get_ipython
+from IPython.display import display
+
 from helpers.chat.session import ChatSession, figures
 from helpers.checkpoint.tokenizer import QwenTokenizer
 from helpers.errors import UserError
@@ -24,8 +28,6 @@ STYLE = {
 
 def somebody_types() -> bool:
     """Whether this runs in a notebook with somebody at the keyboard: papermill's clients allow no input."""
-    from IPython import get_ipython
-
     kernel = getattr(get_ipython(), "kernel", None)
     return bool(getattr(kernel, "_allow_stdin", False))
 
@@ -34,8 +36,6 @@ class ChatBox:
     """The box over a session: `view` is the widget. Answers come in a thread, so that Stop is heard meanwhile."""
 
     def __init__(self, session: ChatSession):
-        import ipywidgets
-
         self.session = session
         self._shown: list[tuple[str, str]] = []
         self._transcript = ipywidgets.HTML()
@@ -153,8 +153,6 @@ def chat_box(
     opened = open_engine(bmodel, engine=engine, devid=devid)
     session = ChatSession(QwenRunner(opened), tokenizer, **settings)
     if somebody_types():
-        from IPython.display import display
-
         _last = ChatBox(session)
         display(_last.view)
         return

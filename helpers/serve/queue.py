@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 
+import anyio
+
 from helpers.chat.session import Answer
 from helpers.checkpoint.tokenizer import QwenTokenizer
 from helpers.errors import UserError
@@ -24,7 +26,11 @@ CLOSE_WITHIN_S = 5.0
 CLOSING = "The service is shutting down."
 
 
-class QueueFull(Exception):
+class NoAnswer(Exception):
+    """Why a request gets no answer, or no more of it."""
+
+
+class QueueFull(NoAnswer):
     """As many requests run and wait as may. retry_after_s: a fair guess, whole seconds."""
 
     def __init__(self, waiting: int, retry_after_s: int):
@@ -32,11 +38,13 @@ class QueueFull(Exception):
         self.retry_after_s = retry_after_s
 
 
-class EngineFailed(Exception):
+class EngineFailed(NoAnswer):
     """The engine died under this request, or could not be opened again."""
 
+    retry_after_s = 5
 
-class TimeLimit(Exception):
+
+class TimeLimit(NoAnswer):
     """The time limit passed before the first piece of the answer."""
 
 
@@ -60,7 +68,6 @@ class Job:
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         self._pieces: deque[str] = deque()
-        self._given = self._expired = False
 
     @property
     def finish_reason(self) -> str:
@@ -92,31 +99,24 @@ class Job:
         Raises EngineFailed, or TimeLimit where the limit passed before the first piece; past the limit later on,
         the iteration just ends.
         """
-        # Not asyncio.wait_for: before Python 3.12 it forgets that it was cancelled where a piece comes meanwhile.
-        timer = self._loop.call_later(max(0.0, self.deadline - time.monotonic()), self._expire)
-        try:
-            while True:
-                self._changed.clear()
-                ended = self.ended
-                if new := "".join(self._pieces.popleft() for _ in range(len(self._pieces))):
-                    self._given = True
-                    yield new
-                    continue
-                if ended and self.error:
-                    raise self.error
-                if ended:
-                    return
-                if self._expired:
-                    if not self._given:
-                        raise self.too_late()
-                    return
+        given = False
+        while True:
+            self._changed.clear()
+            ended = self.ended
+            if new := "".join(self._pieces.popleft() for _ in range(len(self._pieces))):
+                given = True
+                yield new
+                continue
+            if ended and self.error:
+                raise self.error
+            remaining_s = self.deadline - time.monotonic()
+            if ended or (given and remaining_s <= 0):
+                return
+            if remaining_s <= 0:
+                raise self.too_late()
+            # Not asyncio.wait_for: before Python 3.12 it forgets that it was cancelled where a piece comes meanwhile.
+            with anyio.move_on_after(remaining_s):
                 await self._changed.wait()
-        finally:
-            timer.cancel()
-
-    def _expire(self) -> None:
-        self._expired = True
-        self._changed.set()
 
     def too_late(self) -> TimeLimit:
         where = "the answer's first token" if self.started else "its turn in the queue"
@@ -145,8 +145,6 @@ class ChipQueue:
         self._changed = threading.Condition()
         self._closing = False
         self._typical_s = 1.0
-        self._opened = threading.Event()
-        self._first_error: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="chip", daemon=True)
 
     def start(self) -> QwenRunner:
@@ -154,10 +152,8 @@ class ChipQueue:
 
         Raises what opening raised.
         """
+        self._open()
         self._thread.start()
-        self._opened.wait()
-        if self._first_error:
-            raise self._first_error
         return self._runner
 
     def refuse(self) -> None:
@@ -209,13 +205,6 @@ class ChipQueue:
             self._waiting.remove(job)
 
     def _work(self) -> None:
-        try:
-            self._open()
-        except Exception as error:
-            self._first_error = error
-            return
-        finally:
-            self._opened.set()
         while job := self._next():
             self._answer(job)
             with self._changed:

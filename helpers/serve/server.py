@@ -1,55 +1,27 @@
-"""`python -m helpers serve`: a bmodel over HTTP, one request at a time.
+"""The service's socket, its connections and their ends: uvicorn's, and what it leaves open."""
 
-`helpers.serve.queue` owns the chip, `helpers.serve.api` speaks HTTP.
-"""
-
-import argparse
-import contextlib
+import asyncio
 import ipaddress
-import os
-import re
-import resource
-import signal
+import select
 import socket
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from helpers.chat.session import add_model_arguments, open_tokenizer
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
 from helpers.errors import UserError
-from helpers.machine import log
-from helpers.run.engines import open_engine
-from helpers.run.generation import QwenRunner
-from helpers.run.latency import KINDS
+from helpers.serve.queue import ChipQueue
 
-if TYPE_CHECKING:
-    from helpers.serve.front import Access
-
-PORT = 8000  # as documented
-WAITING = 16
 BACKLOG = 2048
+# A connection on which the headers of a request are not whole after this long is closed; so is one that has been idle
+# for so long: whoever keeps connections open, a proxy for instance, usually does it for a minute.
+HEADERS_WITHIN_S = 120
 # A connection whose client takes nothing for this long is cut: sending and closing would wait for it for ever.
 STALLED_S = 600
 # What the kernel holds for a client that does not read; by itself Linux goes up to 4 MB.
 SEND_BUFFER_BYTES = 64 << 10
-KEY_VARIABLE = "QWEN_SERVICE_API_KEY"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
-    parser.add_argument("--name", help="the model's name over HTTP; default: the bmodel's file name")
-    parser.add_argument("--host", default="127.0.0.1", help="default: this machine only; 0.0.0.0 for all")
-    parser.add_argument("--port", type=int, default=PORT, help="0 takes a free one")
-    parser.add_argument("--api-key", help=f"ask every client for it; better given as {KEY_VARIABLE}")
-    parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="a name to be reached by")
-    parser.add_argument(
-        "--allow-origin", action="append", default=[], metavar="ORIGIN", help="whose pages may ask: https://NAME or *"
-    )
-    parser.add_argument(
-        "--forwarded-allow-ips", default="", metavar="IP[,IP]", help="proxies whose X-Forwarded-* are believed, or *"
-    )
-    parser.add_argument("--waiting", type=int, default=WAITING, help="requests that may wait; more get 429")
-    parser.add_argument("--time-limit", type=float, default=600, metavar="S", help="seconds a request, waiting too")
-    parser.add_argument("--max-body", type=int, default=1 << 19, metavar="BYTES", help="longest request")
+# At the end every client is told; a connection that then still has something to send after this long is cut.
+FAREWELL_S = 60
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -73,94 +45,84 @@ def is_loopback(bound: socket.socket) -> bool:
     return ipaddress.ip_address(bound.getsockname()[0]).is_loopback
 
 
-def read_key(args: argparse.Namespace) -> str | None:
-    """The API key that clients must send, None for none. Raises UserError where no client can send it."""
-    where = f"The API key in {KEY_VARIABLE}" if args.api_key is None else "The --api-key"
-    key = args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE) or None
-    if key is not None and (not key or not key.isascii() or not key.isprintable() or key != key.strip()):
-        raise UserError(
-            f"{where} cannot be sent in a header: it must be ASCII letters, digits and signs, without blanks around it."
+class Server(uvicorn.Server):
+    """uvicorn's server, which at its end tells those who wait for answers that none will come."""
+
+    def __init__(self, app: ASGIApp, queue: ChipQueue):
+        # Nothing is left to what happens to be installed, or to stand in the environment.
+        config = uvicorn.Config(
+            app,
+            http=Connection,
+            ws="none",
+            loop="asyncio",
+            lifespan="off",
+            workers=1,
+            proxy_headers=False,
+            log_level="error",
+            timeout_keep_alive=HEADERS_WITHIN_S,
+            timeout_graceful_shutdown=FAREWELL_S + 5,
         )
-    return key
+        super().__init__(config)
+        self.queue = queue
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self.queue.refuse()
+        await super().shutdown(sockets)
 
 
-def read_access(args: argparse.Namespace, loopback: bool, has_key: bool) -> "Access":
-    """Who may ask. Raises UserError where an option is none. loopback: whether it listens on this machine only."""
-    from helpers.serve.front import Access, host_name
+class Connection(H11Protocol):
+    """uvicorn's connection, chosen rather than what happens to be installed; what it leaves open is closed.
 
-    for origin in args.allow_origin:
-        if origin in ("*", "null") and not has_key:
-            raise UserError(
-                f"--allow-origin {origin} lets every page on the web ask: set an API key ({KEY_VARIABLE}), or name the "
-                "pages' origin."
-            )
-        if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9._:\[\]-]+", origin):
-            raise UserError(
-                f"--allow-origin is {origin!r}, an origin as browsers send it is needed: https://chat.example.com, "
-                "perhaps with a port, nothing after it."
-            )
-    for name in args.allow_host:
-        if not re.fullmatch(r"[\w.-]+(:\d+)?|\[?[0-9a-fA-F:.]+\]?(:\d+)?", name, re.ASCII):
-            raise UserError(f"--allow-host is {name!r}, a host name such as chat.example.com is needed.")
-    try:
-        names = ["0.0.0.0/0", "::/0"] if args.forwarded_allow_ips == "*" else args.forwarded_allow_ips.split(",")
-        proxies = tuple(ipaddress.ip_network(name.strip(), strict=False) for name in names if name.strip())
-    except ValueError as error:
-        raise UserError(
-            f"--forwarded-allow-ips: {error}; addresses such as 127.0.0.1 or 10.0.0.0/8 are needed."
-        ) from None
-    hosts = None
-    if loopback or args.allow_host:
-        hosts = frozenset(map(host_name, ["localhost", "127.0.0.1", "::1", args.host, *args.allow_host]))
-    return Access(hosts, tuple(args.allow_origin), proxies)
+    A client may close its half once it has asked (`nc -N`), which looks like a client that is gone. Every answer
+    begins with an H: it is sent at once, and the system of a client that is gone says so.
+    """
 
+    _headers_timer: asyncio.TimerHandle | None = None
+    _hangup: select.epoll | None = None
 
-def run(args: argparse.Namespace) -> None:
-    try:
-        from helpers.serve.api import Server, Settings, create_app
-        from helpers.serve.queue import ChipQueue
-    except ImportError as error:
-        raise UserError(
-            f"The service needs {error.name}, which is absent: pip install fastapi sse-starlette uvicorn."
-        ) from None
-    for name, least in (("waiting", 0), ("time_limit", 1), ("max_body", 1)):
-        if not getattr(args, name) >= least:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be {least} or more.")
-    api_key = read_key(args)
-    # A service is ended by SIGTERM, in the same order as by Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    bound = listen(args.host, args.port)
-    with contextlib.closing(bound):
-        access = read_access(args, is_loopback(bound), api_key is not None)
-        tokenizer = open_tokenizer(args.model, args.tokenizer)
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._watch_headers()
 
-        def open_runner() -> QwenRunner:
-            return QwenRunner(open_engine(args.model, engine=args.engine, devid=args.devid))
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._watch_headers()
 
-        queue = ChipQueue(open_runner, tokenizer, args.waiting)
-        runner = queue.start()
-        settings = Settings(
-            model=args.name or Path(args.model).stem,
-            system=args.system,
-            api_key=api_key,
-            time_limit_s=args.time_limit,
-            max_body_bytes=args.max_body,
-            access=access,
-        )
-        app = create_app(queue, runner, settings)
-        # Each connection is a file: a burst of a thousand must not be cut at the usual soft limit of 1024.
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        host, port = bound.getsockname()[:2]
-        engine = runner.engine
-        log(f"{settings.model} on the {engine.reason}\ntimes: {KINDS[engine.kind_of_time]}")
-        if api_key is None and not is_loopback(bound):
-            log(f"warning: every machine that reaches {host} may use this service; {KEY_VARIABLE} sets a key.")
-        log(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
-        try:
-            # After its own orderly end uvicorn raises the signal that it was ended by once more.
-            with contextlib.suppress(KeyboardInterrupt):
-                Server(app, queue).run(sockets=[bound])
-        finally:
-            queue.close()
-        log("stopped")
+    def _watch_headers(self) -> None:
+        asked = self.cycle is not None and not self.cycle.response_complete
+        if asked and self._headers_timer:
+            self._headers_timer.cancel()
+            self._headers_timer = None
+        elif not asked and not self._headers_timer:
+            self._headers_timer = self.loop.call_later(HEADERS_WITHIN_S, self.transport.close)
+
+    def eof_received(self) -> bool:
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or cycle.more_body:
+            return False
+        if not cycle.response_started:
+            self.transport.write(b"H")
+
+            def rest(event) -> bytes:
+                del self.conn.send
+                return self.conn.send(event)[1:]
+
+            self.conn.send = rest
+        # Nothing is read any more, so nothing but this notices that the client is gone.
+        self._hangup = select.epoll()
+        self._hangup.register(self.transport.get_extra_info("socket").fileno(), 0)
+        self.loop.add_reader(self._hangup.fileno(), self.transport.abort)
+        return True
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._hangup and (self.cycle.response_complete or self.cycle.more_body):
+            self.transport.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._headers_timer:
+            self._headers_timer.cancel()
+        if self._hangup:
+            self.loop.remove_reader(self._hangup.fileno())
+            self._hangup.close()
+        super().connection_lost(exc)

@@ -15,7 +15,7 @@ TINY = ROOT / "models" / "tiny"
 FAKE = f"""
 import argparse, sys
 sys.path.insert(0, {str(ROOT)!r})
-from helpers.serve import server
+from helpers.commands import serve
 from helpers.checkpoint.tokenizer import QwenTokenizer
 from tests.unit.fake_runner import FakeRunner
 tokenizer = QwenTokenizer.open({str(TINY)!r})
@@ -23,12 +23,12 @@ class Forgetful(FakeRunner):
     def generate(self, *args, **settings):
         self.answers.clear()
         return super().generate(*args, **settings)
-server.open_tokenizer = lambda *args: tokenizer
-server.open_engine = lambda *args, **settings: None
-server.QwenRunner = lambda engine: Forgetful(lambda ids: tokenizer.encode("word " * 50), step_s=0.001)
+serve.open_tokenizer = lambda *args: tokenizer
+serve.open_engine = lambda *args, **settings: None
+serve.QwenRunner = lambda engine: Forgetful(lambda ids: tokenizer.encode("word " * 50), step_s=0.001)
 parser = argparse.ArgumentParser()
-server.add_arguments(parser)
-server.run(parser.parse_args(["--model", "tiny", "--system", "", "--port", "0", *sys.argv[1:]]))
+serve.add_arguments(parser)
+serve.run(parser.parse_args(["--model", "tiny", "--system", "", "--port", "0", *sys.argv[1:]]))
 """
 
 

@@ -14,10 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.chat import session as chat
 from helpers.chat.session import Answer, ChatSession, StopStrings, fit_history
+from helpers.chat.terminal import Terminal, talk
+from helpers.checkpoint.tokenizer import SYSTEM_PROMPT
+from helpers.commands.arguments import device_ids, open_tokenizer
+from helpers.commands.chat import answer_object
 from helpers.errors import UserError
-from helpers.run.generation import Sampling
+from helpers.run.generation import Sampling, Timings
 from tests.unit.fake_runner import FakeRunner
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,16 +94,11 @@ def test_what_might_have_become_a_stop_string_is_given_at_the_end(tokenizer):
 
 def test_an_answer_tells_its_figures_also_where_it_is_given_up(tokenizer):
     answer = Answer(runner_saying(tokenizer, "one two three", step_s=0.001), tokenizer, [1, 2, 3])
-    assert (answer.prompt_tokens, answer.finish_reason, answer.first_token_s, answer.decode_s) == (
-        3,
-        "cancelled",
-        0,
-        [],
-    )
+    assert (answer.prompt_tokens, answer.finish_reason, answer.timings) == (3, "cancelled", Timings(0, []))
     pieces = iter(answer)
     assert next(pieces) + next(pieces) == answer.text
     pieces.close()
-    assert (answer.finish_reason, answer.first_token_s, answer.decode_s) == ("cancelled", 0.001, [0.001])
+    assert (answer.finish_reason, answer.timings) == ("cancelled", Timings(0.001, [0.001]))
 
 
 def test_settings_reach_the_runner(tokenizer):
@@ -140,7 +138,7 @@ def test_turns_reach_the_model_in_order(tokenizer):
     for question in ("how are you?", "and now?"):
         assert "".join(session.ask(question)) == "fine"
     expected = [
-        {"role": "system", "content": session.SYSTEM_PROMPT},
+        {"role": "system", "content": SYSTEM_PROMPT},
         {"role": "user", "content": "how are you?"},
         {"role": "assistant", "content": "fine"},
         {"role": "user", "content": "and now?"},
@@ -172,7 +170,7 @@ def test_a_quarter_is_kept_free_or_what_the_answer_may_take(tokenizer, limited, 
     list(session.ask("second"))
     (turn,) = session.history[:1]
     said = [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    system = {"role": "system", "content": session.SYSTEM_PROMPT}
+    system = {"role": "system", "content": SYSTEM_PROMPT}
     length = len(tokenizer.chatml([system, *said, {"role": "user", "content": "second"}]))
     room = next(s for s in range(length, 4 * length) if s - min(s // 4, 5 if limited else s) == length)
     assert limited or room % 4, "here a fraction of a token would make no difference"
@@ -265,17 +263,17 @@ def test_clear_forgets(tokenizer):
 # Terminal
 
 
-def talk(session, lines, monkeypatch):
+def talk_about(lines, session, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
     out = io.StringIO()
     with redirect_stdout(out):
-        chat.talk(session, chat._Terminal())
+        talk(session, Terminal())
     return out.getvalue()
 
 
 def test_a_conversation_in_the_terminal(tokenizer, monkeypatch):
     session = ChatSession(runner_saying(tokenizer, "fine [thanks]"), tokenizer)
-    out = talk(session, ["how are you?", "", "clear", "and now?", "exit", "never asked"], monkeypatch)
+    out = talk_about(["how are you?", "", "clear", "and now?", "exit", "never asked"], session, monkeypatch)
     assert out.count("fine [thanks]") == 2
     assert "question is empty" in out and "forgotten" in out
     assert "first token" in out and "simulator wall time" in out and "MB on the device" in out
@@ -301,7 +299,7 @@ def test_ctrl_c_stops_the_answer_not_the_program(tokenizer, monkeypatch):
             self.finish_reason = "stop"
 
     session = ChatSession(Slow(reply), tokenizer)
-    out = talk(session, ["count", "again"], monkeypatch)
+    out = talk_about(["count", "again"], session, monkeypatch)
     assert "(stopped)" in out and "one two three four five six" in out
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -309,7 +307,7 @@ def test_ctrl_c_stops_the_answer_not_the_program(tokenizer, monkeypatch):
 def test_arrows_move_in_the_question():
     pytest.importorskip("readline")
     ours, theirs = pty.openpty()
-    script = "from helpers.chat.session import _Terminal; print('asked', _Terminal().question().encode())"
+    script = "from helpers.chat.terminal import Terminal; print('asked', Terminal().question().encode())"
     with subprocess.Popen(
         [sys.executable, "-c", script],
         cwd=ROOT,
@@ -351,7 +349,7 @@ def test_device_ids_that_are_none(text, capsys):
 
 
 def test_device_ids():
-    assert chat.device_ids("2,3") == (2, 3)
+    assert device_ids("2,3") == (2, 3)
 
 
 def chat_in_shell(redirected, bmodel, *arguments, stdin="", **environment):
@@ -387,8 +385,8 @@ def test_json_keeps_the_text_on_a_terminal_without_its_characters(bmodel_tiny, t
 def test_a_piped_question_is_what_was_typed(tokenizer, environment):
     """Whatever the locale, after the byte-order mark that some editors write, with a byte that is no UTF-8."""
     script = (
-        "import helpers.chat.session as chat, helpers.cli as cli\n"
-        "class Terminal(chat._Terminal):\n"
+        "import helpers.chat.terminal as chat, helpers.cli as cli\n"
+        "class Terminal(chat.Terminal):\n"
         "    def say(self, text, style=''): pass\n"
         "class Session:\n"
         "    def ask(self, question): raise chat.UserError(print(ascii(question)) or '')\n"
@@ -432,16 +430,16 @@ def test_a_manifest_and_a_vocabulary_with_a_byte_order_mark_are_read(bmodel_tiny
     (tmp_path / name).write_bytes(bmodel_tiny.read_bytes())
     for marked in (f"{name}.json", "qwen.tiktoken"):
         (tmp_path / marked).write_bytes(codecs.BOM_UTF8 + bmodel_tiny.with_name(marked).read_bytes())
-    opened = chat.open_tokenizer(tmp_path / name, None)
+    opened = open_tokenizer(tmp_path / name, None)
     assert opened.specials == tokenizer.specials and opened.encode("深圳 Hello") == tokenizer.encode("深圳 Hello")
 
 
 def test_what_libraries_print_does_not_reach_standard_output(tmp_path):
     script = (
-        "import ctypes\nfrom helpers.chat.session import _print_object, _stdout_to_stderr\nlibc = ctypes.CDLL(None)\n"
+        "import ctypes\nfrom helpers.commands.chat import print_object, stdout_to_stderr\nlibc = ctypes.CDLL(None)\n"
         "libc.strdup.restype = ctypes.c_void_p\n"
         "libc.__cxa_atexit(libc.puts, ctypes.c_void_p(libc.strdup(b'at exit')), None)\n"
-        "with _stdout_to_stderr():\n    print('python'); libc.puts(b'library')\n_print_object({})\n"
+        "with stdout_to_stderr():\n    print('python'); libc.puts(b'library')\nprint_object({})\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "{}\n"
@@ -452,8 +450,8 @@ def test_chat_imports_without_torch_and_the_tool_chain():
     absent = ["torch", "transformers", "onnx", "onnxruntime", "tpu_mlir", "rich", "fastapi", "IPython"]
     script = (
         f"import sys\nfor name in {absent}: sys.modules[name] = None\n"
-        "import helpers.chat as chat\nchat._Terminal().say('plain')\n"
-        f"chat.QwenTokenizer.open({str(TINY)!r})\n"
+        "import helpers.commands.chat as chat\nchat.Terminal().say('plain')\n"
+        f"chat.open_tokenizer(None, {str(TINY)!r})\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "plain\n"), done.stderr
@@ -463,7 +461,7 @@ def test_the_object_has_just_the_documented_keys(tokenizer):
     runner = runner_saying(tokenizer, "fine again", step_s=0.0012345678)
     answer = Answer(runner, tokenizer, [1])
     list(answer)
-    value = json.loads(json.dumps(chat.answer_object(answer, runner.engine)))
+    value = json.loads(json.dumps(answer_object(answer, runner.engine)))
     assert sorted(value) == ["engine", "first_token_s", "kind", "text", "tokens", "tokens_per_s"]
     assert value["kind"] == "simulator wall" and value["tokens"] == tokenizer.encode("fine again")
     assert value["first_token_s"] == 0.001235 and value["tokens_per_s"] == 810.000066

@@ -2,8 +2,7 @@ import threading
 
 import pytest
 
-from helpers.chat import box
-from helpers.chat.box import ChatBox, chat_box
+from helpers.chat.box import ChatBox, chat_box, somebody_types
 from helpers.chat.session import ChatSession
 from tests.unit.fake_runner import FakeRunner
 
@@ -46,7 +45,7 @@ def test_enter_asks_a_text_that_was_told_before(box_saying, monkeypatch):
     box._question._handle_custom_msg({"event": "submit"}, [])
     assert answered.wait(300)
     box.wait()
-    monkeypatch.setattr(box, "TEXT_STAYS_S", 0)
+    monkeypatch.setattr("helpers.chat.box.TEXT_STAYS_S", 0)
     box._question._handle_custom_msg({"event": "submit"}, [])
     box._question.value = "late"
     box.wait()
@@ -56,7 +55,7 @@ def test_enter_asks_a_text_that_was_told_before(box_saying, monkeypatch):
 def test_enter_without_a_text_says_so(box_saying, monkeypatch):
     box, said = box_saying("a"), threading.Event()
     box._transcript.observe(lambda change: "question is empty" in change["new"] and said.set(), "value")
-    monkeypatch.setattr(box, "TEXT_COMES_S", 0)
+    monkeypatch.setattr("helpers.chat.box.TEXT_COMES_S", 0)
     box._question._handle_custom_msg({"event": "submit"}, [])
     assert said.wait(300)
 
@@ -83,7 +82,7 @@ def test_errors_are_shown_in_the_box(box_saying):
 
 @pytest.mark.slow
 def test_where_nobody_types_it_answers_one_question_as_text(bmodel_tiny, tokenizer, capsys, monkeypatch):
-    assert not box.somebody_types()
+    assert not somebody_types()
     chat_box(bmodel_tiny, tokenizer, engine="simulator", question="what is a bmodel?", max_new_tokens=4)
     out = capsys.readouterr().out
     assert out.startswith("> what is a bmodel?\n") and "4 tokens" in out and "simulator wall time" in out

@@ -22,21 +22,13 @@ import pytest
 
 from helpers.chat.session import MAX_TURNS, StopStrings
 from helpers.cli import main
+from helpers.commands.serve import KEY_VARIABLE, WAITING, add_arguments, read_access, read_key
 from helpers.errors import UserError
 from helpers.nets import CANDIDATES
-from helpers.serve.api import FAREWELL_S, STOP_CHARACTERS, CompletionRequest, Server, Settings, create_app
-from helpers.serve.front import HEADERS_WITHIN_S
+from helpers.serve.api import Settings, create_app
 from helpers.serve.queue import ChipQueue, EngineFailed, Job
-from helpers.serve.server import (
-    KEY_VARIABLE,
-    STALLED_S,
-    WAITING,
-    add_arguments,
-    is_loopback,
-    listen,
-    read_access,
-    read_key,
-)
+from helpers.serve.requests import STOP_CHARACTERS, CompletionRequest
+from helpers.serve.server import FAREWELL_S, HEADERS_WITHIN_S, STALLED_S, Server, is_loopback, listen
 from tests.unit.chromium import Page, find_chromium
 from tests.unit.fake_runner import FakeRunner
 from tests.unit.served import Served
@@ -1244,7 +1236,7 @@ def test_a_client_that_leaves_amid_a_request_leaves_nothing_behind(serve, sent, 
 @pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"])
 @pytest.mark.parametrize("half", [b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost: loc"])
 def test_half_sent_headers_are_dropped_and_nobody_else_is(serve, limit, monkeypatch, before, half):
-    monkeypatch.setattr("helpers.serve.front.HEADERS_WITHIN_S", limit)
+    monkeypatch.setattr("helpers.serve.server.HEADERS_WITHIN_S", limit)
     service = serve(allowed=0)
     service.server.config.timeout_keep_alive = limit
     with service.send(ask(), pieces=2) as healthy:

@@ -37,8 +37,9 @@ def expected(bmodel_tiny, tokenizer):
         for question in QUESTIONS:
             text = "".join(session.ask(question))
             turns.append((session.last.tokens, text))
-            assert session.last.finish_reason == "stop" and len(session.last.decode_s) == len(session.last.tokens)
-            assert session.last.first_token_s > 0
+            assert session.last.finish_reason == "stop"
+            assert len(session.last.timings.decode_s) == len(session.last.tokens)
+            assert session.last.timings.first_token_s > 0
         assert turns[0][1] == "I am fine, thank you." and "深圳" in turns[1][1]
         return turns
 

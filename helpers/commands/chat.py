@@ -1,0 +1,104 @@
+"""`python -m helpers chat`: talk with a bmodel, on the chip or on the simulator."""
+
+import argparse
+import atexit
+import contextlib
+import ctypes
+import json
+import os
+import sys
+from collections.abc import Iterator
+
+from helpers.chat.session import MAX_TURNS, Answer, ChatSession, figures, figures_object
+from helpers.chat.terminal import Terminal, as_typed, talk
+from helpers.commands.arguments import add_model_arguments, open_tokenizer
+from helpers.errors import UserError
+from helpers.machine import log
+from helpers.nets import CANDIDATES
+from helpers.run.engines import open_engine
+from helpers.run.engines.base import Engine
+from helpers.run.generation import QwenRunner, Sampling
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    parser.add_argument("--question", help="answer this one and leave")
+    parser.add_argument("--json", action="store_true", help="with --question: print one JSON object")
+    parser.add_argument("--max-turns", type=int, default=MAX_TURNS, help="earlier turns to remember")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="default: as many as fit S")
+    parser.add_argument("--temperature", type=float, default=Sampling.temperature, help="0 is greedy")
+    parser.add_argument("--top-p", type=float, default=Sampling.top_p)
+    parser.add_argument("--top-k", type=int, default=Sampling.top_k, help=f"1 to {CANDIDATES}")
+    parser.add_argument("--repetition-penalty", type=float, default=Sampling.repetition_penalty)
+    parser.add_argument("--repetition-last-n", type=int, default=Sampling.repetition_last_n)
+    parser.add_argument("--seed", type=int, default=Sampling.seed, help="of the draw")
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.json and args.question is None:
+        raise UserError("--json answers one question: give it with --question.")
+    if sys.__stdout__ is None:
+        raise UserError("Standard output is closed, and the answer goes there: leave it open, or write `> FILE`.")
+    sampling = Sampling(
+        args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.repetition_last_n, args.seed
+    )
+    tokenizer = open_tokenizer(args.model, args.tokenizer)
+    with contextlib.ExitStack() as quiet:
+        if args.json:
+            quiet.enter_context(stdout_to_stderr())
+        with open_engine(args.model, engine=args.engine, devid=args.devid) as engine:
+            log(engine.reason)
+            session = ChatSession(
+                QwenRunner(engine),
+                tokenizer,
+                system=as_typed(args.system),
+                max_turns=args.max_turns,
+                sampling=sampling,
+                max_new_tokens=args.max_new_tokens,
+            )
+            if args.question is None:
+                talk(session, Terminal())
+                return
+            pieces = session.ask(as_typed(args.question))
+            if not args.json:
+                Terminal().answer(pieces)
+                log(figures(session))
+                return
+            for _ in pieces:
+                pass
+    print_object(answer_object(session.last, engine))
+
+
+@contextlib.contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """What libraries print meanwhile goes to standard error: standard output is for one JSON object."""
+    libc = ctypes.CDLL(None)
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        libc.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def print_object(value: dict) -> None:
+    """Print a JSON object, escaped where the terminal lacks a character.
+
+    What libraries print as the process ends goes to standard error.
+    """
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(value)
+    print(text, flush=True)
+    atexit.register(os.dup2, 2, 1)
+
+
+def answer_object(answer: Answer, engine: Engine) -> dict:
+    """What `chat --json` prints: tokens, text, engine, first_token_s, tokens_per_s, and the kind of time."""
+    return {"tokens": answer.tokens, "text": answer.text, "engine": engine.name, **figures_object(answer, engine)}
