@@ -12,16 +12,17 @@ import importlib
 import importlib.machinery
 import importlib.util
 import inspect
+import os
 import sys
 import traceback
 import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from helpers.checkpoint.weights import Checkpoint
 from helpers.errors import UserError
-from helpers.fetch.hubs import check_huggingface_variables
 
 if TYPE_CHECKING:
     import torch
@@ -77,6 +78,29 @@ def load_modeling(folder: str | Path) -> types.ModuleType:
     if not hasattr(module.QWenPreTrainedModel, "get_head_mask"):
         module.QWenPreTrainedModel.get_head_mask = _get_head_mask
     return module
+
+
+def check_huggingface_variables() -> None:
+    """Raises UserError, naming the variable, where one keeps huggingface_hub, and so transformers, from its import."""
+    for variable in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
+        try:
+            int(os.environ.get(variable, "0"))
+        except ValueError:
+            raise UserError(
+                f"{variable} is {os.environ[variable]!r}, a whole number of seconds was needed: unset it, or set it "
+                "to one."
+            ) from None
+    try:
+        urlsplit(os.environ.get("HF_ENDPOINT", ""))
+    except ValueError as error:
+        raise not_an_address("HF_ENDPOINT", os.environ["HF_ENDPOINT"], error) from None
+
+
+def not_an_address(variable: str, address: str, fault: object) -> UserError:
+    """What to say of a variable of the environment that should hold an address."""
+    return UserError(
+        f"{variable} is {address!r}, which is not an address ({fault}): unset it, or set it to https://HOST."
+    )
 
 
 def _failing_library(error: BaseException, folder: Path, package: str) -> str | None:

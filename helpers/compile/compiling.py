@@ -15,11 +15,12 @@ from pathlib import Path
 
 from helpers import artefacts, machine, toolchain
 from helpers.bmodel import bmodel
+from helpers.checkpoint.tokenizer import copy_vocabulary
 from helpers.compile import jobs as net_jobs
 from helpers.compile.profile import estimates
 from helpers.errors import UserError
 from helpers.export.signature import Signature, read_signature
-from helpers.files import locked, write_file
+from helpers.files import locked
 from helpers.nets import HEADS, TOPK_HEAD, count_layers, needed_nets, net_kind
 from helpers.tensors import ADDR_MODES
 
@@ -225,7 +226,8 @@ def compile_model(
             for net in plan.nets
         }
         extra = {"nets": nets, "estimates": estimates(nets), "layers": plan.layers, "seq_length": plan.seq_length}
-        extra |= {"config": plan.manifest.get("config"), "tokenizer": _bring_vocabulary(plan, out)}
+        extra |= {"config": plan.manifest.get("config")}
+        extra |= {"tokenizer": copy_vocabulary(plan.vocabulary, out) if plan.vocabulary else None}
         settings = {
             "name": name,
             "mode": mode,
@@ -242,15 +244,6 @@ def compile_model(
                 combine([records[net]["bmodel"] for net in plan.nets], partial)
                 bmodel.strip_time(partial)
     return target
-
-
-def _bring_vocabulary(plan: Plan, out: Path) -> str | None:
-    """Copy the vocabulary beside the bmodel, so that both go to the chip's machine together; its name there."""
-    if (source := plan.vocabulary) is None:
-        return None
-    target = out / source.name
-    write_file(target, source.read_bytes())
-    return target.name
 
 
 def check_memory(plan: Plan) -> None:

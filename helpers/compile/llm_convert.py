@@ -18,14 +18,14 @@ from pathlib import Path
 
 from helpers import artefacts, machine, toolchain
 from helpers.bmodel import bmodel
-from helpers.checkpoint.tokenizer import VOCABULARY, QwenTokenizer
+from helpers.checkpoint.modeling import check_huggingface_variables
+from helpers.checkpoint.tokenizer import copy_vocabulary
 from helpers.checkpoint.weights import Checkpoint
 from helpers.compile.compiling import Q_GROUP_SIZE, check_name, check_options
 from helpers.compile.jobs import own_error
 from helpers.compile.profile import PROFILE, estimates, read_profile
 from helpers.errors import UserError
-from helpers.fetch.hubs import check_huggingface_variables
-from helpers.files import locked, write_file, write_json
+from helpers.files import locked, write_json
 
 QUANTIZE = {"bf16": "bf16", "int8": "w8bf16", "int4": "w4bf16"}
 # What of these helpers decides what comes out.
@@ -173,7 +173,11 @@ def convert(
         return target
     extra: dict = {"config": checkpoint.config, "layers": checkpoint.layers, "seq_length": seq_length}
     out.mkdir(parents=True, exist_ok=True)
-    extra["tokenizer"] = _bring_vocabulary(checkpoint, out)
+    try:
+        extra["tokenizer"] = copy_vocabulary(checkpoint.path, out)
+    except UserError:
+        # The bmodel is of use without: the chat asks for --tokenizer.
+        extra["tokenizer"] = None
     with (
         artefacts.building(
             target, kind="bmodel", inputs=inputs, settings=settings, code=_CODE, extra=extra
@@ -194,16 +198,6 @@ def convert(
         extra["nets"] = _records(work / "converted", bmodel.read_bmodel(partial))
         extra["estimates"] = estimates(extra["nets"])
     return target
-
-
-def _bring_vocabulary(checkpoint: Checkpoint, out: Path) -> str | None:
-    try:
-        vocabulary = QwenTokenizer.open(checkpoint.path).vocabulary
-    except UserError:
-        # The bmodel is of use without: the chat asks for --tokenizer.
-        return None
-    write_file(out / VOCABULARY, vocabulary)
-    return VOCABULARY
 
 
 def _records(folder: Path, model: bmodel.Bmodel) -> dict[str, dict]:

@@ -12,9 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from helpers import artefacts, machine
+from helpers.checkpoint.tokenizer import copy_vocabulary
 from helpers.checkpoint.weights import Checkpoint
 from helpers.errors import UserError
-from helpers.files import sha256_file, write_file, write_json
+from helpers.files import sha256_file, write_json
 from helpers.nets import CANDIDATES, INPUT_NAMES, OUTPUT_NAMES, net_groups, net_kind
 
 # The operator set that the documented export uses, and TPU-MLIR's front end was made for.
@@ -490,22 +491,17 @@ def _write_folder_manifest(out: Path, checkpoint: Checkpoint, code: dict, settin
             "seq_length": settings["seq_length"],
             "trained_seq_length": trained,
             "config": checkpoint.config,
-            "tokenizer": _copy_vocabulary(checkpoint, out),
+            "tokenizer": _vocabulary_beside(out, checkpoint),
         },
     )
 
 
-def _copy_vocabulary(checkpoint: Checkpoint, out: Path) -> str | None:
-    """Put the vocabulary beside the nets, where the bmodel takes it along to a machine without the checkpoint."""
-    from helpers.checkpoint.tokenizer import VOCABULARY, QwenTokenizer
-
+def _vocabulary_beside(out: Path, checkpoint: Checkpoint) -> str | None:
     try:
-        tokenizer = QwenTokenizer.open(checkpoint.path)
+        return copy_vocabulary(checkpoint.path, out)
     except UserError as error:
         machine.log(f"warning: {error} The nets are exported all the same; chatting will want --tokenizer.")
         return None
-    write_file(out / VOCABULARY, tokenizer.vocabulary)
-    return VOCABULARY
 
 
 def add_arguments(parser) -> None:

@@ -8,32 +8,27 @@ Artefacts that Sophgo offers ready-made come through helpers.fetch.prepared.
 
 import hashlib
 import json
-import math
 import os
 import shutil
-import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from helpers import artefacts, machine
 from helpers.checkpoint.tokenizer import VOCABULARY, QwenTokenizer, cut_vocabulary
-from helpers.checkpoint.weights import Checkpoint, damaged, quantised
+from helpers.checkpoint.weights import Checkpoint, open_safetensors
 from helpers.errors import UserError
-from helpers.fetch import downloading, hubs, prepared
-from helpers.files import sha256_file
+from helpers.fetch import prepared
+from helpers.fetch.hubs import HUBS, RemoteFile
+from helpers.files import locked, sha256_file
 from helpers.patching import patching
 
 KIND = "checkpoint"
 DEFAULT_FOLDER = Path("out/checkpoints")
-SOURCES = {"huggingface": hubs.list_huggingface, "modelscope": hubs.list_modelscope}
 # What a chat needs beside the weights; all revisions of the four models have these.
 NEEDED = ("modeling_qwen.py", "configuration_qwen.py", VOCABULARY)
 # Pictures and examples of the model card: 5 MB that nothing here reads.
 NOT_NEEDED = ("assets/", "examples/", ".gitattributes")
-_HEADER_LIMIT = 100_000_000  # as the safetensors library has it
-_FLOATS = ("BF16", "F16", "F32", "F64")  # what checkpoint.WEIGHT_DTYPES are called in safetensors
-_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
 @dataclass(frozen=True)
@@ -75,13 +70,12 @@ def fetch(
     out: str | Path | None = None,
     revision: str | None = None,
     artefact: str | None = None,
-    progress=None,
 ) -> Path:
     """Bring a checkpoint, or a prepared artefact, here; return its folder or file. Run again, it does what is lacking.
 
     name: one of MODELS; may be left out where source is a folder. source: "huggingface", "modelscope", "dfss" or a
     folder, which is verified in place, and copied only where `out` is given. revision: by default the pinned one.
-    artefact: one of prepared.ARTEFACTS, by dfss. progress: a tqdm class.
+    artefact: one of prepared.ARTEFACTS, by dfss.
     Raises UserError for everything a user can cause: no answer, no space, wrong bytes, not the model that was asked.
     """
     if artefact is not None or source == "dfss":
@@ -90,15 +84,15 @@ def fetch(
             raise UserError(f"--artefact comes by dfss, not from {source}: leave --source out.")
         if name not in (None, prepared.MODEL):
             raise UserError(f"The prepared artefacts are of {prepared.MODEL}, not of {name}: leave --name out.")
-        return prepared.fetch_prepared(artefact, out, progress)
+        return prepared.fetch_prepared(artefact, out)
     if name is not None and name not in MODELS:
         raise UserError(f"No model is called {name!r} here: take one of {', '.join(MODELS)}.")
-    if source not in SOURCES:
+    if source not in HUBS:
         _refuse_where(revision, "a revision", "a folder has none")
         return _from_folder(Path(source), name, None if out is None else Path(out))
     if name is None:
         raise UserError(f"Which model? Give --name, one of {', '.join(MODELS)}.")
-    return _from_hub(name, str(source), Path(out or DEFAULT_FOLDER / name), revision, progress)
+    return _from_hub(name, str(source), Path(out or DEFAULT_FOLDER / name), revision)
 
 
 def _refuse_where(value: object, what: str, why: str) -> None:
@@ -109,7 +103,7 @@ def _refuse_where(value: object, what: str, why: str) -> None:
 # From a hub
 
 
-def _from_hub(name: str, source: str, out: Path, revision: str | None, progress) -> Path:
+def _from_hub(name: str, source: str, out: Path, revision: str | None) -> Path:
     model = MODELS[name]
     revision = revision or (model.commit if source == "huggingface" else "master")
     settings = {"name": name, "source": source, "repo": model.repo, "revision": revision}
@@ -119,31 +113,36 @@ def _from_hub(name: str, source: str, out: Path, revision: str | None, progress)
         return out
     if previous:
         machine.log(f"{out} is of another source or was changed since it was fetched: it is replaced.")
-    folder = out.parent / f".{out.name}.download"
-    present = sum(path.stat().st_size for path in folder.glob("*")) if folder.is_dir() else 0
+    downloads = out.parent / f".{out.name}.download"
+    present = sum(path.stat().st_size for path in downloads.rglob("*") if path.is_file())
     reusable = sum(described["bytes"] for described in previous.get("outputs", {}).values())
     _require_space(out, model.weight_bytes - present - reusable, name)
-    listing = SOURCES[source](model.repo, revision)
+    hub = HUBS[source]()
+    listing = hub.look_up(model.repo, revision)
     files = choose(listing.files)
-    with downloading.locked(folder):
+    prepared.make_folder(downloads)
+    busy = f"Another fetch is writing to {downloads}: wait for it, or give another --out."
+    with locked(downloads / "lock", busy):
+        # Files are named as in the repository: those of another hub or commit are others.
+        folder = downloads / f"{source}-{listing.commit}"
         _reuse(out, previous, files, folder)
-        _require_space(out, sum(file.size for file in files) - downloading.have(files, folder), name)
-        contents = downloading.download(files, folder, listing.host, progress)
+        _require_space(out, sum(file.size - file.bytes_in(folder) for file in files), name)
+        hub.download(listing, files, folder)
         with artefacts.building(
             out,
             kind=KIND,
-            inputs={file.path: file.key for file in files},
+            inputs={file.path: file.sha256 or file.git_blob or str(file.size) for file in files},
             settings=settings,
-            extra={"revision": listing.revision, "host": listing.host},
+            extra={"revision": listing.commit, "host": hub.host},
         ) as partial:
-            for path, content in contents.items():
-                _place(content, partial / path)
+            for file in files:
+                _place(folder / file.path, partial / file.path)
             verify(partial, name, as_folder=out)
-        shutil.rmtree(folder)
+        shutil.rmtree(downloads)
     return out
 
 
-def choose(files: list[hubs.RemoteFile]) -> list[hubs.RemoteFile]:
+def choose(files: list[RemoteFile]) -> list[RemoteFile]:
     """The files of a repository that are of use: weights of one kind (safetensors first), code, vocabulary."""
     safetensors = any(file.path.endswith(".safetensors") for file in files)
     return [
@@ -197,11 +196,11 @@ def _is_there(out: Path, manifest: dict, name: str | None) -> bool:
     return True
 
 
-def _reuse(out: Path, previous: dict, files: list[hubs.RemoteFile], folder: Path) -> None:
+def _reuse(out: Path, previous: dict, files: list[RemoteFile], folder: Path) -> None:
     """Take over from an earlier fetch at `out` what is still whole and wanted."""
     recorded = previous.get("outputs", {})
     for file in files:
-        there, target = out / file.path, folder / file.key
+        there, target = out / file.path, folder / file.path
         same = file.sha256 and recorded.get(file.path, {}).get("sha256") == file.sha256
         if same and not target.exists() and there.is_file() and sha256_file(there) == file.sha256:
             _place(there, target)
@@ -232,7 +231,7 @@ def _require_space(out: Path, needed: int, name: str) -> None:
 def _from_folder(source: Path, name: str | None, out: Path | None) -> Path:
     if not source.is_dir():
         raise UserError(
-            f"{source} is neither a folder nor a source by name ({', '.join(SOURCES)}, dfss): give one of these."
+            f"{source} is neither a folder nor a source by name ({', '.join(HUBS)}, dfss): give one of these."
         )
     verify(source, name)
     place, there = (out or source).resolve(), source.resolve()
@@ -247,7 +246,7 @@ def _from_folder(source: Path, name: str | None, out: Path | None) -> Path:
     if previous.get("inputs") == inputs and _is_there(out, previous, name):
         return out
     _require_space(out, sum((source / path).stat().st_size for path in files), name or source.name)
-    downloading.make_folder(out.parent)
+    prepared.make_folder(out.parent)
     with artefacts.building(out, kind=KIND, inputs=inputs, settings=settings) as partial:
         for path in files:
             target = partial / path
@@ -289,18 +288,11 @@ def verify(folder: str | Path, name: str | None = None, as_folder: Path | None =
     """
     folder = Path(folder)
     try:
-        single = folder / "model.safetensors"
-        if single.is_file():
+        if (single := folder / "model.safetensors").is_file():
             # One that was cut off is not passed over for older shards beside it. Other files that no index names are.
-            _check_safetensors(single)
+            open_safetensors(single, "np")
         checkpoint = Checkpoint.open(folder)
-        shapes = checkpoint.shapes()
-        for file in sorted(set(checkpoint.files.values())):
-            if file.suffix == ".safetensors":
-                _check_safetensors(file)
-                _check_against(file, checkpoint, shapes)
-            elif not zipfile.is_zipfile(file):
-                raise damaged(file, "cut short, or not PyTorch's")
+        checkpoint.check_files()
         if not (folder / VOCABULARY).is_file() and cut_vocabulary(folder) is not None:
             # As the embedded checkpoint has it: the vocabulary is cut from a package on first use.
             QwenTokenizer.open(folder)
@@ -324,89 +316,3 @@ def _check_model(checkpoint: Checkpoint, name: str) -> None:
     ]
     if wrong:
         raise UserError(f"{checkpoint.path} is not {name}: it has {', '.join(wrong)}. Give the --name that it is.")
-
-
-def read_safetensors_header(file: Path) -> tuple[dict[str, dict], int]:
-    """Tensors {name: {dtype, shape, data_offsets}} of a safetensors file, and the bytes before the first of them.
-
-    The format: 8 bytes little-endian length, that many bytes of JSON, the data. Raises UserError where it is not that.
-    """
-    with open(file, "rb") as data:
-        start = data.read(8)
-        length = int.from_bytes(start, "little")
-        if start == b"version ":
-            raise UserError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` in {file.parent}.")
-        if len(start) < 8 or not 2 <= length <= _HEADER_LIMIT:
-            raise _damaged(file, "no safetensors header")
-        try:
-            header = json.loads(data.read(length))
-            header.pop("__metadata__", None)
-        except (ValueError, AttributeError):
-            raise _damaged(file, "an unreadable header") from None
-    return header, 8 + length
-
-
-def _check_safetensors(file: Path) -> None:
-    header, before = read_safetensors_header(file)
-    try:
-        for name, tensor in header.items():
-            begin, end = tensor["data_offsets"]
-            size = _BYTES.get(tensor["dtype"])
-            if size is not None and end - begin != math.prod(tensor["shape"]) * size:
-                raise _damaged(file, f"{name} in a space that is not its size")
-        whole = before + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-    except (KeyError, TypeError, ValueError):
-        raise _damaged(file, "a header that is not of safetensors") from None
-    found = file.stat().st_size
-    if found != whole:
-        raise _damaged(file, f"{found} bytes where its header announces {whole}")
-
-
-def _check_against(file: Path, checkpoint: Checkpoint, shapes: dict[str, tuple[int, ...]]) -> None:
-    header, _ = read_safetensors_header(file)
-    for name in (name for name, place in checkpoint.files.items() if place == file):
-        if name not in header:
-            raise UserError(f"{file} lacks {name}, which the index says it has: download this file again.")
-        if name in shapes and header[name]["dtype"] not in _FLOATS:
-            raise quantised(file, name, header[name]["dtype"])
-        found = tuple(header[name]["shape"])
-        if name in shapes and found != shapes[name]:
-            raise UserError(
-                f"{file} has {name} of shape {list(found)}, but {checkpoint.path / 'config.json'} asks for "
-                f"{list(shapes[name])}: the two are not of the same model; take both from one repository."
-            )
-
-
-def _damaged(file: Path, how: str) -> UserError:
-    return UserError(f"{file} is damaged, it has {how}: fetch this file again.")
-
-
-# Command line
-
-
-def add_arguments(parser) -> None:
-    """The command line of `python -m helpers fetch`."""
-    parser.add_argument("--name", choices=MODELS, help="the model; not needed with a folder or --artefact")
-    parser.add_argument(
-        "--source",
-        default="huggingface",
-        metavar="huggingface|modelscope|dfss|FOLDER",
-        help="where from (default: huggingface; HF_ENDPOINT names a mirror); a folder is verified in place",
-    )
-    parser.add_argument("--out", metavar="DIR", help=f"default: {DEFAULT_FOLDER}/NAME")
-    parser.add_argument("--revision", help="commit, tag or branch on the hub (default: the pinned one)")
-    parser.add_argument(
-        "--artefact",
-        choices=prepared.ARTEFACTS,
-        help="one of Sophgo's prepared artefacts of Qwen-7B-Chat instead of a checkpoint; needs the package dfss",
-    )
-
-
-def run(args) -> None:
-    """Fetch what the arguments say; print where it is, and on standard error what to do next."""
-    path = fetch(args.name, args.source, args.out, args.revision, args.artefact)
-    print(path)
-    if args.artefact:
-        machine.log(prepared.next_step(args.artefact, path))
-    else:
-        machine.log(f"next: python -m helpers patch --model_path {path}")

@@ -1,24 +1,30 @@
-"""What a model hub offers: the files of a repository at a revision, with sizes and hashes. No file is read here.
+"""The model hubs through their own clients: what a repository has at a revision, and its files brought into a folder.
 
-Both hubs are asked through their plain HTTP interfaces; Hugging Face's through huggingface_hub, which knows tokens and
-mirrors (HF_TOKEN, HF_ENDPOINT). ModelScope's is that of its own client, modelscope_hub 0.5.1 (MODELSCOPE_ENDPOINT).
+huggingface_hub knows tokens and mirrors (HF_TOKEN, HF_ENDPOINT), and so does modelscope_hub (MODELSCOPE_API_TOKEN,
+MODELSCOPE_ENDPOINT). With either, a file grows as <name>.incomplete beside its place, is compared with the hash that
+the hub announced, and only then gets its name: whatever ends a fetch, the next one goes on from there.
 """
 
 import os
 import re
-import ssl
-from dataclasses import dataclass, field
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from urllib.parse import quote, urlsplit
-from urllib.request import getproxies
 
+import httpx
+from tqdm.auto import tqdm
+
+from helpers.checkpoint.modeling import check_huggingface_variables
 from helpers.errors import UserError
-from helpers.files import digest_of
+from helpers.fetch.network import check_client_variables, endpoint, silent
+from helpers.files import sha256_file
 from helpers.machine import log
 
-# Seconds without a byte after which a hub is silent. However slowly an answer comes, it is waited for.
+AT_A_TIME = 4
+# Seconds without a byte after which a listing is given up. However slowly it comes, it is waited for.
 PATIENCE = 60.0
-HUGGINGFACE, MODELSCOPE = "Hugging Face", "ModelScope"
 
 
 @dataclass(frozen=True)
@@ -28,250 +34,257 @@ class RemoteFile:
     path: str
     size: int
     sha256: str | None
-    git_blob: str | None
-    url: str
-    headers: dict = field(default_factory=dict)
+    git_blob: str | None = None
 
-    @property
-    def key(self) -> str:
-        """What names this content whichever hub has it; where no hash is told, this file of this place."""
-        return self.sha256 or self.git_blob or digest_of([self.url, self.size])
+    def bytes_in(self, folder: Path) -> int:
+        """Bytes of it that are in the folder, whole or in part."""
+        whole, partial = folder / self.path, folder / f"{self.path}.incomplete"
+        if self.is_in(folder):
+            return self.size
+        return min(partial.stat().st_size, self.size) if partial.is_file() and not whole.exists() else 0
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether it lies in the folder under its name, which it gets when it was compared with its hash."""
+        whole = folder / self.path
+        return whole.is_file() and whole.stat().st_size == self.size
 
 
 @dataclass(frozen=True)
 class Listing:
-    """A repository as a hub lists it. host: for people, "Hugging Face (huggingface.co)". revision: a commit."""
+    """A repository as a hub lists it. revision: as it was asked for; commit: which one that is."""
 
-    host: str
     repo: str
     revision: str
+    commit: str
     files: list[RemoteFile]
 
 
-def list_huggingface(repo: str, revision: str) -> Listing:
-    """The files of a Hugging Face repository; revision: a commit, a tag or a branch.
+class HuggingFace:
+    """Hugging Face or a mirror. host: for people, "Hugging Face (huggingface.co)".
 
-    Raises UserError where the hub is silent for PATIENCE or does not have it, and where a variable of the environment
-    cannot be used.
+    Raises UserError where a variable of the environment cannot be used.
     """
-    import httpx
 
-    check_huggingface_variables()
-    check_client_variables()
-    from huggingface_hub import HfApi, constants, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RevisionNotFoundError
+    def __init__(self):
+        check_huggingface_variables()
+        check_client_variables()
+        from huggingface_hub import constants
 
-    endpoint, host = _endpoint(HUGGINGFACE, "HF_ENDPOINT", constants.ENDPOINT or "https://huggingface.co")
-    headers, token_place = _huggingface_headers()
-    log(f"asking {host} for the files of {repo}")
-    try:
-        info = HfApi(endpoint=endpoint).model_info(repo, revision=revision, files_metadata=True, timeout=PATIENCE)
-    except RevisionNotFoundError:
-        raise _no_revision(host, repo, revision, "main") from None
-    except OfflineModeIsEnabled:
-        variable = "HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
-        raise UserError(
-            f"{variable} is set, so {HUGGINGFACE} is not asked: unset it, or give a folder with --source FOLDER."
-        ) from None
-    except HfHubHTTPError as error:
-        status = error.response.status_code
-        if status in (401, 403) and "authorization" in headers:
+        self.endpoint, self.host = endpoint("Hugging Face", "HF_ENDPOINT", constants.ENDPOINT)
+        self.headers, self.token_place = _huggingface_headers()
+
+    def look_up(self, repo: str, revision: str) -> Listing:
+        """The files of a repository; revision: a commit, a tag or a branch.
+
+        Raises UserError where the hub is silent for PATIENCE or does not have it.
+        """
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RevisionNotFoundError
+
+        log(f"asking {self.host} for the files of {repo}")
+        api = HfApi(endpoint=self.endpoint)
+        try:
+            info = api.model_info(repo, revision=revision, files_metadata=True, timeout=PATIENCE)
+        except RevisionNotFoundError:
+            raise _no_revision(self.host, repo, revision, "main") from None
+        except OfflineModeIsEnabled:
+            variable = "HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
             raise UserError(
-                f"{host} answers HTTP {status} to the token in {token_place}: it has expired, perhaps, or was revoked. "
-                "Take it away, these models need none, or put a new one there."
+                f"{variable} is set, so Hugging Face is not asked: unset it, or give a folder with --source FOLDER."
             ) from None
-        raise _refused(host, repo, status) from None
-    except (httpx.HTTPError, OSError) as error:
-        raise silent(host, error) from None
-    files = [
-        RemoteFile(
-            path=_inside(sibling.rfilename, host),
-            size=sibling.size,
-            sha256=sibling.lfs.sha256 if sibling.lfs else None,
-            git_blob=None if sibling.lfs else sibling.blob_id,
-            url=hf_hub_url(repo, sibling.rfilename, revision=info.sha, endpoint=endpoint),
-            headers=headers,
-        )
-        for sibling in info.siblings
-    ]
-    return Listing(host, repo, info.sha, files)
-
-
-def list_modelscope(repo: str, revision: str) -> Listing:
-    """The files of a ModelScope repository; revision: a branch, a tag or a commit.
-
-    The listing names each file's own last commit; Listing.revision is the newest of these.
-    Raises UserError where the hub is silent for PATIENCE or does not have it, and where a variable of the environment
-    cannot be used.
-    """
-    import httpx
-
-    check_client_variables()
-    endpoint, host = _endpoint(MODELSCOPE, "MODELSCOPE_ENDPOINT", "https://modelscope.cn")
-    place = f"{endpoint}/api/v1/models/{repo}/repo"
-    asked = {"Revision": revision, "Recursive": "True"}
-    log(f"asking {host} for the files of {repo}")
-    try:
-        response = httpx.get(f"{place}/files", params=asked, timeout=PATIENCE, follow_redirects=True)
-        if response.status_code != 200:
-            raise _refused(host, repo, response.status_code)
-        answer = response.json()
-        if answer.get("Success") is False:
-            raise _no_revision(host, repo, revision, "master")
-        entries = [entry for entry in answer["Data"]["Files"] if entry.get("Type") != "tree"]
-        newest = max(entries, key=lambda entry: entry.get("CommittedDate") or 0, default={})
+        except HfHubHTTPError as error:
+            status = error.response.status_code
+            if status in (401, 403) and "authorization" in self.headers:
+                raise UserError(
+                    f"{self.host} answers HTTP {status} to the token in {self.token_place}: it has expired, perhaps, "
+                    "or was revoked. Take it away, these models need none, or put a new one there."
+                ) from None
+            raise _refused(self.host, repo, status) from None
+        except (httpx.HTTPError, OSError) as error:
+            raise silent(self.host, error) from None
         files = [
             RemoteFile(
-                path=_inside(entry["Path"], host),
-                size=int(entry["Size"]),
-                sha256=entry.get("Sha256") or None,
-                git_blob=None,
-                url=f"{place}?Revision={quote(revision, safe='')}&FilePath={quote(entry['Path'], safe='')}",
+                path=_inside(sibling.rfilename, self.host),
+                size=sibling.size,
+                sha256=sibling.lfs.sha256 if sibling.lfs else None,
+                git_blob=None if sibling.lfs else sibling.blob_id,
             )
-            for entry in entries
+            for sibling in info.siblings
         ]
-    except (httpx.HTTPError, OSError) as error:
-        raise silent(host, error) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"{host} answered something that is not a list of files: a proxy's page perhaps. Take the other hub, or "
-            "bring the checkpoint yourself and give --source FOLDER."
-        ) from None
-    return Listing(host, repo, newest.get("Revision") or revision, files)
+        return Listing(repo, revision, info.sha, files)
 
+    def download(self, listing: Listing, files: list[RemoteFile], folder: Path) -> None:
+        """Bring the files into the folder, AT_A_TIME side by side.
 
-def silent(host: str, error: Exception) -> UserError:
-    """The one sentence for a host that gives no answer."""
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    if "CERTIFICATE_VERIFY_FAILED" in reason:
-        variable = next(filter(os.environ.get, ("SSL_CERT_FILE", "SSL_CERT_DIR")), None)
-        return UserError(
-            f"{host} shows a certificate that "
-            + (f"{variable} ({os.environ[variable]}) does not vouch for" if variable else "this Python does not trust")
-            + f" ({reason}): name your network's certificates in SSL_CERT_FILE, the one variable that is read for this."
-        )
-    other = "huggingface" if MODELSCOPE in host else "modelscope"
-    proxies = [_variable(f"{scheme}_proxy") for scheme in ("http", "https", "all") if getproxies().get(scheme)]
-    proxy = f"look at {' and '.join(proxies)}" if proxies else "set HTTPS_PROXY if there is a proxy"
-    return UserError(
-        f"{host} gives no answer ({reason}): take --source {other}, or {proxy}, or bring the checkpoint here by other "
-        "means and give its folder with --source FOLDER. What was fetched is kept."
-    )
+        By the client's http_get: its snapshot_download begins a file anew that a killed process left half-way, and
+        a shard of 2 GB takes hours on some lines.
+        Raises UserError where the hub falls silent, refuses a file or sends another one; what came stays.
+        """
+        from huggingface_hub import constants
 
-
-# Variables of the environment
-
-
-def check_huggingface_variables() -> None:
-    """Raises UserError, naming the variable, where one keeps huggingface_hub, and so transformers, from its import."""
-    for variable in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
-        try:
-            int(os.environ.get(variable, "0"))
-        except ValueError:
-            raise UserError(
-                f"{variable} is {os.environ[variable]!r}, a whole number of seconds was needed: unset it, or set it "
-                "to one."
-            ) from None
-    try:
-        urlsplit(os.environ.get("HF_ENDPOINT", ""))
-    except ValueError as error:
-        raise _no_address("HF_ENDPOINT", os.environ["HF_ENDPOINT"], error) from None
-
-
-def check_client_variables() -> None:
-    """Raises UserError, naming the variable, where httpx cannot use a proxy, an exception or a certificate file."""
-    import httpx
-
-    _check_certificates()
-    proxies = getproxies()
-    exceptions = [entry.strip() for entry in proxies.get("no", "").split(",")]
-    if "*" in exceptions:
-        # No proxy is used, and none is looked at.
-        return
-    for entry in filter(None, exceptions):
-        try:
-            # As httpx makes an address of it.
-            httpx.URL(entry if "://" in entry else f"all://[{entry}]" if entry.count(":") > 1 else f"all://*{entry}")
-        except (httpx.InvalidURL, ValueError) as error:
-            raise UserError(
-                f"{_variable('no_proxy')} holds {entry!r}, which cannot be used here ({error}): leave this entry out. "
-                "Ranges of IPv6 addresses and brackets are not understood, single addresses are."
-            ) from None
-    for scheme in ("http", "https", "all"):
-        if not (value := proxies.get(scheme)):
-            continue
-        address = value if "://" in value else f"http://{value}"
-        fault = _fault(address)
-        if not fault:
+        # Bytes that are written at once: what is lost where a connection ends, of which there may be many.
+        constants.DOWNLOAD_CHUNK_SIZE = 1 << 16
+        total, present = sum(file.size for file in files), sum(file.bytes_in(folder) for file in files)
+        missing = [file for file in files if not file.is_in(folder)]
+        stop = threading.Event()
+        with (
+            tqdm(total=total, initial=present, desc="fetch", unit="B", unit_scale=True) as bar,
+            ThreadPoolExecutor(AT_A_TIME) as pool,
+        ):
+            tasks = [pool.submit(self._receive, listing, file, folder, _Share(bar, stop)) for file in missing]
             try:
-                httpx.Client(proxy=address, trust_env=False).close()
-            except (ImportError, ValueError) as error:
-                fault = str(error).splitlines()[0]
-        if fault:
+                for task in as_completed(tasks):
+                    task.result()
+            finally:
+                stop.set()
+                pool.shutdown(cancel_futures=True)
+
+    def _receive(self, listing: Listing, file: RemoteFile, folder: Path, share: "_Share") -> None:
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.file_download import http_get
+        from huggingface_hub.utils.sha import git_hash
+
+        target, partial = folder / file.path, folder / f"{file.path}.incomplete"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if partial.is_file() and partial.stat().st_size > file.size:
+            partial.unlink()
+        try:
+            with open(partial, "ab") as out:
+                http_get(
+                    hf_hub_url(listing.repo, file.path, revision=listing.commit, endpoint=self.endpoint),
+                    out,
+                    resume_size=out.tell(),
+                    headers={**self.headers, "Accept-Encoding": "identity"},
+                    expected_size=file.size,
+                    tqdm_class=lambda **_: nullcontext(share),
+                )
+        except HfHubHTTPError as error:
+            raise _refused_file(self.host, file.path, error.response.status_code) from None
+        except httpx.HTTPError as error:
+            raise silent(f"{self.host}, asked for {file.path},", error) from None
+        except OSError as error:
+            if error.errno is None:
+                partial.unlink()
+                raise _other_size(self.host, file) from None
+            raise
+        announced = file.sha256 or file.git_blob
+        found = sha256_file(partial) if file.sha256 else git_hash(partial.read_bytes())
+        if announced and found != announced:
+            partial.unlink()
+            raise _other_bytes(self.host, file.path, "SHA-256" if file.sha256 else "Git hash", found, announced)
+        os.replace(partial, target)
+
+
+class _Share:
+    """One file's share of the bar; where it ends a transfer, another file has failed or the user has had enough."""
+
+    def __init__(self, bar: tqdm, stop: threading.Event):
+        self.bar, self.stop = bar, stop
+
+    def update(self, size: int) -> None:
+        if self.stop.is_set():
+            raise InterruptedError("stopped")
+        self.bar.update(size)
+
+
+class ModelScope:
+    """ModelScope. host: for people, "ModelScope (modelscope.cn)".
+
+    Raises UserError where a variable of the environment cannot be used.
+    """
+
+    # Its client gives up a file after an hour, however well it comes; it locks what is locked already; its log would
+    # hide the one sentence.
+    SETTINGS = {
+        "MODELSCOPE_DOWNLOAD_TOTAL_TIMEOUT": str(30 * 24 * 3600),
+        "MODELSCOPE_DOWNLOAD_FILE_LOCK": "false",
+        "MODELSCOPE_LOG_LEVEL": "CRITICAL",
+    }
+
+    def __init__(self):
+        check_client_variables()
+        address, self.host = endpoint("ModelScope", "MODELSCOPE_ENDPOINT", "https://modelscope.cn")
+        settings = dict(self.SETTINGS)
+        if trusted := os.environ.get("SSL_CERT_FILE") or os.environ.get("SSL_CERT_DIR"):
+            # The same as for the other hub, under the name that this client reads.
+            settings["REQUESTS_CA_BUNDLE"] = trusted
+        for variable, value in settings.items():
+            os.environ.setdefault(variable, value)
+        from modelscope_hub import HubApi, HubConfig
+
+        self.api = HubApi(HubConfig(endpoint=address))
+
+    def look_up(self, repo: str, revision: str) -> Listing:
+        """The files of a repository; revision: a branch, a tag or a commit.
+
+        The listing names each file's own last commit; Listing.commit is the newest of these.
+        Raises UserError where the hub is silent or does not have it.
+        """
+        from modelscope_hub.errors import APIError
+
+        log(f"asking {self.host} for the files of {repo}")
+        try:
+            entries = [
+                entry
+                for entry in self.api.legacy.list_repo_files(repo, "model", revision)
+                if entry.get("Type") != "tree"
+            ]
+            newest = max(entries, key=lambda entry: entry.get("CommittedDate") or 0, default={})
+            files = [
+                RemoteFile(_inside(entry["Path"], self.host), int(entry["Size"]), entry.get("Sha256") or None)
+                for entry in entries
+            ]
+        except APIError as error:
+            raise _refused(self.host, repo, error.status_code) from None
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(
-                f"The proxy that is set cannot be used ({_variable(f'{scheme}_proxy')}: {fault}): set this variable to "
-                "http://HOST:PORT or http://USER:PASSWORD@HOST:PORT, or unset it, or for SOCKS `pip install socksio`."
+                f"{self.host} answered something that is not a list of files: a proxy's page perhaps. Take the other "
+                "hub, or bring the checkpoint yourself and give --source FOLDER."
+            ) from None
+        except OSError as error:
+            raise silent(self.host, error) from None
+        if not files:
+            raise _no_revision(self.host, repo, revision, "master")
+        return Listing(repo, revision, newest.get("Revision") or revision, files)
+
+    def download(self, listing: Listing, files: list[RemoteFile], folder: Path) -> None:
+        """Bring the files into the folder, AT_A_TIME side by side. The client shows how far it is.
+
+        Raises UserError where the hub falls silent, refuses a file or sends another one; what came stays.
+        """
+        from modelscope_hub.errors import FileDownloadError
+
+        try:
+            self.api.download_repo(
+                listing.repo,
+                "model",
+                revision=listing.revision,
+                local_dir=folder,
+                max_workers=AT_A_TIME,
+                file_list=[{"Path": file.path, "Size": file.size, "Sha256": file.sha256} for file in files],
             )
+        except FileDownloadError as error:
+            path, failure = next(iter(error.failed_files.items()))
+            raise self._said(next(file for file in files if file.path == path), failure) from None
+
+    def _said(self, file: RemoteFile, failure: BaseException) -> BaseException:
+        from modelscope_hub.errors import APIError, FileIntegrityError, FileSizeMismatchError, HubError, ServerError
+
+        if isinstance(failure, FileSizeMismatchError):
+            return _other_size(self.host, file)
+        if isinstance(failure, FileIntegrityError):
+            # It says "…: expected 0123456789abcdef..., got fedcba9876543210...".
+            announced, found = re.findall(r"\b[0-9a-f]{16}\b", failure.message)
+            return _other_bytes(self.host, file.path, "SHA-256", found, announced)
+        if isinstance(failure, APIError) and not isinstance(failure, ServerError):
+            return _refused_file(self.host, file.path, failure.status_code)
+        if isinstance(failure, HubError | OSError) and getattr(failure, "errno", None) is None:
+            return silent(f"{self.host}, asked for {file.path},", failure)
+        return failure
 
 
-def _check_certificates() -> None:
-    file, folders = os.environ.get("SSL_CERT_FILE"), os.environ.get("SSL_CERT_DIR")
-    variable, what = "SSLKEYLOGFILE", "a file that can be written"
-    try:
-        ssl.create_default_context()
-        variable, what = "SSL_CERT_FILE", "a file of certificates (PEM)"
-        if file:
-            ssl.create_default_context(cafile=file)
-        elif folders and not any(Path(folder).is_dir() for folder in folders.split(os.pathsep)):
-            variable, what = "SSL_CERT_DIR", "a folder of certificates"
-            raise FileNotFoundError(None, "there is none")
-    except OSError as error:
-        raise UserError(
-            f"{variable} is {os.environ.get(variable)!r}, {what} was needed ({error.strerror or error}): unset it, or "
-            "name one."
-        ) from None
-
-
-def _variable(name: str) -> str:
-    """The variable's name as it is written where it counts: in small letters, or else as it stands."""
-    return name if os.environ.get(name) else next((v for v in os.environ if v.lower() == name), name)
-
-
-def _fault(address: str) -> str | None:
-    """What keeps httpx from using an address, or None."""
-    import httpx
-
-    rest = address.partition("://")[2]
-    beyond = rest[len(re.match(r"[^/?#]*", rest)[0]) :]
-    if "@" in beyond:
-        return f"a {beyond[0]!r} in a user name or password is written %{ord(beyond[0]):02X}"
-    try:
-        url = httpx.URL(address)
-        url.host.encode("idna")
-    except (httpx.InvalidURL, ValueError) as error:
-        return str(error).splitlines()[0]
-    if not url.host or "%" in url.host:
-        return "it names no host"
-    if url.port is not None and not 0 < url.port < 65536:
-        return f"{url.port} is no port"
-    return None
-
-
-def _endpoint(hub: str, variable: str, default: str) -> tuple[str, str]:
-    """A hub's address, and hub and host for people. Raises UserError where the variable holds no address."""
-    import httpx
-
-    address = os.environ.get(variable) or default
-    fault = _fault(address) if address.startswith(("http://", "https://")) else "it does not begin with https://"
-    if fault:
-        raise _no_address(variable, address, fault)
-    return address.rstrip("/"), f"{hub} ({httpx.URL(address).netloc.decode()})"
-
-
-def _no_address(variable: str, address: str, fault: object) -> UserError:
-    return UserError(
-        f"{variable} is {address!r}, which is not an address ({fault}): unset it, or set it to https://HOST."
-    )
+HUBS = {"huggingface": HuggingFace, "modelscope": ModelScope}
 
 
 def _huggingface_headers() -> tuple[dict[str, str], str]:
@@ -309,6 +322,26 @@ def _refused(host: str, repo: str, status: int) -> UserError:
 
 def _no_revision(host: str, repo: str, revision: str, branch: str) -> UserError:
     return UserError(f"{host} has no revision {revision!r} of {repo}: give --revision {branch}, its newest.")
+
+
+def _refused_file(host: str, path: str, status: int) -> UserError:
+    return UserError(
+        f"{host} refuses {path} with HTTP {status}: run the same command again later, or take another --source; what "
+        "was fetched is kept."
+    )
+
+
+def _other_size(host: str, file: RemoteFile) -> UserError:
+    return UserError(
+        f"{host} sends more or less of {file.path} than the {file.size} bytes that it announced: take another --source."
+    )
+
+
+def _other_bytes(host: str, path: str, kind: str, found: str, announced: str) -> UserError:
+    return UserError(
+        f"{path} as {host} sent it has the {kind} {found[:12]}…, announced was {announced[:12]}…: it is deleted; run "
+        "the same command again (the other files are kept), or take another --source."
+    )
 
 
 def _inside(path: str, host: str) -> str:

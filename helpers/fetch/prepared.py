@@ -27,7 +27,6 @@ from pathlib import Path, PurePosixPath
 from helpers import artefacts, machine
 from helpers.bmodel.bmodel import CHIP, read_bmodel
 from helpers.errors import UserError
-from helpers.fetch.downloading import make_folder
 from helpers.files import sha256_file
 
 MODEL = "qwen-7b"
@@ -69,10 +68,10 @@ ARTEFACTS = {
 }
 
 
-def fetch_prepared(artefact: str | None, out: str | Path | None = None, progress=None) -> Path:
+def fetch_prepared(artefact: str | None, out: str | Path | None = None) -> Path:
     """Bring a prepared artefact here: a bmodel as a file in the folder `out`, an archive unpacked as the folder `out`.
 
-    out: by default a place in out/prepared. progress: a tqdm class. What is there and whole is not fetched again.
+    out: by default a place in out/prepared. What is there and whole is not fetched again.
     Raises UserError where dfss is absent, no server answers, it fails or falls silent, or what it brings is not whole.
     """
     if artefact not in ARTEFACTS:
@@ -88,7 +87,7 @@ def fetch_prepared(artefact: str | None, out: str | Path | None = None, progress
         machine.log(f"{target} is there already, whole.")
         return target
     make_folder(target.parent)
-    with _brought(offered, target, progress) as file:
+    with _brought(offered, target) as file:
         inputs = {offered.file: sha256_file(file)}
         with artefacts.building(target, kind="prepared", inputs=inputs, settings=settings) as partial:
             if archive:
@@ -97,6 +96,14 @@ def fetch_prepared(artefact: str | None, out: str | Path | None = None, progress
                 _check_bmodel(file)
                 os.replace(file, partial)
     return target
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and those above it. Raises UserError where that is not allowed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder.parent} cannot be written ({error.strerror}): give another --out.") from None
 
 
 def next_step(artefact: str, path: Path) -> str:
@@ -127,14 +134,14 @@ def _is_there(target: Path, settings: dict) -> bool:
 
 
 @contextlib.contextmanager
-def _brought(offered: Artefact, target: Path, progress) -> Iterator[Path]:
+def _brought(offered: Artefact, target: Path) -> Iterator[Path]:
     """The file as dfss brings it, in a folder that goes afterwards: dfss cannot go on with half a file."""
     _require_tool()
     folder = target.parent / f".{target.name}.download"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
-        _run_tool(offered, folder, progress)
+        _run_tool(offered, folder)
         yield folder / offered.file
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -180,7 +187,7 @@ def _any_answers(servers: list[tuple[str, int]]) -> bool:
     return any(task.result() for task in as_completed(tasks))
 
 
-def _run_tool(offered: Artefact, folder: Path, progress) -> None:
+def _run_tool(offered: Artefact, folder: Path) -> None:
     from tqdm.auto import tqdm
 
     command = [sys.executable, "-m", "dfss", f"--url=open@sophgo.com:{offered.place}"]
@@ -196,7 +203,7 @@ def _run_tool(offered: Artefact, folder: Path, progress) -> None:
             start_new_session=True,
         )
     try:
-        with (progress or tqdm)(desc=offered.file, unit="B", unit_scale=True, unit_divisor=1000) as bar:
+        with tqdm(desc=offered.file, unit="B", unit_scale=True, unit_divisor=1000) as bar:
             _watch(tool, folder, bar)
         if tool.returncode != 0 or not (folder / offered.file).is_file():
             last = [line for line in said.read_text(errors="replace").splitlines() if line.strip()][-2:]

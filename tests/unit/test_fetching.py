@@ -21,14 +21,15 @@ import time
 import zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
 from helpers import artefacts, cli, machine
 from helpers.errors import UserError
-from helpers.fetch import downloading, fetching, hubs, prepared
-from helpers.files import sha256_file
+from helpers.fetch import fetching, hubs, network, prepared
+from helpers.files import locked, sha256_file
 from helpers.patching import patching
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,8 +41,20 @@ HANG, SOON = 1800, 600
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 
 
+def read_safetensors_header(file: Path) -> tuple[dict[str, dict], int]:
+    """Tensors by name, {dtype, shape, data_offsets}, and the bytes before the first of them.
+
+    The format: 8 bytes little-endian length, that many bytes of JSON, the data.
+    """
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
 def write_safetensors(path: Path, source: Path, names: list[str]) -> None:
-    header, before = fetching.read_safetensors_header(source)
+    header, before = read_safetensors_header(source)
     data = source.read_bytes()[before:]
     chosen, blob = {}, b""
     for name in names:
@@ -62,7 +75,7 @@ def checkpoint(tmp_path_factory) -> Path:
     for name in ("modeling_qwen.py", "configuration_qwen.py"):
         (folder / name).write_bytes((tiny / name).read_bytes())
     (folder / "qwen.tiktoken").write_text("IQ== 0\n")
-    header, _ = fetching.read_safetensors_header(tiny / "model.safetensors")
+    header, _ = read_safetensors_header(tiny / "model.safetensors")
     layers = [name for name in header if ".h.2." not in name and ".h.3." not in name]
     split = {SHARDS[0]: [name for name in layers if ".h." in name], SHARDS[1]: [n for n in layers if ".h." not in n]}
     for shard, names in split.items():
@@ -230,7 +243,10 @@ def hub(checkpoint, monkeypatch, tmp_path):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     monkeypatch.setitem(fetching.MODELS, "two", MODEL)
-    monkeypatch.setattr(downloading, "PAUSE", 0.01)
+    monkeypatch.setenv("MODELSCOPE_HOME", str(tmp_path / "no-home"))
+    # Pauses before another attempt, of either client.
+    monkeypatch.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr("modelscope_hub._download_control._DownloadControl.sleep", lambda self, seconds: None)
     yield server
     server.shutdown()
     server.server_close()
@@ -316,21 +332,30 @@ def test_a_checkpoint_that_was_patched_in_place_stays_so(hub, tmp_path):
 def test_a_connection_that_ends_is_taken_up_where_it_ended(hub, tmp_path, source):
     hub.cut_after = 100_000
     fetching.fetch("two", source, tmp_path / "two")
-    assert all(hub.starts(shard) == [0, 100_000] for shard in SHARDS)
+    # huggingface_hub writes whole blocks.
+    taken_up = 1 << 16 if source == "huggingface" else 100_000
+    assert all(hub.starts(shard) == [0, taken_up] for shard in SHARDS)
 
 
-def test_a_server_without_ranges_sends_it_all_again(hub, checkpoint, tmp_path):
+@pytest.mark.parametrize("source", ["huggingface", "modelscope"])
+def test_a_server_without_ranges_sends_it_all_again(hub, checkpoint, tmp_path, source):
     hub.cut_after, hub.ranges = 100_000, False
-    out = fetching.fetch("two", "huggingface", tmp_path / "two")
+    out = fetching.fetch("two", source, tmp_path / "two")
     assert (out / SHARDS[0]).read_bytes() == (checkpoint / SHARDS[0]).read_bytes()
     assert hub.starts(SHARDS[0]) == [0, 0]
 
 
 def test_a_server_that_answers_for_another_range_is_asked_for_all_of_it(hub, checkpoint, tmp_path):
     hub.cut_after, hub.shift = 100_000, 1
-    out = fetching.fetch("two", "huggingface", tmp_path / "two")
-    assert all((out / shard).read_bytes() == (checkpoint / shard).read_bytes() for shard in SHARDS)
-    assert hub.starts(SHARDS[0]) == [0, 100_001, 0]
+    refused("sends more or less of model-0", "two", "huggingface", tmp_path / "one")
+    hub.cut_after = None
+    fetching.fetch("two", "huggingface", tmp_path / "one")
+    hub.cut_after = 100_000
+    hub.cut.clear()
+    fetching.fetch("two", "modelscope", tmp_path / "two")
+    for out in (tmp_path / "one", tmp_path / "two"):
+        assert all((out / shard).read_bytes() == (checkpoint / shard).read_bytes() for shard in SHARDS)
+    assert hub.starts(SHARDS[0])[-3:] == [0, 100_001, 0]
 
 
 SCRIPT = """
@@ -341,18 +366,18 @@ fetching.fetch("two", {source!r}, {out!r})
 """
 
 
-def test_killed_in_the_middle_it_goes_on_from_there_even_from_the_other_hub(hub, checkpoint, tmp_path):
-    def sha256(shard: str) -> str:
-        return sha256_file(checkpoint / shard)
-
+@pytest.mark.parametrize("source", ["huggingface", "modelscope"])
+def test_killed_in_the_middle_it_goes_on_from_there(hub, checkpoint, tmp_path, source):
     out = tmp_path / "two"
-    hub.block, hub.hold_after = 4096, 60_000
-    script = SCRIPT.format(repo=REPO, commit=COMMIT, source="huggingface", out=str(out))
+    hub.block, hub.hold_after = 4096, 100_000
+    script = SCRIPT.format(repo=REPO, commit=COMMIT, source=source, out=str(out))
     process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.DEVNULL)
     try:
-        halves = [tmp_path / ".two.download" / f"{digest}.incomplete" for digest in map(sha256, SHARDS)]
         until = time.monotonic() + SOON
-        while not all(half.is_file() and half.stat().st_size > 20_000 for half in halves):
+        while True:
+            halves = list((tmp_path / ".two.download").glob(f"{source}-*/model-*.incomplete"))
+            if len(halves) == 2 and all(half.stat().st_size > 20_000 for half in halves):
+                break
             assert process.poll() is None and time.monotonic() < until
             time.sleep(0.01)
     finally:
@@ -361,25 +386,26 @@ def test_killed_in_the_middle_it_goes_on_from_there_even_from_the_other_hub(hub,
     assert not out.exists()
     hub.block, hub.hold_after = 1 << 16, None
     hub.asked.clear()
-    fetching.fetch("two", "modelscope", out)
+    fetching.fetch("two", source, out)
     assert (out / SHARDS[1]).read_bytes() == (checkpoint / SHARDS[1]).read_bytes()
     assert all(hub.starts(shard)[0] > 20_000 for shard in SHARDS)
     assert [path.name for path in tmp_path.iterdir() if path.name != "no-home"] == ["two"]
 
 
-def test_killed_while_it_is_moved_in_nothing_is_fetched_again(hub, tmp_path, monkeypatch):
+@pytest.mark.parametrize("source", ["huggingface", "modelscope"])
+def test_killed_while_it_is_moved_in_nothing_is_fetched_again(hub, tmp_path, monkeypatch, source):
     def killed(*args, **options):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as context:
         context.setattr(fetching, "verify", killed)
         with pytest.raises(KeyboardInterrupt):
-            fetching.fetch("two", "huggingface", tmp_path / "two")
+            fetching.fetch("two", source, tmp_path / "two")
     assert not (tmp_path / "two").exists()
     hub.asked.clear()
-    cut = tmp_path / ".two.download" / sha256_file(hub.folder / SHARDS[0])
+    (cut,) = (tmp_path / ".two.download").glob(f"{source}-*/{SHARDS[0]}")
     os.truncate(cut, 1000)  # as where the machine lost power
-    fetching.fetch("two", "huggingface", tmp_path / "two")
+    fetching.fetch("two", source, tmp_path / "two")
     assert {path for path, _ in hub.asked} == {SHARDS[0]}
 
 
@@ -394,20 +420,23 @@ def test_killed_while_it_is_moved_in_nothing_is_fetched_again(hub, tmp_path, mon
 def test_other_bytes_than_announced(hub, tmp_path, source, name, kind):
     out = tmp_path / "two"
     file = hub.folder / name
-    genuine = downloading.git_blob(file) if kind == "Git hash" else sha256_file(file)
+    content = file.read_bytes()
+    blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    genuine = blob if kind == "Git hash" else sha256_file(file)
     hub.announced[name] = genuine[:-1] + ("0" if genuine[-1] != "0" else "1")
     said = refused(f"^{name} as .* {kind}", "two", source, out)
     assert "deleted" in said and "127.0.0.1" in said
-    assert not out.exists()
+    assert not out.exists() and not list(tmp_path.glob(f".two.download/*/{name}*"))
     hub.announced.clear()
     hub.asked.clear()
     fetching.fetch("two", source, out)
-    assert hub.starts(name) == [0]
+    assert [asked for asked in hub.asked if asked[0] == name] == [(name, 0)]
 
 
 @pytest.mark.parametrize("source", ["huggingface", "modelscope"])
 def test_a_silent_hub_is_one_sentence_soon(hub, tmp_path, monkeypatch, source):
     monkeypatch.setattr(hubs, "PATIENCE", 0.5)
+    monkeypatch.setattr("modelscope_hub._legacy_api.REPO_TREE_PAGE_TIMEOUT_SECONDS", 0.5)
     hub.silent.set()
     started = time.monotonic()
     said = refused("gives no answer", "two", source, tmp_path / "two")
@@ -437,52 +466,69 @@ def test_nobody_at_the_address(hub, tmp_path, monkeypatch, source):
     refused("gives no answer .*refused", "two", source, tmp_path / "two")
 
 
-def test_a_hub_that_falls_silent_in_the_middle(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(downloading, "STALL", 0.3)
+@pytest.fixture
+def stall(monkeypatch):
+    """stall(seconds): how long a connection may be silent from now on."""
+
+    def patch(seconds: float) -> None:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DOWNLOAD_TIMEOUT", seconds)
+        monkeypatch.setattr("modelscope_hub._legacy_api.DOWNLOAD_TIMEOUT", seconds)
+
+    return patch
+
+
+@pytest.mark.parametrize("source", ["huggingface", "modelscope"])
+def test_a_hub_that_falls_silent_in_the_middle(hub, tmp_path, stall, source):
+    stall(0.3)
     hub.block, hub.hold_after = 4096, 4096
     started = time.monotonic()
-    said = refused("gives no answer", "two", "huggingface", tmp_path / "two")
+    said = refused("gives no answer", "two", source, tmp_path / "two")
     assert time.monotonic() - started < SOON
     assert "What was fetched is kept" in said
     hub.block, hub.hold_after = 1 << 16, None
-    monkeypatch.setattr(downloading, "STALL", hubs.PATIENCE)
-    fetching.fetch("two", "huggingface", tmp_path / "two")
+    stall(60)
+    fetching.fetch("two", source, tmp_path / "two")
 
 
-def test_a_slow_hub_is_waited_for(hub, tmp_path, monkeypatch):
+@pytest.mark.parametrize("source", ["huggingface", "modelscope"])
+def test_a_slow_hub_is_waited_for(hub, tmp_path, stall, source):
     """Each file takes longer than its connection may be silent, and is never as silent as that."""
-    monkeypatch.setattr(downloading, "STALL", 5)
+    stall(5)
     hub.block, hub.pause = max((hub.folder / shard).stat().st_size for shard in SHARDS) // 13, 0.5
     started = time.monotonic()
-    fetching.fetch("two", "huggingface", tmp_path / "two")
-    assert time.monotonic() - started > downloading.STALL
+    fetching.fetch("two", source, tmp_path / "two")
+    assert time.monotonic() - started > 5
     assert all(hub.starts(shard) == [0] for shard in SHARDS)
 
 
-def test_a_file_that_is_not_there(hub, tmp_path):
+@pytest.mark.parametrize("source", ["huggingface", "modelscope"])
+def test_a_file_that_is_not_there(hub, tmp_path, source):
     hub.status[SHARDS[1]] = 404
-    said = refused("refuses", "two", "huggingface", tmp_path / "two")
+    said = refused("refuses", "two", source, tmp_path / "two")
     assert SHARDS[1] in said and "404" in said
     hub.status.clear()
     hub.asked.clear()
-    fetching.fetch("two", "huggingface", tmp_path / "two")
+    fetching.fetch("two", source, tmp_path / "two")
 
 
-def test_a_hub_that_sends_more_than_it_announced(hub, tmp_path, monkeypatch):
-    def shorter(repo, revision):
-        listing = hubs.list_modelscope(repo, revision)
-        files = [dataclasses.replace(f, size=f.size - 1) if f.path == SHARDS[0] else f for f in listing.files]
-        return dataclasses.replace(listing, files=files)
+@pytest.mark.parametrize("source", ["huggingface", "modelscope"])
+def test_a_hub_that_sends_more_than_it_announced(hub, tmp_path, monkeypatch, source):
+    class Shorter(fetching.HUBS[source]):
+        def look_up(self, repo, revision):
+            listing = super().look_up(repo, revision)
+            files = [dataclasses.replace(f, size=f.size - 1) if f.path == SHARDS[0] else f for f in listing.files]
+            return dataclasses.replace(listing, files=files)
 
-    monkeypatch.setitem(fetching.SOURCES, "modelscope", shorter)
-    refused(f"sends more of {SHARDS[0]} than the", "two", "modelscope", tmp_path / "two")
-    assert hub.starts(SHARDS[0]) == [0]
+    monkeypatch.setitem(fetching.HUBS, source, Shorter)
+    refused(f"sends more or less of {SHARDS[0]} than the", "two", source, tmp_path / "two")
+    assert not list(tmp_path.glob(f".two.download/*/{SHARDS[0]}*"))
 
 
-def test_a_hub_in_trouble_is_asked_three_times(hub, tmp_path):
+def test_a_hub_in_trouble_is_asked_again(hub, tmp_path):
     hub.status[SHARDS[1]] = 503
-    refused("gives no answer", "two", "modelscope", tmp_path / "two")
-    assert len(hub.starts(SHARDS[1])) == 3
+    refused("gives no answer .*503", "two", "modelscope", tmp_path / "two")
+    assert len(hub.starts(SHARDS[1])) == 6
+    refused("refuses .* HTTP 503", "two", "huggingface", tmp_path / "two")
 
 
 @pytest.mark.parametrize("source", ["huggingface", "modelscope"])
@@ -494,10 +540,11 @@ def test_a_revision_or_a_repository_that_is_not_there(hub, tmp_path, monkeypatch
     refused("does not have Qwen/Gone for you", "two", source, tmp_path / "two")
 
 
+@pytest.mark.parametrize("source", ["huggingface", "modelscope"])
 @pytest.mark.parametrize("path", ["../../elsewhere", "a/../../elsewhere", "/elsewhere"])
-def test_a_file_outside_the_repository_is_refused(hub, tmp_path, path):
+def test_a_file_outside_the_repository_is_refused(hub, tmp_path, source, path):
     hub.extra = [path]
-    refused("outside its repository", "two", "modelscope", tmp_path / "two")
+    refused("outside its repository", "two", source, tmp_path / "two")
 
 
 def test_the_token_goes_to_the_hub_and_to_nobody_else(hub, tmp_path, monkeypatch):
@@ -601,7 +648,7 @@ def test_an_exception_for_everything_makes_proxies_unimportant(hub, tmp_path, mo
 
 @pytest.mark.parametrize("variable, value", [("HF_HUB_ETAG_TIMEOUT", "ten"), ("HF_ENDPOINT", "http://[x")])
 def test_what_breaks_the_import_of_a_library_is_not_blamed_on_the_checkpoint(tmp_path, variable, value):
-    code = "from helpers.checkpoint.weights import modeling\nmodeling.load_modeling('models/tiny')"
+    code = "from helpers.checkpoint import modeling\nmodeling.load_modeling('models/tiny')"
     environment = os.environ | {variable: value}
     for command in (["-m", "helpers", "fetch", "--name", "qwen-7b", "--out", str(tmp_path / "q")], ["-c", code]):
         done = subprocess.run(
@@ -624,9 +671,9 @@ def test_a_certificate_that_is_not_trusted(monkeypatch):
     failure = OSError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate")
     monkeypatch.delenv("SSL_CERT_DIR", raising=False)
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
-    assert "SSL_CERT_FILE" in str(hubs.silent("Hugging Face", failure))
+    assert "SSL_CERT_FILE" in str(network.silent("Hugging Face", failure))
     monkeypatch.setenv("SSL_CERT_FILE", "/mine.pem")
-    assert "SSL_CERT_FILE (/mine.pem) does not vouch" in str(hubs.silent("Hugging Face", failure))
+    assert "SSL_CERT_FILE (/mine.pem) does not vouch" in str(network.silent("Hugging Face", failure))
 
 
 def test_an_old_token_is_named_and_does_not_hide_a_public_repository(hub, tmp_path, monkeypatch):
@@ -664,7 +711,8 @@ def test_a_place_that_cannot_be_written(hub, local, tmp_path):
 
 
 def test_two_at_once(hub, tmp_path):
-    with downloading.locked(tmp_path / ".two.download"):
+    (tmp_path / ".two.download").mkdir()
+    with locked(tmp_path / ".two.download" / "lock"):
         refused("Another fetch", "two", "huggingface", tmp_path / "two")
 
 
@@ -868,13 +916,13 @@ def test_an_older_shard_that_no_index_names_is_none_of_its_weights(local):
 
 
 def test_two_whole_sets_of_weights(local, tiny, tmp_path):
-    header, _ = fetching.read_safetensors_header(tiny / "model.safetensors")
+    header, _ = read_safetensors_header(tiny / "model.safetensors")
     layers = [name for name in header if ".h.2." not in name and ".h.3." not in name]
     write_safetensors(local / "model.safetensors", tiny / "model.safetensors", layers)
     said = refused("two whole sets", source=local, out=tmp_path / "copy")
     assert "model.safetensors.index.json and model.safetensors" in said and not (tmp_path / "copy").exists()
     os.truncate(local / "model.safetensors", 1_000_000)
-    refused("model.safetensors is damaged, it has 1000000 bytes", source=local)
+    refused("model.safetensors .1000000 bytes. is damaged", source=local)
     write_safetensors(local / "model.safetensors", tiny / "model.safetensors", layers[1:])
     fetching.fetch(source=local)
     write_safetensors(local / "model.safetensors", tiny / "model.safetensors", layers)
@@ -884,7 +932,7 @@ def test_two_whole_sets_of_weights(local, tiny, tmp_path):
 
 def test_weights_of_eight_bits_are_named_for_what_they_are(local):
     shard = local / SHARDS[0]
-    header, before = fetching.read_safetensors_header(shard)
+    header, before = read_safetensors_header(shard)
     name = next(name for name in header if name.endswith("mlp.w1.weight"))
     begin, end = header[name]["data_offsets"]
     quantised = {}
@@ -948,11 +996,11 @@ def damage_shapes(folder: Path) -> None:
     ("damage", "match"),
     [
         (damage_shard_missing, f"lacks {SHARDS[1]}"),
-        (damage_shard_short, f"{SHARDS[1]} is damaged, it has .* bytes where its header announces"),
-        (damage_shard_long, f"{SHARDS[0]} is damaged, it has .* bytes where its header announces"),
-        (damage_shard_empty, f"{SHARDS[0]} is damaged, it has no safetensors header"),
+        (damage_shard_short, f"{SHARDS[1]} .* is damaged .*not fully covered"),
+        (damage_shard_long, f"{SHARDS[0]} .* is damaged .*not fully covered"),
+        (damage_shard_empty, f"{SHARDS[0]} .* is damaged .*header too small"),
         (damage_pointer, "Git LFS pointer"),
-        (damage_header, f"{SHARDS[0]} is damaged"),
+        (damage_header, f"{SHARDS[0]} .* is damaged"),
         (damage_no_tiktoken, "lacks qwen.tiktoken"),
         (damage_index, "lacks lm_head.weight"),
         (damage_qwen2, "llm_convert.py"),
@@ -969,7 +1017,7 @@ def test_a_tensor_in_a_space_that_is_not_its_size(local):
     content = shard.read_bytes()
     shard.write_bytes(content.replace(b'"BF16"', b'"F32" ', 1))
     assert shard.stat().st_size == len(content)
-    refused("in a space that is not its size", None, local)
+    refused("is damaged .*invalid shape, data type, or offset", None, local)
 
 
 def test_a_folder_of_bin_files_that_is_cut_short(local):
