@@ -212,8 +212,8 @@ class Checkpoint:
         shapes = self.shapes()
         for file in dict.fromkeys(self.files[name] for name in wanted):
             for name, tensor in _read(file, [name for name in wanted if self.files[name] == file]):
-                dtype = str(getattr(tensor, "dtype", type(tensor))).removeprefix("torch.")
-                if dtype not in WEIGHT_DTYPES:
+                dtype = str(getattr(tensor, "dtype", type(tensor)))
+                if dtype.removeprefix("torch.") not in WEIGHT_DTYPES:
                     raise _quantised(file, name, dtype)
                 self._require_shape(name, tensor.shape, shapes)
                 yield name, tensor

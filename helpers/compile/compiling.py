@@ -15,7 +15,7 @@ from pathlib import Path
 
 from helpers import artefacts, machine, toolchain
 from helpers.bmodel import bmodel
-from helpers.checkpoint.tokenizer import copy_vocabulary
+from helpers.checkpoint.vocabulary import copy_vocabulary
 from helpers.compile import jobs as net_jobs
 from helpers.compile.profile import estimates
 from helpers.errors import UserError

@@ -19,7 +19,7 @@ from pathlib import Path
 from helpers import artefacts, machine, toolchain
 from helpers.bmodel import bmodel
 from helpers.checkpoint.modeling import check_huggingface_variables
-from helpers.checkpoint.tokenizer import copy_vocabulary
+from helpers.checkpoint.vocabulary import copy_vocabulary
 from helpers.checkpoint.weights import Checkpoint
 from helpers.compile.compiling import Q_GROUP_SIZE, check_name, check_options
 from helpers.compile.jobs import own_error

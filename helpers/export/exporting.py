@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from helpers import artefacts, machine
-from helpers.checkpoint.tokenizer import copy_vocabulary
+from helpers.checkpoint.vocabulary import copy_vocabulary
 from helpers.checkpoint.weights import Checkpoint
 from helpers.errors import UserError
 from helpers.files import sha256_file, write_json

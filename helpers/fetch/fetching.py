@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers import artefacts, machine
-from helpers.checkpoint.tokenizer import VOCABULARY, QwenTokenizer, cut_vocabulary
+from helpers.checkpoint.vocabulary import VOCABULARY, cut_vocabulary, read_vocabulary
 from helpers.checkpoint.weights import Checkpoint, open_safetensors
 from helpers.errors import UserError
 from helpers.fetch import prepared
 from helpers.fetch.hubs import HUBS, RemoteFile
+from helpers.fetch.places import earlier_fetch, make_folder
 from helpers.files import locked, sha256_file
 from helpers.patching import patching
 
@@ -107,7 +108,7 @@ def _from_hub(name: str, source: str, out: Path, revision: str | None) -> Path:
     model = MODELS[name]
     revision = revision or (model.commit if source == "huggingface" else "master")
     settings = {"name": name, "source": source, "repo": model.repo, "revision": revision}
-    previous = _previous(out)
+    previous = earlier_fetch(out, KIND)
     if previous.get("settings") == settings and _is_there(out, previous, name):
         machine.log(f"{out} is there already, whole: {model.repo} at {previous['revision']}")
         return out
@@ -120,7 +121,7 @@ def _from_hub(name: str, source: str, out: Path, revision: str | None) -> Path:
     hub = HUBS[source]()
     listing = hub.look_up(model.repo, revision)
     files = choose(listing.files)
-    prepared.make_folder(downloads)
+    make_folder(downloads)
     busy = f"Another fetch is writing to {downloads}: wait for it, or give another --out."
     with locked(downloads / "lock", busy):
         # Files are named as in the repository: those of another hub or commit are others.
@@ -153,20 +154,6 @@ def choose(files: list[RemoteFile]) -> list[RemoteFile]:
         and not file.path.endswith((".png", ".jpg", ".jpeg", ".gif"))
         and file.path != artefacts.MANIFEST
     ]
-
-
-def _previous(out: Path) -> dict:
-    """The manifest of what an earlier fetch left at `out`, or {}. Raises UserError where something else is there."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
-        return {}
-    if out.is_dir() and artefacts.manifest_path(out).is_file():
-        manifest = artefacts.read_manifest(out)
-        if manifest.get("kind") == KIND:
-            return manifest
-    raise UserError(
-        f"{out} exists and no fetch made it, so it is left as it is: give another --out, or, if it is a checkpoint, "
-        f"--source {out}."
-    )
 
 
 def _is_there(out: Path, manifest: dict, name: str | None) -> bool:
@@ -242,11 +229,11 @@ def _from_folder(source: Path, name: str | None, out: Path | None) -> Path:
     files = sorted(_files_in(source, ()))
     inputs = {path: sha256_file(source / path) for path in files}
     settings = {"name": name, "source": "folder"}
-    previous = _previous(out)
+    previous = earlier_fetch(out, KIND)
     if previous.get("inputs") == inputs and _is_there(out, previous, name):
         return out
     _require_space(out, sum((source / path).stat().st_size for path in files), name or source.name)
-    prepared.make_folder(out.parent)
+    make_folder(out.parent)
     with artefacts.building(out, kind=KIND, inputs=inputs, settings=settings) as partial:
         for path in files:
             target = partial / path
@@ -295,7 +282,7 @@ def verify(folder: str | Path, name: str | None = None, as_folder: Path | None =
         checkpoint.check_files()
         if not (folder / VOCABULARY).is_file() and cut_vocabulary(folder) is not None:
             # As the embedded checkpoint has it: the vocabulary is cut from a package on first use.
-            QwenTokenizer.open(folder)
+            read_vocabulary(folder)
         elif missing := [needed for needed in NEEDED if not (folder / needed).is_file()]:
             raise UserError(f"{folder} lacks {', '.join(missing)}: take them from the checkpoint's own repository.")
         if name is not None:

@@ -24,9 +24,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from tqdm.auto import tqdm
+
 from helpers import artefacts, machine
 from helpers.bmodel.bmodel import CHIP, read_bmodel
 from helpers.errors import UserError
+from helpers.fetch.places import earlier_fetch, make_folder
 from helpers.files import sha256_file
 
 MODEL = "qwen-7b"
@@ -83,7 +86,8 @@ def fetch_prepared(artefact: str | None, out: str | Path | None = None) -> Path:
     else:
         target = Path(out or DEFAULT_FOLDER) / offered.file
     settings = {"artefact": artefact, "place": offered.place}
-    if _is_there(target, settings):
+    previous = earlier_fetch(target, "prepared")
+    if previous.get("settings") == settings and artefacts.is_whole(target, previous):
         machine.log(f"{target} is there already, whole.")
         return target
     make_folder(target.parent)
@@ -96,14 +100,6 @@ def fetch_prepared(artefact: str | None, out: str | Path | None = None) -> Path:
                 _check_bmodel(file)
                 os.replace(file, partial)
     return target
-
-
-def make_folder(folder: Path) -> None:
-    """Create a folder and those above it. Raises UserError where that is not allowed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder.parent} cannot be written ({error.strerror}): give another --out.") from None
 
 
 def next_step(artefact: str, path: Path) -> str:
@@ -119,15 +115,6 @@ def next_step(artefact: str, path: Path) -> str:
         return f"next: python -m helpers compile --name {MODEL} --mode int4 --onnx {nets} --out out/{MODEL}"
     vocabulary = next(iter(sorted(path.rglob("qwen.tiktoken"))), path)
     return f"next: python -m helpers chat --model FILE.bmodel --tokenizer {vocabulary}"
-
-
-def _is_there(target: Path, settings: dict) -> bool:
-    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
-        return False
-    manifest = artefacts.read_manifest(target) if artefacts.manifest_path(target).is_file() else {}
-    if manifest.get("kind") != "prepared":
-        raise UserError(f"{target} exists and no fetch made it, so it is left as it is: give another --out.")
-    return manifest.get("settings") == settings and artefacts.is_whole(target, manifest)
 
 
 # The tool
@@ -188,8 +175,6 @@ def _any_answers(servers: list[tuple[str, int]]) -> bool:
 
 
 def _run_tool(offered: Artefact, folder: Path) -> None:
-    from tqdm.auto import tqdm
-
     command = [sys.executable, "-m", "dfss", f"--url=open@sophgo.com:{offered.place}"]
     said = folder.with_name(f"{folder.name}.log")
     with open(said, "wb") as log:
@@ -221,7 +206,9 @@ def _run_tool(offered: Artefact, folder: Path) -> None:
 def _watch(tool: subprocess.Popen, folder: Path, bar) -> None:
     """Until the tool ends. Raises UserError where it falls silent."""
     seen, since, limit = 0, time.monotonic(), FIRST_BYTE
-    while tool.poll() is None:
+    ended = False
+    while not ended:
+        ended = tool.poll() is not None
         size = sum(path.stat().st_size for path in folder.iterdir())
         if size != seen:
             bar.update(size - seen)
@@ -232,8 +219,6 @@ def _watch(tool: subprocess.Popen, folder: Path, bar) -> None:
                 "network, or make the artefact yourself from the checkpoint."
             )
         time.sleep(_POLL)
-    size = sum(path.stat().st_size for path in folder.iterdir())
-    bar.update(size - seen)
 
 
 # What it brings

