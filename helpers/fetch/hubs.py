@@ -36,17 +36,14 @@ class RemoteFile:
     sha256: str | None
     git_blob: str | None = None
 
-    def bytes_in(self, folder: Path) -> int:
-        """Bytes of it that are in the folder, whole or in part."""
-        whole, partial = folder / self.path, folder / f"{self.path}.incomplete"
-        if self.is_in(folder):
-            return self.size
-        return min(partial.stat().st_size, self.size) if partial.is_file() and not whole.exists() else 0
-
     def is_in(self, folder: Path) -> bool:
         """Whether it lies in the folder under its name, which it gets when it was compared with its hash."""
-        whole = folder / self.path
-        return whole.is_file() and whole.stat().st_size == self.size
+        return (folder / self.path).is_file() and (folder / self.path).stat().st_size == self.size
+
+    def bytes_in(self, folder: Path) -> int:
+        """Bytes of it that are in the folder, whole or in part."""
+        partial = folder / f"{self.path}.incomplete"
+        return self.size if self.is_in(folder) else partial.stat().st_size if partial.is_file() else 0
 
 
 @dataclass(frozen=True)
@@ -102,6 +99,8 @@ class HuggingFace:
             raise _refused(self.host, repo, status) from None
         except (httpx.HTTPError, OSError) as error:
             raise silent(self.host, error) from None
+        except ValueError:
+            raise _no_listing(self.host) from None
         files = [
             RemoteFile(
                 path=_inside(sibling.rfilename, self.host),
@@ -176,6 +175,10 @@ class HuggingFace:
         os.replace(partial, target)
 
 
+class _Stopped(Exception):
+    """A transfer that ends before its file; what came stays."""
+
+
 class _Share:
     """One file's share of the bar; where it ends a transfer, another file has failed or the user has had enough."""
 
@@ -184,7 +187,7 @@ class _Share:
 
     def update(self, size: int) -> None:
         if self.stop.is_set():
-            raise InterruptedError("stopped")
+            raise _Stopped
         self.bar.update(size)
 
 
@@ -221,6 +224,7 @@ class ModelScope:
         The listing names each file's own last commit; Listing.commit is the newest of these.
         Raises UserError where the hub is silent or does not have it.
         """
+        import requests
         from modelscope_hub.errors import APIError
 
         log(f"asking {self.host} for the files of {repo}")
@@ -237,11 +241,8 @@ class ModelScope:
             ]
         except APIError as error:
             raise _refused(self.host, repo, error.status_code) from None
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(
-                f"{self.host} answered something that is not a list of files: a proxy's page perhaps. Take the other "
-                "hub, or bring the checkpoint yourself and give --source FOLDER."
-            ) from None
+        except (requests.JSONDecodeError, KeyError, TypeError, AttributeError):
+            raise _no_listing(self.host) from None
         except OSError as error:
             raise silent(self.host, error) from None
         if not files:
@@ -318,6 +319,13 @@ def _refused(host: str, repo: str, status: int) -> UserError:
             "MODELSCOPE_ENDPOINT if one is set, or take the other hub with --source."
         )
     return UserError(f"{host} refuses {repo} with HTTP {status}: try again later, or take the other hub with --source.")
+
+
+def _no_listing(host: str) -> UserError:
+    return UserError(
+        f"{host} answered something that is not a list of files: a proxy's page perhaps. Take the other hub, or bring "
+        "the checkpoint yourself and give --source FOLDER."
+    )
 
 
 def _no_revision(host: str, repo: str, revision: str, branch: str) -> UserError:

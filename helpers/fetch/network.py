@@ -73,7 +73,8 @@ def check_client_variables() -> None:
         if fault:
             raise UserError(
                 f"The proxy that is set cannot be used ({_variable(f'{scheme}_proxy')}: {fault}): set this variable to "
-                "http://HOST:PORT or http://USER:PASSWORD@HOST:PORT, or unset it, or for SOCKS `pip install socksio`."
+                "http://HOST:PORT or http://USER:PASSWORD@HOST:PORT, or unset it, or for SOCKS `pip install socksio "
+                "pysocks`."
             )
 
 

@@ -98,6 +98,7 @@ class Hub(ThreadingHTTPServer):
         self.folder = folder
         self.asked: list[tuple[str, int]] = []
         self.authorization: dict[str, str | None] = {}
+        self.page: str | None = None  # instead of a listing, with status 200
         self.slow_listing = 0.0  # seconds after each fourteenth of a listing
         self.old_token = False  # answers 401 to any token
         self.announced: dict[str, str] = {}  # path: a hash that is not its content's
@@ -187,7 +188,7 @@ class Answers(BaseHTTPRequestHandler):
             yield name, b"extra"
 
     def json(self, status: int, value: dict, headers: dict | None = None):
-        body = json.dumps(value).encode()
+        body = (self.server.page or json.dumps(value)).encode()
         self.send_response(status)
         for name, text in {
             "Content-Type": "application/json",
@@ -393,6 +394,22 @@ def test_killed_in_the_middle_it_goes_on_from_there(hub, checkpoint, tmp_path, s
 
 
 @pytest.mark.parametrize("source", ["huggingface", "modelscope"])
+def test_interrupted_it_ends_while_bytes_are_coming(hub, tmp_path, source):
+    hub.block, hub.pause = 1 << 16, 4
+    script = SCRIPT.format(repo=REPO, commit=COMMIT, source=source, out=str(tmp_path / "two"))
+    with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+        until = time.monotonic() + SOON
+        halves = []
+        while not any(half.stat().st_size for half in halves):
+            assert process.poll() is None and time.monotonic() < until
+            halves = list((tmp_path / ".two.download").glob(f"{source}-*/model-*.incomplete"))
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(SOON) not in (0, None)
+    assert all(half.is_file() for half in halves) and not (tmp_path / "two").exists()
+
+
+@pytest.mark.parametrize("source", ["huggingface", "modelscope"])
 def test_killed_while_it_is_moved_in_nothing_is_fetched_again(hub, tmp_path, monkeypatch, source):
     def killed(*args, **options):
         raise KeyboardInterrupt
@@ -457,6 +474,12 @@ def test_a_hub_that_takes_its_time_is_waited_for(hub, tmp_path, monkeypatch, sou
 
 
 @pytest.mark.parametrize("source", ["huggingface", "modelscope"])
+def test_a_page_in_place_of_a_listing(hub, tmp_path, source):
+    hub.page = "<html>Please log in.</html>"
+    refused("not a list of files", "two", source, tmp_path / "two")
+
+
+@pytest.mark.parametrize("source", ["huggingface", "modelscope"])
 def test_nobody_at_the_address(hub, tmp_path, monkeypatch, source):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -504,8 +527,12 @@ def test_a_slow_hub_is_waited_for(hub, tmp_path, stall, source):
 @pytest.mark.parametrize("source", ["huggingface", "modelscope"])
 def test_a_file_that_is_not_there(hub, tmp_path, source):
     hub.status[SHARDS[1]] = 404
+    hub.block, hub.pause = 1 << 16, 0.2
     said = refused("refuses", "two", source, tmp_path / "two")
     assert SHARDS[1] in said and "404" in said
+    # What was coming of the others stays.
+    assert list((tmp_path / ".two.download").glob(f"{source}-*/{SHARDS[0]}*"))
+    hub.pause = 0.0
     hub.status.clear()
     hub.asked.clear()
     fetching.fetch("two", source, tmp_path / "two")
