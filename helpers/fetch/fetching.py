@@ -21,7 +21,7 @@ from helpers.errors import UserError
 from helpers.fetch import prepared
 from helpers.fetch.hubs import HUBS, RemoteFile
 from helpers.fetch.places import earlier_fetch, make_folder
-from helpers.files import locked, sha256_file
+from helpers.files import digest_of, locked, sha256_file
 from helpers.patching import patching
 
 KIND = "checkpoint"
@@ -125,7 +125,7 @@ def _from_hub(name: str, source: str, out: Path, revision: str | None) -> Path:
     busy = f"Another fetch is writing to {downloads}: wait for it, or give another --out."
     with locked(downloads / "lock", busy):
         # Files are named as in the repository: those of another hub or commit are others.
-        folder = downloads / f"{source}-{listing.commit}"
+        folder = downloads / f"{source}-{digest_of(listing.commit)[:12]}"
         _reuse(out, previous, files, folder)
         _require_space(out, sum(file.size - file.bytes_in(folder) for file in files), name)
         hub.download(listing, files, folder)

@@ -6,7 +6,6 @@ first, its silence is bounded, and what it brings is verified by what it is: a b
 """
 
 import contextlib
-import errno
 import importlib.util
 import json
 import os
@@ -30,7 +29,7 @@ from helpers import artefacts, machine
 from helpers.bmodel.bmodel import CHIP, read_bmodel
 from helpers.errors import UserError
 from helpers.fetch.places import earlier_fetch, make_folder
-from helpers.files import sha256_file
+from helpers.files import DISK_IS_FULL, sha256_file
 
 MODEL = "qwen-7b"
 DEFAULT_FOLDER = Path("out/prepared")
@@ -252,10 +251,8 @@ def unpack(archive: Path, folder: Path) -> None:
                 )
             # Reading a member to its end checks its CRC-32.
             content.extractall(folder)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
-        raise UserError(f"{archive.name} is damaged ({error}): fetch it again.") from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, OSError) as error:
+        if getattr(error, "errno", None) in DISK_IS_FULL:
             raise
         raise UserError(f"{archive.name} is damaged or cannot be unpacked here ({error}): fetch it again.") from None
 
