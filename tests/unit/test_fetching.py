@@ -349,9 +349,9 @@ def test_a_server_without_ranges_sends_it_all_again(hub, checkpoint, tmp_path, s
 def test_a_server_that_answers_for_another_range_is_asked_for_all_of_it(hub, checkpoint, tmp_path):
     hub.cut_after, hub.shift = 100_000, 1
     refused("sends more or less of model-0", "two", "huggingface", tmp_path / "one")
-    hub.cut_after = None
+    hub.cut_after, hub.shift = None, 0
     fetching.fetch("two", "huggingface", tmp_path / "one")
-    hub.cut_after = 100_000
+    hub.cut_after, hub.shift = 100_000, 1
     hub.cut.clear()
     fetching.fetch("two", "modelscope", tmp_path / "two")
     for out in (tmp_path / "one", tmp_path / "two"):
