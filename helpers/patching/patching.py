@@ -9,18 +9,18 @@ import contextlib
 import difflib
 import filecmp
 import hashlib
-import importlib.util
 import json
 import os
+import runpy
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
 from helpers import machine
 from helpers.errors import UserError
-from helpers.files import write_json
+from helpers.files import write_file, write_json
 from helpers.patching.passages import MisfitError, NotNeededError, Source
 from helpers.patching.understood import multimodal
 
@@ -48,6 +48,15 @@ class Patch:
         if self.file.endswith(".py"):
             return self.change(Source(text)).text
         return self.change(text, seq_length)
+
+    def outcome(self, text: str, seq_length: int) -> tuple[str, str, str]:
+        """(state, note, the text afterwards) of trying it on a text."""
+        try:
+            return APPLIED, "", self(text, seq_length)
+        except NotNeededError as reason:
+            return NOT_NEEDED, str(reason), text
+        except MisfitError as reason:
+            return MISFIT, str(reason), text
 
 
 @dataclass(frozen=True)
@@ -89,11 +98,9 @@ def all_patches() -> tuple[Patch, ...]:
     """The patches in the order of application."""
     patches = []
     for path in sorted(FOLDER.glob("[0-9]*.py")):
-        spec = importlib.util.spec_from_file_location(f"patch_{path.stem}", path)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        reason = module.__doc__.strip()
-        patches.append(Patch(path.stem, module.FILE, reason.splitlines()[0], reason, module.change))
+        module = runpy.run_path(str(path))
+        reason = module["__doc__"].strip()
+        patches.append(Patch(path.stem, module["FILE"], reason.splitlines()[0], reason, module["change"]))
     return tuple(patches)
 
 
@@ -116,15 +123,16 @@ def apply(
     if seq_length is not None and (not isinstance(seq_length, int) or seq_length < 1):
         raise UserError(f"seq_length is {seq_length}; a whole number from 1 on was needed (the documented one is 512).")
     originals, record = _read(source)
-    if target.absolute() != source.absolute():
-        _check_plan(source, plan(originals, seq_length or SEQ_LENGTH))
-        record = _link(source, target, originals)
-    chosen = _chosen(only) | set(record.get("patches", ()))
-    length = seq_length or record.get("seq_length") or min(SEQ_LENGTH, _trained(source, originals))
-    steps = plan(originals, length, chosen)
+    copying = target.absolute() != source.absolute()
+    if copying:
+        record = _read(target)[1] if (target / RECORD).exists() else {}
+    trained = _trained(source, originals)
+    length = seq_length or record.get("seq_length") or min(SEQ_LENGTH, trained)
+    steps = plan(originals, length, _chosen(only) | set(record.get("patches", ())))
     _check_plan(source, steps)
-    warnings = _warnings(originals, _trained(source, originals), length)
-    return Report(target, steps, _write(target, originals, steps, length), warnings)
+    if copying:
+        _link(source, target, originals, made_before=bool(record))
+    return Report(target, steps, _write(target, originals, steps, length), _warnings(originals, trained, length))
 
 
 def revert(model_path: str | Path, only: Iterable[str] | None = None) -> Report:
@@ -140,7 +148,8 @@ def revert(model_path: str | Path, only: Iterable[str] | None = None) -> Report:
     steps = plan(originals, record["seq_length"], remaining)
     changed = _write(folder, originals, steps, record["seq_length"])
     if not remaining:
-        _unlink(folder / RECORD)
+        with _writing(folder):
+            (folder / RECORD).unlink()
     return Report(folder, steps, changed)
 
 
@@ -163,20 +172,12 @@ def plan(originals: dict[str, str], seq_length: int, chosen: set[str] | None = N
     texts = dict(originals)
     steps = []
     for patch in all_patches():
-        before = after = texts[patch.file]
-        try:
-            after = patch(before, seq_length)
-            state, note = APPLIED, ""
-        except NotNeededError as reason:
-            state, note = NOT_NEEDED, str(reason)
-        except MisfitError as reason:
-            state, note = MISFIT, str(reason)
+        before = texts[patch.file]
+        state, note, after = patch.outcome(before, seq_length)
+        if state == MISFIT:
             # Of the file as it is, where it does not fit either: patches before this one have moved the lines.
-            with contextlib.suppress(NotNeededError):
-                try:
-                    patch(originals[patch.file], seq_length)
-                except MisfitError as in_the_file:
-                    note = str(in_the_file)
+            unpatched_state, unpatched_note, _ = patch.outcome(originals[patch.file], seq_length)
+            note = unpatched_note if unpatched_state == MISFIT else note
         if state == APPLIED and chosen is not None and patch.name not in chosen:
             state, after = NOT_APPLIED, before
         texts[patch.file] = after
@@ -328,10 +329,8 @@ def _read(folder: Path) -> tuple[dict[str, str], dict]:
 
 
 def _results(originals: dict[str, str], steps: list[Step]) -> dict[str, str]:
-    results = dict(originals)
-    for step in steps:
-        results[step.patch.file] = step.after
-    return results
+    """The texts of FILES that the steps end in."""
+    return originals | {step.patch.file: step.after for step in steps}
 
 
 def _write(folder: Path, originals: dict[str, str], steps: list[Step], seq_length: int) -> list[str]:
@@ -341,60 +340,48 @@ def _write(folder: Path, originals: dict[str, str], steps: list[Step], seq_lengt
     leaves a file that the record does not know.
     """
     results = _results(originals, steps)
-    current = {name: _text(folder / name) if (folder / name).exists() else None for name in FILES}
-    changed = [name for name in FILES if current[name] != results[name]]
+    current = {name: _text(folder / name) for name in FILES if (folder / name).exists()}
+    changed = [name for name in FILES if current.get(name) != results[name]]
     patches = [step.patch.name for step in steps if step.state == APPLIED]
-    record = {"patches": patches, "seq_length": seq_length, "files": {}}
-    for name in FILES:
-        shas = {_sha256(text) for text in (current[name], results[name]) if text is not None}
-        record["files"][name] = {"patched_sha256": sorted(shas), "original": originals[name]}
-    try:
+
+    def write_record(*accepted: dict[str, str]) -> None:
+        files = {}
+        for name in FILES:
+            shas = {_sha256(texts[name]) for texts in accepted if name in texts}
+            files[name] = {"patched_sha256": sorted(shas), "original": originals[name]}
+        write_json(folder / RECORD, {"patches": patches, "seq_length": seq_length, "files": files})
+
+    with _writing(folder):
         for abandoned in folder.glob(".*.partial"):
             abandoned.unlink()
         if changed or not (folder / RECORD).exists():
-            write_json(folder / RECORD, record)
+            write_record(current, results)
         for name in changed:
-            _replace(folder / name, results[name])
+            write_file(folder / name, results[name].encode())
         if changed:
-            for name in FILES:
-                record["files"][name]["patched_sha256"] = [_sha256(results[name])]
-            write_json(folder / RECORD, record)
+            write_record(results)
+    return changed
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written ({error.strerror}): make room or give yourself the right to write there, or "
             "patch a copy with --out."
         ) from None
-    return changed
 
 
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(text.encode())
-        if path.exists():
-            shutil.copymode(path, partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+def _link(source: Path, target: Path, originals: dict[str, str], made_before: bool) -> None:
+    """Make `target` a copy of a checkpoint: links to every file of `source` but FILES.
 
-
-def _unlink(path: Path) -> None:
-    try:
-        path.unlink()
-    except OSError as error:
-        raise UserError(f"{path} cannot be removed ({error.strerror}); every file is as it was before.") from None
-
-
-def _link(source: Path, target: Path, originals: dict[str, str]) -> dict:
-    """Make `target` a copy of a checkpoint: links to every file of `source` but FILES; return the copy's record.
-
-    A copy that was made before follows its checkpoint: what changed there is linked anew. Raises UserError where the
-    copy's own code was edited, or where `target` holds something else.
+    A copy that was made before follows its checkpoint: what changed there is linked anew. Raises UserError where
+    `target` holds something else.
     """
-    record, copied = {}, False
-    if (target / RECORD).exists():
-        _, record = _read(target)
-    try:
+    copied = False
+    with _writing(target):
         target.mkdir(parents=True, exist_ok=True)
         for file in sorted(source.iterdir()):
             place = target / file.name
@@ -402,7 +389,7 @@ def _link(source: Path, target: Path, originals: dict[str, str]) -> dict:
                 continue
             if place.exists() and (place.samefile(file) or filecmp.cmp(place, file, shallow=False)):
                 continue
-            if place.exists() and not record:
+            if place.exists() and not made_before:
                 raise _foreign(target, file.name, source)
             partial = target / f".{file.name}.{os.getpid()}.partial"
             copied |= not _linked(file.resolve(), partial)
@@ -410,11 +397,8 @@ def _link(source: Path, target: Path, originals: dict[str, str]) -> dict:
         if copied:
             machine.log(f"warning: the disk that holds {target} has no links: the weights are copied.")
         for name in FILES:
-            if not record and (target / name).exists() and _text(target / name) != originals[name]:
+            if not made_before and (target / name).exists() and _text(target / name) != originals[name]:
                 raise _foreign(target, name, source)
-    except OSError as error:
-        raise UserError(f"{target} cannot be written ({error.strerror}): choose another --out.") from None
-    return record
 
 
 def _linked(file: Path, place: Path) -> bool:
@@ -431,30 +415,3 @@ def _foreign(target: Path, name: str, source: Path) -> UserError:
     return UserError(
         f"{target} has another {name} than {source}: give --out a folder that does not exist, or delete this one."
     )
-
-
-def add_arguments(parser) -> None:
-    parser.add_argument("--model_path", "-m", required=True, help="folder of the checkpoint")
-    parser.add_argument("--out", help="make a patched copy here (weights are linked) and leave the checkpoint alone")
-    parser.add_argument("--seq_length", "-s", type=int, help="S for config.json (default 512)")
-    parser.add_argument("--only", nargs="+", metavar="PATCH", help="these patches only, by number or name")
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--revert", action="store_true", help="take the patches back")
-    what.add_argument("--status", action="store_true", help="show what each patch has done or would do")
-
-
-def run(args) -> int:
-    if args.status:
-        report = Report(Path(args.model_path), status(args.model_path))
-        print("\n".join(str(report).splitlines()[:-1]))
-        return 0
-    if args.revert:
-        if args.out or args.seq_length:
-            raise UserError("--revert takes back what is in --model_path: it goes without --out and --seq_length.")
-        report = revert(args.model_path, only=args.only)
-    else:
-        report = apply(args.model_path, out=args.out, seq_length=args.seq_length, only=args.only)
-    for warning in report.warnings:
-        machine.log(f"warning: {warning}")
-    print(report)
-    return 0
