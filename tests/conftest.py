@@ -187,14 +187,14 @@ def sample_head(patched_tiny):
     import onnxruntime
 
     from helpers.checkpoint.weights import Checkpoint
-    from helpers.export import exporting
+    from helpers.export import modules, tracing
 
     net = "penalty_sample_head"
 
     def fresh(seq_length: int):
-        builder = exporting.NetBuilder(Checkpoint.open(patched_tiny), seq_length)
-        module = exporting.net_module(builder, net)
-        graph = exporting.attach_weights(exporting.trace(module, net, builder.example(net)), module, None)
+        builder = modules.NetBuilder(Checkpoint.open(patched_tiny), seq_length)
+        module = builder.module(net)
+        graph = tracing.attach_weights(tracing.trace(module, net, builder.example(net)), module, None)
         session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
         kinds = {"tensor(int64)": np.int64, "tensor(float)": np.float32}
 

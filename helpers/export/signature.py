@@ -8,6 +8,7 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from helpers.errors import UserError
+from helpers.files import read_file
 
 # Protobuf gives bytes where a text is damaged.
 _text = os.fsdecode
@@ -29,12 +30,10 @@ def read_signature(path: str | Path) -> Signature:
     """Raises UserError where the file is missing, empty, cut off or not ONNX, or its weights file is missing."""
     path = Path(path)
     try:
-        graph = onnx.load(path, load_external_data=False).graph
+        graph = onnx.load_from_string(read_file(path)).graph
         inputs, outputs = _described(graph.input), _described(graph.output)
         weights = {_text(tensor.name) for tensor in graph.initializer}
         external = {_text(e.value) for t in graph.initializer for e in t.external_data if e.key == "location"}
-    except PermissionError:
-        raise UserError(f"{path} may not be read: give yourself the right to read it.") from None
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path} is not there: export the nets with `python -m helpers export`.") from None
     except DecodeError:

@@ -11,7 +11,7 @@ import numpy as np
 
 from helpers import artefacts, machine
 from helpers.errors import UserError
-from helpers.nets import decode_mask, net_kind, prefill_mask, weight_group
+from helpers.nets import decode_mask, net_kind, prefill_mask
 from helpers.tensors import HOST_DTYPE, from_bf16, to_bf16
 
 
@@ -37,7 +37,7 @@ class TorchNets:
 
     def __init__(self, model_path: str | Path, seq_length: int):
         from helpers.checkpoint.weights import Checkpoint
-        from helpers.export.exporting import NetBuilder
+        from helpers.export.modules import NetBuilder
 
         self.checkpoint = Checkpoint.open(model_path)
         self.layers, self.seq_length = self.checkpoint.layers, seq_length
@@ -46,10 +46,10 @@ class TorchNets:
         self._resident = _Resident(self.checkpoint, self._device)
 
     def _make(self, net: str):
-        from helpers.export.exporting import checkpoint_prefixes, load_weights, net_module
+        from helpers.export.modules import load_weights
 
-        module = net_module(self._builder, net)
-        load_weights(module, self.checkpoint, checkpoint_prefixes(weight_group(net)))
+        module = self._builder.module(net)
+        load_weights(module, self.checkpoint, net)
         return module.to(self._device)
 
     def run(self, net: str, *inputs: np.ndarray) -> list[np.ndarray]:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from helpers import machine
 from helpers.errors import UserError
-from helpers.files import write_file, write_json
+from helpers.files import read_file, write_file, write_json
 from helpers.patching.passages import MisfitError, NotNeededError, Source
 from helpers.patching.understood import multimodal
 
@@ -132,7 +132,10 @@ def apply(
     _check_plan(source, steps)
     if copying:
         _link(source, target, originals, made_before=bool(record))
-    return Report(target, steps, _write(target, originals, steps, length), _warnings(originals, trained, length))
+    warnings = beyond_trained(length, trained)
+    if kind := multimodal(originals["modeling_qwen.py"]):
+        warnings.append(f"this is {kind}: only its language model is patched and compiled, and that reads text alone.")
+    return Report(target, steps, _write(target, originals, steps, length), warnings)
 
 
 def revert(model_path: str | Path, only: Iterable[str] | None = None) -> Report:
@@ -238,16 +241,14 @@ def _config(folder: Path, texts: dict[str, str]) -> dict:
     return config
 
 
-def _warnings(originals: dict[str, str], trained: int, seq_length: int) -> list[str]:
-    warnings = []
-    if kind := multimodal(originals["modeling_qwen.py"]):
-        warnings.append(f"this is {kind}: only its language model is patched and compiled, and that reads text alone.")
-    if seq_length > trained:
-        warnings.append(
-            f"seq_length {seq_length} is more than the {trained} this model was trained for; beyond that Qwen scales "
-            "its attention and rotation, which compiled nets do not: expect worse answers there."
-        )
-    return warnings
+def beyond_trained(seq_length: int, trained: int) -> list[str]:
+    """What to warn of where S is more than the length the model was trained for; else nothing."""
+    if seq_length <= trained:
+        return []
+    return [
+        f"seq_length {seq_length} is more than the {trained} this model was trained for; beyond that Qwen scales its "
+        "attention and rotation, which compiled nets do not: expect worse answers there."
+    ]
 
 
 def _chosen(only: Iterable[str] | None) -> set[str]:
@@ -275,14 +276,12 @@ def _check_plan(folder: Path, steps: list[Step]) -> None:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode()
+        return read_file(path).decode()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{path.parent} has no {path.name}: a folder with a first-generation Qwen checkpoint (config.json, "
             "modeling_qwen.py, the weights) was needed."
         ) from None
-    except PermissionError:
-        raise UserError(f"{path} may not be read: give yourself the right to read it.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}): download it again.") from None
 
@@ -302,14 +301,12 @@ def _read(folder: Path) -> tuple[dict[str, str], dict]:
         _config(folder, originals)
         return originals, {}
     try:
-        record = json.loads(record_path.read_bytes())
+        record = json.loads(read_file(record_path))
         kept = {name: record["files"][name] for name in FILES}
         originals = {name: entry["original"] for name, entry in kept.items()}
         known = {name: {_sha256(entry["original"]), *entry["patched_sha256"]} for name, entry in kept.items()}
         if not isinstance(record["patches"], list) or not isinstance(record["seq_length"], int):
             raise TypeError("its patches or its seq_length are not what they should be")
-    except PermissionError:
-        raise UserError(f"{record_path} may not be read: give yourself the right to read it.") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{record_path} is not a readable record of patches ({error}): take modeling_qwen.py and config.json from "
@@ -370,7 +367,7 @@ def _writing(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise UserError(
             f"{folder} cannot be written ({error.strerror}): make room or give yourself the right to write there, or "
-            "patch a copy with --out."
+            "take another folder with --out."
         ) from None
 
 

@@ -115,7 +115,9 @@ def test_what_other_code_made_is_not_up_to_date_and_said_once_a_folder(tmp_path,
 
 
 STEPS = {
-    "export.exporting": ["export.exporting", "nets", "checkpoint.modeling", "checkpoint.weights"],
+    "export.exporting": [
+        "export.exporting", "export.modules", "export.tracing", "nets", "checkpoint.modeling", "checkpoint.weights"
+    ],
     "compile.jobs": ["compile.graph", "compile.jobs", "compile.profile", "compile.worker"],
     "compile.compiling": ["compile.compiling", "compile.profile"],
     "compile.llm_convert": ["compile.llm_convert", "checkpoint.weights", "compile.profile"],

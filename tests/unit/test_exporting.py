@@ -12,7 +12,7 @@ import pytest
 from helpers import artefacts, machine
 from helpers.checkpoint.weights import Checkpoint
 from helpers.errors import UserError
-from helpers.export import exporting
+from helpers.export import exporting, modules, tracing
 from helpers.files import sha256_file
 from helpers.nets import prefill_mask
 from helpers.parity.chain import HostChain, OnnxNets, OriginalModel, TorchNets, parity
@@ -235,10 +235,10 @@ def test_a_weight_file_has_every_value_at_a_page_of_its_own(tmp_path, monkeypatc
     """In pieces, as weights of more than 64 MB are written."""
     import torch
 
-    monkeypatch.setattr(exporting, "_COPY_BYTES", 4 * 7)
+    monkeypatch.setattr(tracing, "_COPY_BYTES", 4 * 7)
     tensors = {"a": torch.randn(3, 5).bfloat16(), "b": torch.randn(14), "c": torch.randn(1)}
-    weights = exporting.WeightFile(tmp_path / "weights")
-    weights.write(tensors)
+    weights = tracing.WeightFile(tmp_path / "weights")
+    weights.write(tensors.items())
     content = (tmp_path / "weights").read_bytes()
     for name, (offset, length) in weights.places.items():
         assert offset % 4096 == 0
@@ -249,14 +249,14 @@ def test_a_weight_file_has_every_value_at_a_page_of_its_own(tmp_path, monkeypatc
 def test_a_weight_that_the_exporter_drops_or_the_checkpoint_lacks_is_an_error(patched_tiny):
     import torch
 
-    builder = exporting.NetBuilder(Checkpoint.open(patched_tiny), 64)
-    module = builder.embedding_net()
-    graph = exporting.trace(module, "embedding", builder.example("embedding"))
+    builder = modules.NetBuilder(Checkpoint.open(patched_tiny), 64)
+    module = builder.module("embedding")
+    graph = tracing.trace(module, "embedding", builder.example("embedding"))
     module.unused = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="dropped weights: unused"):
-        exporting.attach_weights(graph, module, exporting.WeightFile(None))
+        tracing.attach_weights(graph, module, tracing.WeightFile(None))
     with pytest.raises(RuntimeError, match="has no wte.weight"):
-        exporting.load_weights(builder.embedding_net(), builder.checkpoint, {"transformer.ln_f.": "ln_f."})
+        modules.load_weights(builder.module("embedding"), builder.checkpoint, "lm_head")
 
 
 def test_what_is_written_already_needs_no_room(onnx_tiny, patched_tiny, tmp_path, monkeypatch):
@@ -313,9 +313,9 @@ def test_what_it_says_to_need_is_what_an_export_takes(onnx_tiny, patched_tiny):
 
 def test_weights_that_are_equal_stay_apart(patched_tiny, tmp_path):
     """Two norms of ones: the exporter would store one and alias the other, and the compiler then knows only one."""
-    builder = exporting.NetBuilder(Checkpoint.open(patched_tiny), 64)
-    module = builder.block_net()
-    graph = exporting.trace(module, "block", builder.example("block"))
+    builder = modules.NetBuilder(Checkpoint.open(patched_tiny), 64)
+    module = builder.module("block")
+    graph = tracing.trace(module, "block", builder.example("block"))
     assert {name for name, _ in module.named_parameters()} <= {value.name for value in graph.graph.input}
 
 
@@ -348,7 +348,7 @@ def test_nets_of_another_version_of_the_exporting_code_are_made_anew(patched_tin
 
     said, first = export()
     assert "made anew" not in said
-    own_copy.edit("helpers/export/exporting.py", "seen < 0, seen * penalty", "seen > 0, seen * penalty")
+    own_copy.edit("helpers/export/modules.py", "seen < 0, seen * penalty", "seen > 0, seen * penalty")
     said, second = export()
     assert said.count("made anew") == 1 and "exporting" in said
     assert [name for name in first if first[name] != second[name]] == ["penalty_sample_head.onnx"]

@@ -7,7 +7,7 @@ import pytest
 from helpers import artefacts
 from helpers.compile import compiling
 from helpers.errors import UserError
-from helpers.export import exporting
+from helpers.export import exporting, tracing
 from helpers.patching import patching
 from helpers.run import lookahead
 from helpers.run.engines import open_engine
@@ -101,12 +101,12 @@ def random_checkpoint(tmp_path_factory):
 
 
 def unfused(trace):
-    """exporting.trace, whose decode block computes its attention as the one for several rows does."""
+    """tracing.trace, whose decode block computes its attention as the one for several rows does."""
 
     def traced(module, net, example):
         graph = trace(module, net, example)
         if net == "block_cache":
-            exporting.keep_attention_unfused(graph)
+            tracing.keep_attention_unfused(graph)
         return graph
 
     return traced
@@ -118,7 +118,7 @@ def test_random_weights_get_the_tokens_of_one_row_at_a_time(random_checkpoint, t
     for rows in (1, ROWS):
         with monkeypatch.context() as patch:
             if rows == 1:
-                patch.setattr(exporting, "trace", unfused(exporting.trace))
+                patch.setattr(exporting, "trace", unfused(tracing.trace))
             nets = exporting.export(random_checkpoint, tmp_path / f"onnx{rows}", 64, rows=rows)
         bmodels[rows] = compiling.compile_model(
             nets, tmp_path / f"bmodel{rows}", name="random", mode="bf16", addr_mode="io_alone"
