@@ -15,7 +15,8 @@ from helpers.errors import UserError
 from helpers.export import exporting, modules, tracing
 from helpers.files import sha256_file
 from helpers.nets import prefill_mask
-from helpers.parity.chain import HostChain, OnnxNets, OriginalModel, TorchNets, parity
+from helpers.parity.chain import HostChain, parity
+from helpers.parity.hosts import OnnxNets, OriginalModel, TorchNets
 from helpers.patching import patching
 from tests.conftest import SEQ_LENGTH
 from tests.unit.small_nets import write_random_checkpoint

@@ -46,7 +46,7 @@ def test_masked_is_what_the_bmodel_contract_says():
 def test_int8_on_the_simulator_gives_pytorchs_tokens(
     addr_mode, compile_tiny, tiny, chat_prompt, stop_ids, demo_questions
 ):
-    from helpers.parity.chain import OriginalModel
+    from helpers.parity.hosts import OriginalModel
 
     original = OriginalModel(tiny)
     with open_engine(compile_tiny("int8", addr_mode), engine="simulator") as engine:
@@ -90,7 +90,7 @@ def test_a_prompt_that_does_not_fit_is_refused_before_anything_runs(runner, leng
 
 
 def test_sampling_is_seeded_and_follows_its_candidates(runner, tiny, chat_prompt, demo_questions):
-    from helpers.parity.chain import OriginalModel
+    from helpers.parity.hosts import OriginalModel
 
     prompt = chat_prompt(demo_questions[0])
     hot = Sampling(temperature=5.0, top_p=1.0, seed=3)

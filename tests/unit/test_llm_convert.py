@@ -12,7 +12,7 @@ from helpers.bmodel.bmodel import read_bmodel, require_qwen
 from helpers.checkpoint.weights import Checkpoint
 from helpers.compile import llm_convert
 from helpers.errors import UserError
-from helpers.parity.chain import OriginalModel
+from helpers.parity.hosts import OriginalModel
 from helpers.run.engines import open_engine
 from helpers.run.generation import QwenRunner
 

@@ -53,7 +53,7 @@ def test_nets_have_the_rows_of_the_documented_scheme(runner):
 
 def test_demo_questions_get_the_tokens_of_pytorch(runner, tiny, demo_questions, chat_prompt, stop_ids):
     """The ordinary int8 bmodel gives these tokens too (test_generation); notebook 06 asks every question."""
-    from helpers.parity.chain import OriginalModel
+    from helpers.parity.hosts import OriginalModel
 
     original, steps, given = OriginalModel(tiny), 0, 0
     for question in (demo_questions[0], demo_questions[-1]):

@@ -21,7 +21,7 @@ from helpers.checkpoint.modeling import build_block, build_model, load_modeling,
 from helpers.checkpoint.tokenizer import QwenTokenizer
 from helpers.checkpoint.weights import Checkpoint
 from helpers.errors import UserError
-from helpers.parity.chain import OriginalModel, fits_in_memory
+from helpers.parity.hosts import OriginalModel, fits_in_memory
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "models" / "tiny"

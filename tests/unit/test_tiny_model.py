@@ -11,7 +11,7 @@ import torch
 from helpers.checkpoint.modeling import build_model, load_modeling, make_config
 from helpers.checkpoint.tokenizer import QwenTokenizer
 from helpers.checkpoint.weights import Checkpoint
-from helpers.parity.chain import OriginalModel
+from helpers.parity.hosts import OriginalModel
 
 TINY = Path(__file__).parents[2] / "models" / "tiny"
 DEMOS = json.loads((TINY / "demo_questions.json").read_text(encoding="utf-8"))
