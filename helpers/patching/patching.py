@@ -131,7 +131,7 @@ def apply(
     steps = plan(originals, length, _chosen(only) | set(record.get("patches", ())))
     _check_plan(source, steps)
     if copying:
-        _link(source, target, originals, made_before=bool(record))
+        _link(source, target, originals, follows=bool(record))
     warnings = beyond_trained(length, trained)
     if kind := multimodal(originals["modeling_qwen.py"]):
         warnings.append(f"this is {kind}: only its language model is patched and compiled, and that reads text alone.")
@@ -219,9 +219,7 @@ def trained_seq_length(model_path: str | Path) -> int:
 
     Raises UserError where the folder is not a checkpoint.
     """
-    folder = Path(model_path)
-    originals, _ = _read(folder)
-    return _trained(folder, originals)
+    return _trained(Path(model_path), _read(Path(model_path))[0])
 
 
 def _trained(folder: Path, originals: dict[str, str]) -> int:
@@ -314,9 +312,7 @@ def _read(folder: Path) -> tuple[dict[str, str], dict]:
         ) from None
     for name, accepted in known.items():
         # A file that is missing is one to restore.
-        if not (folder / name).exists():
-            continue
-        if _sha256(_text(folder / name)) not in accepted:
+        if (folder / name).exists() and _sha256(_text(folder / name)) not in accepted:
             raise UserError(
                 f"{folder / name} was edited after it was patched, and was left as it is. To go back to the original, "
                 f"move the edited file away and run `python -m helpers patch --revert`, which restores it; to keep the "
@@ -371,31 +367,38 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from None
 
 
-def _link(source: Path, target: Path, originals: dict[str, str], made_before: bool) -> None:
+def _link(source: Path, target: Path, originals: dict[str, str], follows: bool) -> None:
     """Make `target` a copy of a checkpoint: links to every file of `source` but FILES.
 
-    A copy that was made before follows its checkpoint: what changed there is linked anew. Raises UserError where
-    `target` holds something else.
+    follows: a copy that was made before, in which what has changed since is linked anew. Raises UserError where
+    `target` is none and holds something else.
     """
-    copied = False
     with _writing(target):
+        ours = [name for name in FILES if (target / name).exists() and _text(target / name) != originals[name]]
+        theirs = [
+            file.name
+            for file in sorted(source.iterdir())
+            if file.name not in (*FILES, RECORD) and not file.name.startswith(".") and file.is_file()
+            if not _same(file, target / file.name)
+        ]
+        foreign = [name for name in (*theirs, *ours) if (target / name).exists()]
+        if foreign and not follows:
+            raise UserError(
+                f"{target} has another {foreign[0]} than {source}: give --out a folder that does not exist, or delete "
+                "this one."
+            )
         target.mkdir(parents=True, exist_ok=True)
-        for file in sorted(source.iterdir()):
-            place = target / file.name
-            if file.name in (*FILES, RECORD) or file.name.startswith(".") or not file.is_file():
-                continue
-            if place.exists() and (place.samefile(file) or filecmp.cmp(place, file, shallow=False)):
-                continue
-            if place.exists() and not made_before:
-                raise _foreign(target, file.name, source)
-            partial = target / f".{file.name}.{os.getpid()}.partial"
-            copied |= not _linked(file.resolve(), partial)
-            os.replace(partial, place)
-        if copied:
-            machine.log(f"warning: the disk that holds {target} has no links: the weights are copied.")
-        for name in FILES:
-            if not made_before and (target / name).exists() and _text(target / name) != originals[name]:
-                raise _foreign(target, name, source)
+        copied = False
+        for name in theirs:
+            partial = target / f".{name}.{os.getpid()}.partial"
+            copied |= not _linked((source / name).resolve(), partial)
+            os.replace(partial, target / name)
+    if copied:
+        machine.log(f"warning: the disk that holds {target} has no links: the weights are copied.")
+
+
+def _same(file: Path, place: Path) -> bool:
+    return place.exists() and (place.samefile(file) or filecmp.cmp(place, file, shallow=False))
 
 
 def _linked(file: Path, place: Path) -> bool:
@@ -406,9 +409,3 @@ def _linked(file: Path, place: Path) -> bool:
             return True
     shutil.copyfile(file, place)
     return False
-
-
-def _foreign(target: Path, name: str, source: Path) -> UserError:
-    return UserError(
-        f"{target} has another {name} than {source}: give --out a folder that does not exist, or delete this one."
-    )
