@@ -202,12 +202,12 @@ def read_weights(checkpoint: Checkpoint, net: str) -> Iterator[tuple[str, torch.
 
 
 def load_weights(module: nn.Module, checkpoint: Checkpoint, net: str) -> None:
-    """Fill a net's module from the checkpoint. Raises RuntimeError where a parameter is not in it.
-
-    Buffers are computed by the code; files of old revisions hold some of them too.
-    """
-    tensors = {name: tensor.float() for name, tensor in read_weights(checkpoint, net)}
+    """Fill a net's module from the checkpoint. Raises RuntimeError where a parameter is not in it."""
+    missing = dict(module.named_parameters())
     with torch.no_grad():
-        missing, _ = module.load_state_dict(tensors, strict=False)
-    if lost := sorted(set(missing) & {name for name, _ in module.named_parameters()}):
-        raise RuntimeError(f"the checkpoint has no {', '.join(lost)}")
+        for name, tensor in read_weights(checkpoint, net):
+            # Buffers are computed by the code; files of old revisions hold some of them too.
+            if name in missing:
+                missing.pop(name).copy_(tensor)
+    if missing:
+        raise RuntimeError(f"the checkpoint has no {', '.join(sorted(missing))}")

@@ -31,7 +31,8 @@ def read_signature(path: str | Path) -> Signature:
     path = Path(path)
     try:
         graph = onnx.load_from_string(read_file(path)).graph
-        inputs, outputs = _described(graph.input), _described(graph.output)
+        inputs = {_text(value.name): _described(value.type.tensor_type) for value in graph.input}
+        outputs = {_text(value.name): _described(value.type.tensor_type) for value in graph.output}
         weights = {_text(tensor.name) for tensor in graph.initializer}
         external = {_text(e.value) for t in graph.initializer for e in t.external_data if e.key == "location"}
     except (FileNotFoundError, IsADirectoryError):
@@ -47,9 +48,5 @@ def read_signature(path: str | Path) -> Signature:
     return Signature(inputs, outputs, external, sum(file.stat().st_size for file in [path, *files]))
 
 
-def _described(values) -> dict[str, tuple[str, tuple[int, ...]]]:
-    kinds = {_text(value.name): value.type.tensor_type for value in values}
-    return {
-        name: (_DTYPES.get(kind.elem_type, str(kind.elem_type)), tuple(d.dim_value for d in kind.shape.dim))
-        for name, kind in kinds.items()
-    }
+def _described(kind) -> tuple[str, tuple[int, ...]]:
+    return _DTYPES.get(kind.elem_type, str(kind.elem_type)), tuple(dimension.dim_value for dimension in kind.shape.dim)

@@ -300,9 +300,8 @@ def _read(folder: Path) -> tuple[dict[str, str], dict]:
         return originals, {}
     try:
         record = json.loads(read_file(record_path))
-        kept = {name: record["files"][name] for name in FILES}
-        originals = {name: entry["original"] for name, entry in kept.items()}
-        known = {name: {_sha256(entry["original"]), *entry["patched_sha256"]} for name, entry in kept.items()}
+        originals = {name: record["files"][name]["original"] for name in FILES}
+        known = {name: {_sha256(originals[name]), *record["files"][name]["patched_sha256"]} for name in FILES}
         if not isinstance(record["patches"], list) or not isinstance(record["seq_length"], int):
             raise TypeError("its patches or its seq_length are not what they should be")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
