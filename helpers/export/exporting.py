@@ -30,46 +30,6 @@ _BASE_MEMORY = 1_000_000_000
 _SCORE_COPIES = 4
 
 
-def needed_bytes(checkpoint: Checkpoint, seq_length: int = 0, rows: int = 1) -> tuple[int, int]:
-    """Bytes of memory and of disk that an export of the whole model needs; without S, those of its weights."""
-    h, vocab = checkpoint.hidden_size, checkpoint.vocab_size
-    block = 4 * h * h + 3 * h * checkpoint.intermediate_size
-    disk = FLOAT32_BYTES * (checkpoint.layers * block + 2 * vocab * h)
-    # The exporter copies what it traces, filled in or not: twice the weights of one net, in float32, for a moment.
-    memory = _BASE_MEMORY + 2 * FLOAT32_BYTES * max(block, vocab * h)
-    # Tracing runs the block once: the mask and the scores of all heads grow with the square of S.
-    seen = max(seq_length * seq_length, rows * (seq_length + rows))
-    return memory + _SCORE_COPIES * FLOAT32_BYTES * (checkpoint.heads + 1) * seen, disk
-
-
-def check_room(checkpoint: Checkpoint, out: Path, seq_length: int, rows: int = 1) -> str:
-    """One line saying what the export will need. Raises UserError, with the remedy, where that is not there."""
-    memory, disk = needed_bytes(checkpoint, seq_length, rows)
-    free_memory, free_disk = machine.free_memory(), machine.free_disk(out)
-    giga = 1e9
-    if free_memory < memory:
-        scores = memory - needed_bytes(checkpoint)[0]
-        raise UserError(
-            f"The export needs {memory / giga:.1f} GB of memory, {free_memory / giga:.1f} GB are free: "
-            + (
-                f"take a smaller --seq_length, {scores / giga:.1f} GB are for attention over {seq_length} tokens."
-                if scores > memory / 2
-                else "close other programs or add swap; a GPU does not help, since one net at a time is written."
-            )
-        )
-    done = sum(p.stat().st_size for p in out.glob("*.weights")) if out.is_dir() else 0
-    if free_disk + done < disk:
-        raise UserError(
-            f"The export needs {disk / giga:.3f} GB of disk, {free_disk / giga:.3f} GB are free on the disk that holds "
-            f"{out}: free some or choose another --out."
-        )
-    minutes = max(1, round(disk / 150e6 / 60))
-    return (
-        f"{checkpoint.layers} layers: needs {memory / giga:.1f} GB of memory ({free_memory / giga:.1f} free), "
-        f"{disk / giga:.2f} GB of disk ({free_disk / giga:.1f} free), about {minutes} min"
-    )
-
-
 def export(
     model_path: str | Path,
     out: str | Path,
@@ -157,3 +117,43 @@ def _vocabulary_beside(out: Path, checkpoint: Checkpoint) -> str | None:
     except UserError as error:
         machine.log(f"warning: {error} The nets are exported all the same; chatting will want --tokenizer.")
         return None
+
+
+def needed_bytes(checkpoint: Checkpoint, seq_length: int = 0, rows: int = 1) -> tuple[int, int]:
+    """Bytes of memory and of disk that an export of the whole model needs; without S, those of its weights."""
+    h, vocab = checkpoint.hidden_size, checkpoint.vocab_size
+    block = 4 * h * h + 3 * h * checkpoint.intermediate_size
+    disk = FLOAT32_BYTES * (checkpoint.layers * block + 2 * vocab * h)
+    # The exporter copies what it traces, filled in or not: twice the weights of one net, in float32, for a moment.
+    memory = _BASE_MEMORY + 2 * FLOAT32_BYTES * max(block, vocab * h)
+    # Tracing runs the block once: the mask and the scores of all heads grow with the square of S.
+    seen = max(seq_length * seq_length, rows * (seq_length + rows))
+    return memory + _SCORE_COPIES * FLOAT32_BYTES * (checkpoint.heads + 1) * seen, disk
+
+
+def check_room(checkpoint: Checkpoint, out: Path, seq_length: int, rows: int = 1) -> str:
+    """One line saying what the export will need. Raises UserError, with the remedy, where that is not there."""
+    memory, disk = needed_bytes(checkpoint, seq_length, rows)
+    free_memory, free_disk = machine.free_memory(), machine.free_disk(out)
+    giga = 1e9
+    if free_memory < memory:
+        scores = memory - needed_bytes(checkpoint)[0]
+        raise UserError(
+            f"The export needs {memory / giga:.1f} GB of memory, {free_memory / giga:.1f} GB are free: "
+            + (
+                f"take a smaller --seq_length, {scores / giga:.1f} GB are for attention over {seq_length} tokens."
+                if scores > memory / 2
+                else "close other programs or add swap; a GPU does not help, since one net at a time is written."
+            )
+        )
+    done = sum(p.stat().st_size for p in out.glob("*.weights")) if out.is_dir() else 0
+    if free_disk + done < disk:
+        raise UserError(
+            f"The export needs {disk / giga:.3f} GB of disk, {free_disk / giga:.3f} GB are free on the disk that holds "
+            f"{out}: free some or choose another --out."
+        )
+    minutes = max(1, round(disk / 150e6 / 60))
+    return (
+        f"{checkpoint.layers} layers: needs {memory / giga:.1f} GB of memory ({free_memory / giga:.1f} free), "
+        f"{disk / giga:.2f} GB of disk ({free_disk / giga:.1f} free), about {minutes} min"
+    )
