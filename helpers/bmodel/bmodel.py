@@ -9,10 +9,10 @@ UserError.
 import math
 import stat
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from helpers.bmodel.flatbuffer import Buffer, Malformed, Table
 from helpers.errors import UserError
 from helpers.nets import QwenShape, qwen_shape
 from helpers.tensors import NetInfo, TensorInfo
@@ -39,8 +39,6 @@ _ADDR_MODES = {0: "basic", 1: "io_alone", 2: "io_tag", 3: "io_tag_fuse", 4: "io_
 # As the compiler writes it: asctime.
 _EPOCH = b"Thu Jan  1 00:00:00 1970\n"
 _AGAIN = "compile it again, or fetch it again"
-# A bmodel of 80 layers has some 10^5; a file that makes us look at more than this was made to.
-_MOST_TABLES = 5_000_000
 
 
 @dataclass(frozen=True)
@@ -83,102 +81,6 @@ class Bmodel:
         return sum(size for _, size in frozenset().union(*(net.weights for net in self.nets.values())))
 
 
-class _Malformed(Exception):
-    pass
-
-
-class _Buffer:
-    """A flatbuffer; every read is checked against its end."""
-
-    def __init__(self, data: bytes):
-        self.data = data
-        self.tables = 0
-
-    def number(self, code: str, position: int) -> int:
-        if position < 0:
-            raise _Malformed
-        try:
-            return struct.unpack_from("<" + code, self.data, position)[0]
-        except struct.error:
-            raise _Malformed from None
-
-    def follow(self, position: int) -> int:
-        return position + self.number("I", position)
-
-    def table(self, position: int) -> "_Table":
-        self.tables += 1
-        if self.tables > _MOST_TABLES:
-            raise _Malformed
-        return _Table(self, position)
-
-    def string(self, position: int) -> str:
-        length = self.number("I", position)
-        text = self.data[position + 4 : position + 4 + length]
-        if len(text) != length:
-            raise _Malformed
-        try:
-            return text.decode("utf-8")
-        except UnicodeDecodeError:
-            raise _Malformed from None
-
-
-class _Table:
-    """A table of the flatbuffer; fields by their id in the schema."""
-
-    def __init__(self, buffer: _Buffer, position: int):
-        self.buffer, self.position = buffer, position
-        self.vtable = position - buffer.number("i", position)
-        self.vtable_bytes = buffer.number("H", self.vtable)
-
-    def _at(self, field_id: int) -> int | None:
-        entry = 4 + 2 * field_id
-        if entry + 2 > self.vtable_bytes:
-            return None
-        offset = self.buffer.number("H", self.vtable + entry)
-        return self.position + offset if offset else None
-
-    def number(self, field_id: int, code: str, default: int = 0) -> int:
-        at = self._at(field_id)
-        return default if at is None else self.buffer.number(code, at)
-
-    def place(self, field_id: int) -> int | None:
-        """Where the string, table or vector of a field begins; None where there is none."""
-        at = self._at(field_id)
-        return None if at is None else self.buffer.follow(at)
-
-    def string(self, field_id: int) -> str:
-        place = self.place(field_id)
-        return "" if place is None else self.buffer.string(place)
-
-    def table(self, field_id: int) -> "_Table | None":
-        place = self.place(field_id)
-        return None if place is None else self.buffer.table(place)
-
-    def _vector(self, field_id: int, element_bytes: int) -> tuple[int, int]:
-        start = self.place(field_id)
-        if start is None:
-            return 0, 0
-        count = self.buffer.number("I", start)
-        if start + 4 + count * element_bytes > len(self.buffer.data):
-            raise _Malformed
-        return start + 4, count
-
-    def tables(self, field_id: int) -> "Iterator[_Table]":
-        start, count = self._vector(field_id, 4)
-        for i in range(count):
-            yield self.buffer.table(self.buffer.follow(start + 4 * i))
-
-    def numbers(self, field_id: int, code: str) -> list[int]:
-        size = struct.calcsize("<" + code)
-        start, count = self._vector(field_id, size)
-        return [self.buffer.number(code, start + size * i) for i in range(count)]
-
-    def binary(self, field_id: int) -> tuple[int, int]:
-        """(start, size) of a Binary struct; (0, 0) where there is none."""
-        at = self._at(field_id)
-        return (0, 0) if at is None else (self.buffer.number("Q", at), self.buffer.number("Q", at + 8))
-
-
 def read_bmodel(path: str | Path) -> Bmodel:
     """Read a bmodel's description; weights and instructions are not read.
 
@@ -188,7 +90,7 @@ def read_bmodel(path: str | Path) -> Bmodel:
     data, binary_bytes, _ = _description(path)
     try:
         return _parse(path, data, binary_bytes, path.stat().st_size)
-    except (_Malformed, OverflowError):
+    except (Malformed, OverflowError):
         raise UserError(f"{path} is damaged (its description of the nets makes no sense): {_AGAIN}.") from None
 
 
@@ -224,11 +126,11 @@ def strip_time(path: str | Path) -> None:
     path = Path(path)
     data, _, start = _description(path)
     try:
-        buffer = _Buffer(data)
-        place = buffer.table(buffer.follow(0)).place(2)
+        buffer = Buffer(data)
+        place = buffer.root().place(2)
         if place is None or buffer.number("I", place) != len(_EPOCH):
             return
-    except _Malformed:
+    except Malformed:
         raise UserError(f"{path} is damaged (it has no time stamp): {_AGAIN}.") from None
     with open(path, "r+b") as file:
         file.seek(start + place + 4)
@@ -236,8 +138,8 @@ def strip_time(path: str | Path) -> None:
 
 
 def _parse(path: Path, data: bytes, binary_bytes: int, size: int) -> Bmodel:
-    buffer = _Buffer(data)
-    model = buffer.table(buffer.follow(0))
+    buffer = Buffer(data)
+    model = buffer.root()
     chip = model.string(3)
     kernel = model.table(6)
     parts: dict[str, list[_Part]] = {}
@@ -245,7 +147,7 @@ def _parse(path: Path, data: bytes, binary_bytes: int, size: int) -> Bmodel:
         part = _part(net, binary_bytes)
         parts.setdefault(part.main_name, []).append(part)
     if not chip or not parts or "" in parts:
-        raise _Malformed
+        raise Malformed
     return Bmodel(
         path=path,
         chip=chip,
@@ -275,21 +177,21 @@ class _Part:
     io_bytes: int = 0
 
 
-def _tensor(table: _Table, device: int) -> TensorInfo:
+def _tensor(table: Table, device: int) -> TensorInfo:
     dtype = _DTYPES.get(table.number(1, "I"))
     shapes = [tuple(shape.numbers(0, "Q")) for shape in table.tables(5)]
     if dtype is None or not shapes or any(extent > 1 << 40 for shape in shapes for extent in shape):
-        raise _Malformed
+        raise Malformed
     return TensorInfo(table.string(0), max(shapes, key=math.prod), dtype, device)
 
 
-def _part(net: _Table, binary_bytes: int) -> _Part:
+def _part(net: Table, binary_bytes: int) -> _Part:
     def inside(place: tuple[int, int]) -> int:
         if sum(place) > binary_bytes:
-            raise _Malformed
+            raise Malformed
         return place[1]
 
-    def instructions(group: _Table) -> list[tuple[int, int]]:
+    def instructions(group: Table) -> list[tuple[int, int]]:
         return [group.binary(2), group.binary(3)]
 
     cascade = net.table(4)
@@ -297,7 +199,7 @@ def _part(net: _Table, binary_bytes: int) -> _Part:
     stages = list(net.tables(3))
     addr_mode = _ADDR_MODES.get(net.number(5, "i"))
     if not stages or addr_mode is None:
-        raise _Malformed
+        raise Malformed
     part = _Part(
         main_name=(cascade.string(2) if cascade else "") or name,
         addr_mode=addr_mode,
