@@ -9,7 +9,8 @@ UserError.
 import math
 import stat
 import struct
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from helpers.bmodel.flatbuffer import Buffer, Malformed, Table
@@ -22,20 +23,8 @@ _MAGIC = 0xFF55AAEE
 _HEADER = struct.Struct("<IIIQ")
 _HEADER_BYTES = 64
 # bm_data_type_t of libsophon's bmdef.h; the last two have two elements a byte.
-_DTYPES = {
-    0: "float32",
-    1: "float16",
-    2: "int8",
-    3: "uint8",
-    4: "int16",
-    5: "uint16",
-    6: "int32",
-    7: "uint32",
-    8: "bfloat16",
-    9: "int4",
-    10: "uint4",
-}
-_ADDR_MODES = {0: "basic", 1: "io_alone", 2: "io_tag", 3: "io_tag_fuse", 4: "io_reloc"}
+_DTYPES = "float32 float16 int8 uint8 int16 uint16 int32 uint32 bfloat16 int4 uint4".split()
+_ADDR_MODES = ("basic", "io_alone", "io_tag", "io_tag_fuse", "io_reloc")
 # As the compiler writes it: asctime.
 _EPOCH = b"Thu Jan  1 00:00:00 1970\n"
 _AGAIN = "compile it again, or fetch it again"
@@ -50,7 +39,6 @@ class Net:
     """
 
     info: NetInfo
-    stages: int
     devices: int
     weights: frozenset[tuple[int, int]]
     instruction_bytes: int
@@ -138,14 +126,14 @@ def strip_time(path: str | Path) -> None:
 
 
 def _parse(path: Path, data: bytes, binary_bytes: int, size: int) -> Bmodel:
-    buffer = Buffer(data)
-    model = buffer.root()
+    model = Buffer(data).root()
     chip = model.string(3)
     kernel = model.table(6)
-    parts: dict[str, list[_Part]] = {}
-    for net in model.tables(4):
-        part = _part(net, binary_bytes)
-        parts.setdefault(part.main_name, []).append(part)
+    # A net of several devices is several in the file, its parts, which have one main name.
+    parts: dict[str, list[Table]] = {}
+    for part in model.tables(4):
+        cascade = part.table(4)
+        parts.setdefault((cascade.string(2) if cascade else "") or part.string(0), []).append(part)
     if not chip or not parts or "" in parts:
         raise Malformed
     return Bmodel(
@@ -154,101 +142,66 @@ def _parse(path: Path, data: bytes, binary_bytes: int, size: int) -> Bmodel:
         version=model.string(1),
         made=model.string(2).strip(),
         device_num=max(1, model.number(7, "I")),
-        nets={name: _join(name, found) for name, found in parts.items()},
+        nets={name: _net(name, found, binary_bytes) for name, found in parts.items()},
         kernel_bytes=kernel.binary(1)[1] if kernel else 0,
         file_bytes=size,
     )
 
 
-@dataclass
-class _Part:
-    """A net on one device; a net of several devices is several parts with one main name."""
-
-    main_name: str
-    addr_mode: str
-    dynamic: bool
-    stages: int
-    device: int
-    inputs: list[tuple[int, TensorInfo]] = field(default_factory=list)
-    outputs: list[tuple[int, TensorInfo]] = field(default_factory=list)
-    weights: set[tuple[int, int]] = field(default_factory=set)
-    instruction_bytes: int = 0
-    scratch_bytes: int = 0
-    io_bytes: int = 0
+def _net(name: str, parts: list[Table], binary_bytes: int) -> Net:
+    tensors: tuple[dict, dict] = {}, {}  # inputs and outputs: {(device, index): TensorInfo}
+    scratch: dict[int, int] = {}  # by device: one part runs at a time
+    weights: set[tuple[int, int]] = set()
+    instruction_bytes = io_bytes = 0
+    all_stages = [list(part.tables(3)) for part in parts]
+    if not all(all_stages):
+        raise Malformed
+    for part, stages in zip(parts, all_stages, strict=True):
+        cascade = part.table(4)
+        device = cascade.number(0, "I") if cascade else 0
+        for side, own in enumerate(((1, 3), (2, 4))):
+            for index, table in enumerate(stages[0].tables(side)):
+                # Between a net's parts tensors pass too; these kinds are the net's own, whole or split.
+                if cascade is None:
+                    tensors[side][device, index] = _tensor(table, device)
+                elif table.number(11, "i") in own:
+                    tensors[side][device, table.number(12, "i")] = _tensor(table, device)
+        for stage in stages:
+            weight = coeff.binary(2) if (coeff := stage.table(4)) else (0, 0)
+            groups = [*stage.tables(8), *(group for subnet in stage.tables(12) for group in subnet.tables(1))]
+            # A static net's commands are listed with the net and again with its subnets.
+            instructions = {group.binary(n) for group in groups for n in (2, 3)} | {stage.binary(11)}
+            if any(start + count > binary_bytes for start, count in instructions | {weight}):
+                raise Malformed
+            if weight[1]:
+                weights.add(weight)
+            instruction_bytes += sum(count for _, count in instructions)
+            needed = sum(stage.numbers(14, "Q")) or stage.number(3, "Q")
+            scratch[device] = max(scratch.get(device, 0), needed)
+        io_bytes += max(stage.number(18, "Q") for stage in stages)
+    inputs, outputs = (tuple(found[place] for place in sorted(found)) for found in tensors)
+    dynamic = any(stages[0].number(5, "i") for stages in all_stages)
+    return Net(
+        info=NetInfo(name, inputs, outputs, _named(_ADDR_MODES, parts[0].number(5, "i")), dynamic),
+        devices=len(scratch),
+        weights=frozenset(weights),
+        instruction_bytes=instruction_bytes,
+        scratch_bytes=sum(scratch.values()),
+        io_bytes=io_bytes,
+    )
 
 
 def _tensor(table: Table, device: int) -> TensorInfo:
-    dtype = _DTYPES.get(table.number(1, "I"))
-    shapes = [tuple(shape.numbers(0, "Q")) for shape in table.tables(5)]
-    if dtype is None or not shapes or any(extent > 1 << 40 for shape in shapes for extent in shape):
+    shapes = [shape.numbers(0, "Q") for shape in table.tables(5)]
+    if not shapes or any(extent > 1 << 40 for shape in shapes for extent in shape):
         raise Malformed
-    return TensorInfo(table.string(0), max(shapes, key=math.prod), dtype, device)
+    return TensorInfo(table.string(0), max(shapes, key=math.prod), _named(_DTYPES, table.number(1, "I")), device)
 
 
-def _part(net: Table, binary_bytes: int) -> _Part:
-    def inside(place: tuple[int, int]) -> int:
-        if sum(place) > binary_bytes:
-            raise Malformed
-        return place[1]
-
-    def instructions(group: Table) -> list[tuple[int, int]]:
-        return [group.binary(2), group.binary(3)]
-
-    cascade = net.table(4)
-    name = net.string(0)
-    stages = list(net.tables(3))
-    addr_mode = _ADDR_MODES.get(net.number(5, "i"))
-    if not stages or addr_mode is None:
+def _named(names: Sequence[str], code: int) -> str:
+    if not 0 <= code < len(names):
         raise Malformed
-    part = _Part(
-        main_name=(cascade.string(2) if cascade else "") or name,
-        addr_mode=addr_mode,
-        dynamic=bool(stages[0].number(5, "i")),
-        stages=len(stages),
-        device=cascade.number(0, "I") if cascade else 0,
-    )
-    for field_id, found in ((0, part.inputs), (1, part.outputs)):
-        # In a net of several devices tensors pass between its parts; these kinds are the net's own, whole or split.
-        own = (1, 3) if field_id == 0 else (2, 4)
-        for table in stages[0].tables(field_id):
-            if cascade is None or table.number(11, "i") in own:
-                index = table.number(12, "i") if cascade else len(found)
-                found.append((index, _tensor(table, part.device)))
-    for stage in stages:
-        if coeff := stage.table(4):
-            place = coeff.binary(2)
-            if inside(place):
-                part.weights.add(place)
-        groups = [*stage.tables(8), *(group for subnet in stage.tables(12) for group in subnet.tables(1))]
-        # A static net's commands are listed with the net and again with its subnets.
-        places = {place for group in groups for place in instructions(group)} | {stage.binary(11)}
-        part.instruction_bytes += sum(map(inside, places))
-        part.scratch_bytes = max(part.scratch_bytes, sum(stage.numbers(14, "Q")) or stage.number(3, "Q"))
-        part.io_bytes = max(part.io_bytes, stage.number(18, "Q"))
-    return part
-
-
-def _join(name: str, parts: list[_Part]) -> Net:
-    def tensors(which: str) -> tuple[TensorInfo, ...]:
-        found = {}
-        for part in parts:
-            for index, tensor in getattr(part, which):
-                found[part.device, index] = tensor
-        return tuple(found[place] for place in sorted(found))
-
-    info = NetInfo(name, tensors("inputs"), tensors("outputs"), parts[0].addr_mode, any(p.dynamic for p in parts))
-    return Net(
-        info=info,
-        stages=max(part.stages for part in parts),
-        devices=len({part.device for part in parts}),
-        weights=frozenset(place for part in parts for place in part.weights),
-        instruction_bytes=sum(part.instruction_bytes for part in parts),
-        scratch_bytes=sum(
-            max(part.scratch_bytes for part in parts if part.device == device)
-            for device in {part.device for part in parts}
-        ),
-        io_bytes=sum(part.io_bytes for part in parts),
-    )
+    return names[code]
 
 
 def require_qwen(bmodel: Bmodel) -> QwenShape:
