@@ -151,9 +151,7 @@ class QwenRunner:
             engine.run(f"block_{i}", inputs, outputs)
             source, target = target, source
         for k, head_input in enumerate(self._head_input):
-            row = engine.view(
-                self._prefill_states[k][source], (count - 1) * self.hidden_size, (1, 1, self.hidden_size)
-            )
+            row = engine.view(self._prefill_states[k][source], (count - 1) * self.hidden_size, (1, 1, self.hidden_size))
             engine.copy(row, engine.view(head_input, 0, row.shape))
         engine.run("lm_head", self._head_input, self._head_output)
         self.position = count
@@ -187,9 +185,7 @@ class QwenRunner:
         [1,R,h,d] that take the new keys and the new values.
         """
         engine = self.engine
-        self._embed(
-            "embedding_cache", ids, [engine.input_tensor("block_cache_0", 5 * k) for k in range(self.devices)]
-        )
+        self._embed("embedding_cache", ids, [engine.input_tensor("block_cache_0", 5 * k) for k in range(self.devices)])
         for k in range(self.devices):
             engine.write(engine.input_tensor("block_cache_0", 5 * k + 1), positions)
             engine.write(engine.input_tensor("block_cache_0", 5 * k + 2), to_bf16(mask))

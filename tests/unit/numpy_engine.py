@@ -5,15 +5,7 @@ Memory is one array a tensor, views are numpy's own: what a runner writes where 
 
 import numpy as np
 
-from helpers.run.engines.base import (
-    DeviceTensor,
-    Engine,
-    check_allocation,
-    check_copy,
-    check_run,
-    check_values,
-    check_view,
-)
+from helpers.run.engines.base import Engine
 from helpers.tensors import HOST_DTYPE, NetInfo, TensorInfo, from_bf16, to_bf16
 
 
@@ -108,47 +100,27 @@ class NumpyEngine(Engine):
             for net, (*sides, count) in nets.items()
         }
         self._sharing = {net: count for net, (*_, count) in nets.items()}
-        super().__init__(range(devices), infos)
-        self._own = {
-            (net, side, index): self.allocate(info.shape, info.dtype, info.device)
-            for net, described in infos.items()
-            for side, tensors in (("in", described.inputs), ("out", described.outputs))
-            for index, info in enumerate(tensors)
-        }
+        super().__init__(range(devices), infos, {}, 0)
 
-    def input_tensor(self, net, index):
-        return self._own[net, "in", index]
+    def _allocate(self, shape, dtype, device):
+        return np.zeros(shape, HOST_DTYPE[dtype]).reshape(-1)
 
-    def output_tensor(self, net, index):
-        return self._own[net, "out", index]
+    def _view(self, tensor, offset_elements, shape):
+        return tensor.memory[offset_elements : offset_elements + int(np.prod(shape))]
 
-    def allocate(self, shape, dtype, device=0):
-        shape = check_allocation(shape, dtype)
-        return DeviceTensor(shape, dtype, device, np.zeros(shape, HOST_DTYPE[dtype]).reshape(-1))
-
-    def view(self, tensor, offset_elements, shape):
-        offset_elements, shape = check_view(tensor, offset_elements, shape)
-        memory = tensor.memory[offset_elements : offset_elements + int(np.prod(shape))]
-        return DeviceTensor(shape, tensor.dtype, tensor.device, memory, tensor)
-
-    def write(self, tensor, values):
-        values = check_values(tensor, values)
+    def _write(self, tensor, values):
         tensor.memory[:] = values.reshape(-1)
-        self.bytes_to_device += values.nbytes
 
-    def read(self, tensor):
-        self.bytes_to_host += tensor.bytes
+    def _read(self, tensor):
         return tensor.memory.reshape(tensor.shape).copy()
 
-    def copy(self, source, target):
-        check_copy(source, target)
+    def _copy(self, source, target):
         target.memory[:] = source.memory
 
     def close(self):
         pass
 
-    def run(self, net, inputs, outputs):
-        check_run(self.nets[net], inputs, outputs)
+    def _run(self, net, inputs, outputs):
         # A net reads its first input again after it has begun to write: a block adds to it what it computed.
         assert not np.shares_memory(inputs[0].memory, outputs[0].memory)
         arrays = [t.memory.reshape(t.shape) for t in inputs]

@@ -39,22 +39,28 @@ class DeviceTensor:
         return self.count * HOST_DTYPE[self.dtype].itemsize
 
 
+# Where tensors of nets are: {(net, "inputs" or "outputs", index): memory}.
+NetMemory = dict[tuple[str, str, int], DeviceTensor]
+
+
 class Engine:
     """A loaded bmodel and the memory of the device it runs on.
 
     name: "simulator" or "chip". kind_of_time: what a clock around `run` measures, "simulator wall" or "measured".
     reason: why this engine was taken. devices: the device ids. nets: name to NetInfo.
-    device_bytes: device memory that the bmodel takes, reckoned from its file.
+    device_bytes: device memory that the bmodel takes, reckoned from its file. own_memory: what the runtime gave to nets
+    with addr_mode "io_alone".
     bytes_to_device, bytes_to_host: what `write` and `read` moved since the engine was opened.
 
     Calls from several threads are carried out one at a time; other Python threads go on during a run.
     Every method raises UserError, and none of them is of use after `close`.
+    Here is checked what is asked for; an engine carries it out, in the methods with an underscore.
     """
 
     name: ClassVar[str]
     kind_of_time: ClassVar[str]
 
-    def __init__(self, devices: Sequence[int], nets: dict[str, NetInfo], device_bytes: int = 0):
+    def __init__(self, devices: Sequence[int], nets: dict[str, NetInfo], own_memory: NetMemory, device_bytes: int):
         self.devices = tuple(devices)
         self.nets = nets
         self.device_bytes = device_bytes
@@ -62,38 +68,81 @@ class Engine:
         self.bytes_to_device = 0
         self.bytes_to_host = 0
         self._counting = threading.Lock()
+        self._net_memory = dict(own_memory)
 
     def input_tensor(self, net: str, index: int) -> DeviceTensor:
         """The memory of a net's input: the same piece at every call."""
-        raise NotImplementedError
+        return self._net_tensor(net, "inputs", self._net(net).inputs, index)
 
     def output_tensor(self, net: str, index: int) -> DeviceTensor:
         """The memory of a net's output: the same piece at every call."""
-        raise NotImplementedError
+        return self._net_tensor(net, "outputs", self._net(net).outputs, index)
 
     def allocate(self, shape: Sequence[int], dtype: str, device: int = 0) -> DeviceTensor:
         """New device memory, zeroed. It lasts while the tensor or a view of it is held, at most until `close`."""
-        raise NotImplementedError
+        shape = tuple(int(size) for size in shape)
+        if dtype not in HOST_DTYPE:
+            raise UserError(f"There is no device dtype {dtype!r}: take one of {', '.join(HOST_DTYPE)}.")
+        if not shape or len(shape) > 8 or min(shape) < 1:
+            raise UserError(f"A device tensor has 1 to 8 dimensions of size 1 or more, not {list(shape)}.")
+        if not 0 <= device < len(self.devices):
+            raise UserError(f"The engine has {len(self.devices)} device(s), from 0; {device} was asked for.")
+        self._take_room(shape, dtype)
+        return DeviceTensor(shape, dtype, device, self._allocate(shape, dtype, device))
 
     def view(self, tensor: DeviceTensor, offset_elements: int, shape: Sequence[int]) -> DeviceTensor:
         """A part of a tensor, or all of it in another shape; it is the same memory."""
-        raise NotImplementedError
+        offset_elements, shape = operator.index(offset_elements), tuple(int(size) for size in shape)
+        if offset_elements < 0 or min(shape, default=1) < 1 or offset_elements + math.prod(shape) > tensor.count:
+            raise UserError(
+                f"A view of shape {list(shape)} at element {offset_elements} does not lie within a tensor of shape "
+                f"{list(tensor.shape)} ({tensor.count} elements)."
+            )
+        return DeviceTensor(shape, tensor.dtype, tensor.device, self._view(tensor, offset_elements, shape), tensor)
 
     def write(self, tensor: DeviceTensor, values: np.ndarray) -> None:
         """Host to device. Shape and dtype must be the tensor's; bfloat16 and float16 cross as uint16 bits."""
-        raise NotImplementedError
+        values, wanted = np.asarray(values), HOST_DTYPE[tensor.dtype]
+        if values.shape != tensor.shape or values.dtype != wanted:
+            raise UserError(
+                f"An array of shape {list(values.shape)} and dtype {values.dtype} was written to a tensor of shape "
+                f"{list(tensor.shape)} that takes {wanted} ({tensor.dtype}): give it exactly these."
+            )
+        self._write(tensor, np.ascontiguousarray(values))
+        with self._counting:
+            self.bytes_to_device += values.nbytes
 
     def read(self, tensor: DeviceTensor) -> np.ndarray:
         """Device to host: an array of the tensor's shape; bfloat16 and float16 cross as uint16 bits."""
-        raise NotImplementedError
+        values = self._read(tensor)
+        with self._counting:
+            self.bytes_to_host += values.nbytes
+        return values
 
     def copy(self, source: DeviceTensor, target: DeviceTensor) -> None:
         """Copy on one device, without the host; shapes may differ, dtype and number of elements may not."""
-        raise NotImplementedError
+        if (source.dtype, source.count) != (target.dtype, target.count):
+            raise UserError(
+                "A copy needs the same dtype and number of elements: the source is "
+                f"{source.dtype} {list(source.shape)}, the target {target.dtype} {list(target.shape)}."
+            )
+        if source.device != target.device:
+            raise UserError(
+                f"A copy stays on one device: the source is on {source.device}, the target on {target.device}."
+            )
+        self._copy(source, target)
 
     def run(self, net: str, inputs: Sequence[DeviceTensor], outputs: Sequence[DeviceTensor]) -> None:
-        """Run a net and wait for it. It reads and writes the tensors given; they may be views."""
-        raise NotImplementedError
+        """Run a net and wait for it. It reads and writes the tensors given; they may be views.
+
+        Number, dtype, shape and device of the tensors must be what the net was compiled for: the runtime itself checks
+        little, and would write past the end of a tensor that is too small. A dynamic net takes smaller inputs, with as
+        many dimensions.
+        """
+        info = self._net(net)
+        _check_tensors(info, "inputs", info.inputs, inputs)
+        _check_tensors(info, "outputs", info.outputs, outputs)
+        self._run(net, inputs, outputs)
 
     def close(self) -> None:
         """Give the device and its memory back; the simulator also in the middle of a run, the chip after it.
@@ -108,11 +157,6 @@ class Engine:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _count(self, to_device: int = 0, to_host: int = 0) -> None:
-        with self._counting:
-            self.bytes_to_device += to_device
-            self.bytes_to_host += to_host
-
     def _net(self, name: str) -> NetInfo:
         try:
             return self.nets[name]
@@ -121,78 +165,50 @@ class Engine:
                 f"The bmodel has no net {name!r}; it has {', '.join(sorted(self.nets))}: compile one with all nets."
             ) from None
 
+    def _net_tensor(self, net: str, kind: str, infos: Sequence[TensorInfo], index: int) -> DeviceTensor:
+        if not 0 <= index < len(infos):
+            raise UserError(f"{net} {kind} has {len(infos)} tensors, number {index} was asked for: count from 0.")
+        # Never the runtime's memory of a net with basic addresses: that is shared with intermediate results, so what
+        # is written there once is lost in the next run.
+        if (place := (net, kind, index)) not in self._net_memory:
+            shape, dtype, device = infos[index].shape, infos[index].dtype, infos[index].device
+            self._net_memory[place] = DeviceTensor(shape, dtype, device, self._allocate(shape, dtype, device))
+        return self._net_memory[place]
 
-def net_tensor(infos: Sequence[TensorInfo], index: int, what: str) -> TensorInfo:
-    """infos[index]; raises UserError, naming `what`, where there is none."""
-    if not 0 <= index < len(infos):
-        raise UserError(f"{what} has {len(infos)} tensors, number {index} was asked for: count from 0.")
-    return infos[index]
+    # What an engine does once all is checked. Where a tensor is made, its memory is returned.
 
+    def _take_room(self, shape: tuple[int, ...], dtype: str) -> None:
+        """Note what `allocate` is given; raise UserError where there is no more to give."""
 
-def check_view(tensor: DeviceTensor, offset_elements: int, shape: Sequence[int]) -> tuple[int, tuple[int, ...]]:
-    """The view's offset and shape, as Python's ints; raises UserError where it does not lie within the tensor."""
-    offset_elements, shape = operator.index(offset_elements), tuple(int(size) for size in shape)
-    count = math.prod(shape)
-    if offset_elements < 0 or min(shape, default=1) < 1 or offset_elements + count > tensor.count:
-        raise UserError(
-            f"A view of shape {list(shape)} at element {offset_elements} does not lie within a tensor of shape "
-            f"{list(tensor.shape)} ({tensor.count} elements)."
-        )
-    return offset_elements, shape
+    def _allocate(self, shape: tuple[int, ...], dtype: str, device: int) -> object:
+        raise NotImplementedError
 
+    def _view(self, tensor: DeviceTensor, offset_elements: int, shape: tuple[int, ...]) -> object:
+        raise NotImplementedError
 
-def check_allocation(shape: Sequence[int], dtype: str) -> tuple[int, ...]:
-    """The shape as a tuple; raises UserError where it or the dtype cannot be had on the device."""
-    shape = tuple(int(size) for size in shape)
-    if dtype not in HOST_DTYPE:
-        raise UserError(f"There is no device dtype {dtype!r}: take one of {', '.join(HOST_DTYPE)}.")
-    if not shape or len(shape) > 8 or min(shape) < 1:
-        raise UserError(f"A device tensor has 1 to 8 dimensions of size 1 or more, not {list(shape)}.")
-    return shape
+    def _write(self, tensor: DeviceTensor, values: np.ndarray) -> None:
+        raise NotImplementedError
 
+    def _read(self, tensor: DeviceTensor) -> np.ndarray:
+        raise NotImplementedError
 
-def check_values(tensor: DeviceTensor, values: np.ndarray) -> np.ndarray:
-    """The values, contiguous; raises UserError unless shape and dtype are exactly what the tensor takes."""
-    values = np.asarray(values)
-    wanted = HOST_DTYPE[tensor.dtype]
-    if values.shape != tensor.shape or values.dtype != wanted:
-        raise UserError(
-            f"An array of shape {list(values.shape)} and dtype {values.dtype} was written to a tensor of shape "
-            f"{list(tensor.shape)} that takes {wanted} ({tensor.dtype}): give it exactly these."
-        )
-    return np.ascontiguousarray(values)
+    def _copy(self, source: DeviceTensor, target: DeviceTensor) -> None:
+        raise NotImplementedError
+
+    def _run(self, net: str, inputs: Sequence[DeviceTensor], outputs: Sequence[DeviceTensor]) -> None:
+        raise NotImplementedError
 
 
-def check_copy(source: DeviceTensor, target: DeviceTensor) -> None:
-    """Raise UserError unless dtype, number of elements and device agree."""
-    if (source.dtype, source.count) != (target.dtype, target.count):
-        raise UserError(
-            f"A copy needs the same dtype and number of elements: the source is {source.dtype} {list(source.shape)}, "
-            f"the target {target.dtype} {list(target.shape)}."
-        )
-    if source.device != target.device:
-        raise UserError(f"A copy stays on one device: the source is on {source.device}, the target on {target.device}.")
-
-
-def check_run(net: NetInfo, inputs: Sequence[DeviceTensor], outputs: Sequence[DeviceTensor]) -> None:
-    """Raise UserError unless number, dtype, shape and device of the tensors are what the net was compiled for.
-
-    The runtime itself checks little: a tensor that is too small would be written past its end.
-    A dynamic net takes smaller inputs, with as many dimensions.
-    """
-    for kind, infos, tensors in (("inputs", net.inputs, inputs), ("outputs", net.outputs, outputs)):
-        if len(tensors) != len(infos):
-            raise UserError(f"{net.name} has {len(infos)} {kind}, {len(tensors)} were given.")
-        for index, (info, tensor) in enumerate(zip(infos, tensors, strict=True)):
-            if net.dynamic:
-                fits = len(tensor.shape) == len(info.shape) and all(
-                    given <= most for given, most in zip(tensor.shape, info.shape, strict=True)
-                )
-            else:
-                fits = tensor.shape == info.shape
-            if not fits or tensor.dtype != info.dtype or tensor.device != info.device:
-                most = "at most " if net.dynamic else ""
-                raise UserError(
-                    f"{net.name} {kind}[{index}] ({info.name}) is {info.dtype} {most}{list(info.shape)} on device "
-                    f"{info.device}; a tensor {tensor.dtype} {list(tensor.shape)} on device {tensor.device} was given."
-                )
+def _check_tensors(net: NetInfo, kind: str, infos: Sequence[TensorInfo], tensors: Sequence[DeviceTensor]) -> None:
+    if len(tensors) != len(infos):
+        raise UserError(f"{net.name} has {len(infos)} {kind}, {len(tensors)} were given.")
+    for index, (info, tensor) in enumerate(zip(infos, tensors, strict=True)):
+        fits = tensor.shape == info.shape
+        if net.dynamic and len(tensor.shape) == len(info.shape):
+            fits = all(given <= most for given, most in zip(tensor.shape, info.shape, strict=True))
+        if not fits or tensor.dtype != info.dtype or tensor.device != info.device:
+            most = "at most " if net.dynamic else ""
+            raise UserError(
+                f"{net.name} {kind}[{index}] ({info.name}) is {info.dtype} {most}{list(info.shape)} on device "
+                f"{info.device}; a tensor {tensor.dtype} {list(tensor.shape)} on device {tensor.device} was given."
+            )

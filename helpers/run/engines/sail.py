@@ -14,16 +14,7 @@ from types import ModuleType
 import numpy as np
 
 from helpers.errors import UserError
-from helpers.run.engines.base import (
-    DeviceTensor,
-    Engine,
-    check_allocation,
-    check_copy,
-    check_run,
-    check_values,
-    check_view,
-    net_tensor,
-)
+from helpers.run.engines.base import DeviceTensor, Engine, NetMemory
 from helpers.run.engines.loading import checked_bmodel, device_bytes
 from helpers.run.sail_package import sophon_sail
 from helpers.tensors import ADDR_MODES, HOST_DTYPE, NetInfo, TensorInfo
@@ -90,12 +81,11 @@ class SailEngine(Engine):
         described = checked_bmodel(bmodel, len(devid))
         self._lock = threading.Lock()
         self._closed = False
-        self._basic: dict[tuple[str, str, int], DeviceTensor] = {}
         with self._told(lambda: f"sophon.sail could not load {bmodel} on device {_ids(devid)}{self._state(devid)}"):
             self._handles = [sail.Handle(number) for number in devid]
             self._llm = sail.EngineLLM(str(bmodel), list(devid))
-            nets, self._own = self._describe(tuple(devid))
-        super().__init__(devid, nets, device_bytes(described))
+            nets, own_memory = self._describe(tuple(devid))
+        super().__init__(devid, nets, own_memory, device_bytes(described))
         if _libraries_are_the_simulators():
             self.kind_of_time = "simulator wall"
         self._check_views()
@@ -134,91 +124,60 @@ class SailEngine(Engine):
                 parts.append(f"{number} has {total - used} of {total} MB free")
         return f" ({', '.join(parts)})" if parts else ""
 
-    def _describe(self, devid: tuple[int, ...]) -> tuple[dict[str, NetInfo], dict]:
-        llm, nets, own = self._llm, {}, {}
-        for net in llm.get_graph_names():
-            addr_mode = llm.get_addr_mode(net)
-            described = []
-            for kind in ("input", "output"):
-                call = {
-                    field: getattr(llm, f"get_{kind}_{field}")
-                    for field in ("num", "name", "shape", "dtype", "tensor_devid")
-                }
+    def _describe(self, devid: tuple[int, ...]) -> tuple[dict[str, NetInfo], NetMemory]:
+        nets, own_memory = {}, {}
+        for net in self._llm.get_graph_names():
+            addr_mode = ADDR_MODES[self._llm.get_addr_mode(net)]
+            sides = []
+            for side in ("input", "output"):
                 infos = []
-                for index in range(call["num"](net)):
-                    name, dtype = call["name"](net, index), call["dtype"](net, index).name
-                    device = devid.index(call["tensor_devid"](net, index))
-                    infos.append(TensorInfo(name, tuple(call["shape"](net, index)), SAIL_DTYPES[dtype], device))
-                if ADDR_MODES[addr_mode] == "io_alone":
-                    tensors = getattr(llm, f"get_{kind}_tensors")(net)
-                    for index, info in enumerate(infos):
-                        own[net, kind, index] = DeviceTensor(info.shape, info.dtype, info.device, tensors[index])
-                described.append(tuple(infos))
-            nets[net] = NetInfo(net, *described, ADDR_MODES[addr_mode], llm.get_is_dynamic(net))
-        return nets, own
+                for k in range(self._ask(side, "num", net)):
+                    name, dtype = self._ask(side, "name", net, k), SAIL_DTYPES[self._ask(side, "dtype", net, k).name]
+                    device = devid.index(self._ask(side, "tensor_devid", net, k))
+                    infos.append(TensorInfo(name, tuple(self._ask(side, "shape", net, k)), dtype, device))
+                if addr_mode == "io_alone":
+                    tensors = self._ask(side, "tensors", net)
+                    for k, info in enumerate(infos):
+                        own_memory[net, f"{side}s", k] = DeviceTensor(info.shape, info.dtype, info.device, tensors[k])
+                sides.append(tuple(infos))
+            nets[net] = NetInfo(net, *sides, addr_mode, self._llm.get_is_dynamic(net))
+        return nets, own_memory
 
-    def input_tensor(self, net: str, index: int) -> DeviceTensor:
-        return self._net_memory(net, "input", self._net(net).inputs, index)
+    def _ask(self, side: str, field: str, net: str, *index: int) -> object:
+        return getattr(self._llm, f"get_{side}_{field}")(net, *index)
 
-    def output_tensor(self, net: str, index: int) -> DeviceTensor:
-        return self._net_memory(net, "output", self._net(net).outputs, index)
-
-    def _net_memory(self, net: str, kind: str, infos: Sequence[TensorInfo], index: int) -> DeviceTensor:
-        info = net_tensor(infos, index, f"{net} {kind}s")
-        key = (net, kind, index)
-        if key in self._own:
-            return self._own[key]
-        # Not get_*_tensors_addrmode0: with basic addresses that memory is shared with intermediate results, so what
-        # is written there once is lost in the next run.
-        if key not in self._basic:
-            self._basic[key] = self.allocate(info.shape, info.dtype, info.device)
-        return self._basic[key]
-
-    def allocate(self, shape: Sequence[int], dtype: str, device: int = 0) -> DeviceTensor:
-        shape = check_allocation(shape, dtype)
-        if not 0 <= device < len(self.devices):
-            raise UserError(f"The engine has {len(self.devices)} devices, counted from 0; {device} was asked for.")
+    def _allocate(self, shape: tuple[int, ...], dtype: str, device: int) -> object:
         with self._told(lambda: f"No device memory for {dtype} {list(shape)}{self._state([self.devices[device]])}"):
             code = getattr(self._sail.Dtype, f"BM_{dtype.upper()}")
-            memory = self._sail.Tensor(self._handles[device], list(shape), code, False, True)
-        return DeviceTensor(shape, dtype, device, memory)
+            return self._sail.Tensor(self._handles[device], list(shape), code, False, True)
 
-    def view(self, tensor: DeviceTensor, offset_elements: int, shape: Sequence[int]) -> DeviceTensor:
-        offset_elements, shape = check_view(tensor, offset_elements, shape)
+    def _view(self, tensor: DeviceTensor, offset_elements: int, shape: tuple[int, ...]) -> object:
         with self._told(f"No view {list(shape)} of {list(tensor.shape)}"):
-            memory = self._sail.Tensor(tensor.memory, list(shape), offset_elements)
-        return DeviceTensor(shape, tensor.dtype, tensor.device, memory, tensor)
+            return self._sail.Tensor(tensor.memory, list(shape), offset_elements)
 
-    def write(self, tensor: DeviceTensor, values: np.ndarray) -> None:
-        values = check_values(tensor, values)
+    def _write(self, tensor: DeviceTensor, values: np.ndarray) -> None:
         with self._told(f"Could not write a tensor {list(tensor.shape)}"):
             tensor.memory.update_data(values)
             # On a SoC the host sees the memory itself, through its cache; elsewhere this does nothing.
             tensor.memory.sync_s2d()
-        self._count(to_device=values.nbytes)
 
-    def read(self, tensor: DeviceTensor) -> np.ndarray:
+    def _read(self, tensor: DeviceTensor) -> np.ndarray:
         with self._told(f"Could not read a tensor {list(tensor.shape)}"):
             tensor.memory.sync_d2s()
-            values = tensor.memory.asnumpy()
-        self._count(to_host=values.nbytes)
-        return values
+            return tensor.memory.asnumpy()
 
-    def copy(self, source: DeviceTensor, target: DeviceTensor) -> None:
-        check_copy(source, target)
+    def _copy(self, source: DeviceTensor, target: DeviceTensor) -> None:
         with self._told(f"Could not copy a tensor {list(source.shape)}"):
             target.memory.sync_d2d(source.memory, 0, 0, source.count)
 
-    def run(self, net: str, inputs: Sequence[DeviceTensor], outputs: Sequence[DeviceTensor]) -> None:
-        check_run(self._net(net), inputs, outputs)
+    def _run(self, net: str, inputs: Sequence[DeviceTensor], outputs: Sequence[DeviceTensor]) -> None:
         with self._told(f"The chip could not run {net}"):
             self._llm.process(net, *({k: t.memory for k, t in enumerate(tensors)} for tensors in (inputs, outputs)))
 
     def close(self) -> None:
         with self._lock:
             self._closed = True
-            self._own = {}
-            self._basic = {}
+            self._net_memory.clear()
             self._llm = None
             self._handles = []
 

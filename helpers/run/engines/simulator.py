@@ -25,16 +25,7 @@ import numpy as np
 from helpers import machine
 from helpers.errors import UserError
 from helpers.run.engines import yield_library
-from helpers.run.engines.base import (
-    DeviceTensor,
-    Engine,
-    check_allocation,
-    check_copy,
-    check_run,
-    check_values,
-    check_view,
-    net_tensor,
-)
+from helpers.run.engines.base import DeviceTensor, Engine, NetMemory
 from helpers.run.engines.loading import checked_bmodel, device_bytes
 from helpers.tensors import ADDR_MODES, HOST_DTYPE, NetInfo, TensorInfo
 from helpers.toolchain import wheel_path
@@ -76,68 +67,40 @@ class SimulatorEngine(Engine):
         self._worker = SimulatorProcess(scheduling, need)
         self.scheduling, self.no_yield = self._worker.scheduling, self._worker.no_yield
         try:
-            nets, self._own = _nets(self._worker.call("open", str(bmodel), subject=f"{bmodel} could not be opened"))
+            nets, own_memory = _nets(self._worker.call("open", str(bmodel), subject=f"{bmodel} could not be opened"))
         except BaseException:
             self._worker.close()
             raise
-        super().__init__((0,), nets, need)
+        super().__init__((0,), nets, own_memory, need)
         self._room = SLACK_BYTES
-        self._basic: dict[tuple[str, str, int], DeviceTensor] = {}
 
-    def input_tensor(self, net: str, index: int) -> DeviceTensor:
-        return self._net_memory(net, "input", self._net(net).inputs, index)
-
-    def output_tensor(self, net: str, index: int) -> DeviceTensor:
-        return self._net_memory(net, "output", self._net(net).outputs, index)
-
-    def _net_memory(self, net: str, kind: str, infos: Sequence[TensorInfo], index: int) -> DeviceTensor:
-        info = net_tensor(infos, index, f"{net} {kind}s")
-        key = (net, kind, index)
-        if key in self._own:
-            return self._own[key]
-        if key not in self._basic:
-            self._basic[key] = self._allocate(info.shape, info.dtype)
-        return self._basic[key]
-
-    def allocate(self, shape: Sequence[int], dtype: str, device: int = 0) -> DeviceTensor:
-        shape = check_allocation(shape, dtype)
-        if device != 0:
-            raise UserError(f"The simulator has one device, number 0; {device} was asked for.")
-        size = DeviceTensor(shape, dtype, 0, None).bytes
+    def _take_room(self, shape: tuple[int, ...], dtype: str) -> None:
+        size = TensorInfo("", shape, dtype).bytes + PAGE_BYTES
         # Where its memory is exhausted the simulator does not say so, it aborts.
-        if size + PAGE_BYTES > self._room:
+        if size > self._room:
             raise UserError(
                 f"No device memory for {dtype} {list(shape)}: beside the bmodel the simulator was opened with room for "
                 f"{SLACK_BYTES >> 20} MB, {self._room >> 20} MB are left."
             )
-        self._room -= size + PAGE_BYTES
-        return self._allocate(shape, dtype)
+        self._room -= size
 
-    def _allocate(self, shape: tuple[int, ...], dtype: str) -> DeviceTensor:
-        size = DeviceTensor(shape, dtype, 0, None).bytes
-        return DeviceTensor(shape, dtype, 0, self._worker.call("allocate", size))
+    def _allocate(self, shape: tuple[int, ...], dtype: str, device: int) -> int:
+        return self._worker.call("allocate", TensorInfo("", shape, dtype).bytes)
 
-    def view(self, tensor: DeviceTensor, offset_elements: int, shape: Sequence[int]) -> DeviceTensor:
-        offset_elements, shape = check_view(tensor, offset_elements, shape)
-        address = tensor.memory + offset_elements * HOST_DTYPE[tensor.dtype].itemsize
-        return DeviceTensor(shape, tensor.dtype, tensor.device, address, tensor)
+    def _view(self, tensor: DeviceTensor, offset_elements: int, shape: tuple[int, ...]) -> int:
+        return tensor.memory + offset_elements * HOST_DTYPE[tensor.dtype].itemsize
 
-    def write(self, tensor: DeviceTensor, values: np.ndarray) -> None:
-        values = check_values(tensor, values)
+    def _write(self, tensor: DeviceTensor, values: np.ndarray) -> None:
         self._worker.call("write", tensor.memory, data=values)
-        self._count(to_device=values.nbytes)
 
-    def read(self, tensor: DeviceTensor) -> np.ndarray:
+    def _read(self, tensor: DeviceTensor) -> np.ndarray:
         data = self._worker.call("read", tensor.memory, tensor.bytes)
-        self._count(to_host=len(data))
         return np.frombuffer(bytearray(data), dtype=HOST_DTYPE[tensor.dtype]).reshape(tensor.shape)
 
-    def copy(self, source: DeviceTensor, target: DeviceTensor) -> None:
-        check_copy(source, target)
+    def _copy(self, source: DeviceTensor, target: DeviceTensor) -> None:
         self._worker.call("copy", source.memory, target.memory, source.bytes)
 
-    def run(self, net: str, inputs: Sequence[DeviceTensor], outputs: Sequence[DeviceTensor]) -> None:
-        check_run(self._net(net), inputs, outputs)
+    def _run(self, net: str, inputs: Sequence[DeviceTensor], outputs: Sequence[DeviceTensor]) -> None:
         described = [[(t.memory, t.shape, t.dtype) for t in tensors] for tensors in (inputs, outputs)]
         self._worker.call("run", net, *described, subject=f"The simulator stopped while running {net}")
 
@@ -166,18 +129,17 @@ def _needed_bytes(bmodel: str | os.PathLike) -> tuple[int, int]:
     return need, need + described.file_bytes
 
 
-def _nets(answer: dict) -> tuple[dict[str, NetInfo], dict]:
-    """NetInfos, and the memory that nets have of their own: {(net, "input" | "output", index): DeviceTensor}."""
-    nets, own = {}, {}
-    for net, (inputs, outputs, addr_mode, dynamic) in answer.items():
-        infos = []
-        for kind, tensors in (("input", inputs), ("output", outputs)):
-            for index, (_, shape, dtype, address) in enumerate(tensors):
-                if ADDR_MODES[addr_mode] == "io_alone":
-                    own[net, kind, index] = DeviceTensor(shape, dtype, 0, address)
-            infos.append(tuple(TensorInfo(name, shape, dtype) for name, shape, dtype, _ in tensors))
+def _nets(answer: dict) -> tuple[dict[str, NetInfo], NetMemory]:
+    """What the worker's `open` answers."""
+    nets, own_memory = {}, {}
+    for net, (*sides, addr_mode, dynamic) in answer.items():
+        infos = [tuple(TensorInfo(*tensor) for *tensor, _ in side) for side in sides]
         nets[net] = NetInfo(net, *infos, ADDR_MODES[addr_mode], dynamic)
-    return nets, own
+        if nets[net].addr_mode == "io_alone":
+            for kind, side in zip(("inputs", "outputs"), sides, strict=True):
+                for index, (_, shape, dtype, address) in enumerate(side):
+                    own_memory[net, kind, index] = DeviceTensor(shape, dtype, 0, address)
+    return nets, own_memory
 
 
 class SimulatorProcess:
