@@ -1,9 +1,8 @@
-"""Prefill and decode of a Qwen bmodel over any engine: numpy only, nothing above the engine's interface.
+"""Prefill, decode and sampling of a Qwen bmodel over any engine: numpy only, nothing above the engine's interface.
 
-Which nets there are and what they take says helpers.nets.
+Which nets there are and what they take says helpers.nets; S, H, h, d, V and R are explained there.
 """
 
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,9 +10,232 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from helpers.errors import UserError
-from helpers.nets import CANDIDATES, decode_mask, prefill_mask
+from helpers.nets import CANDIDATES, count_layers, decode_mask, needed_nets, prefill_mask
 from helpers.run.engines.base import DeviceTensor, Engine
 from helpers.tensors import to_bf16
+
+# One tensor a device, in their order.
+OnDevices = list[DeviceTensor]
+
+
+class QwenRunner:
+    """A Qwen bmodel in an engine. Keys and values never leave the device.
+
+    Prefill writes each layer's keys and values [1,S,h,d] where that layer's decode net reads its past; a decode
+    step's new row goes straight to row p of it, through a view.
+    position: tokens in the cache. visited: their ids. timings, finish_reason: of the last answer.
+    Raises UserError where a net is missing, or was compiled for another number of rows a decode step.
+    """
+
+    def __init__(self, engine: Engine, rows: int = 1):
+        nets = engine.nets
+        _require_nets(nets, rows)
+        self.engine = engine
+        self.layers = count_layers(nets)
+        self.devices = len(nets["block_0"].inputs) // 3
+        _, self.seq_length, self.hidden_size = nets["block_0"].inputs[0].shape
+        self.head_gives_token = "greedy_head" not in nets
+        self.can_sample = "penalty_sample_head" in nets
+        self.position = 0
+        self.visited: list[int] = []
+        self.timings = Timings()
+        self.finish_reason: str | None = None
+        self._head_input = [engine.input_tensor("lm_head", k) for k in range(len(nets["lm_head"].inputs))]
+        self._head_output = [engine.output_tensor("lm_head", k) for k in range(len(nets["lm_head"].outputs))]
+        # Of each layer: its keys and its values.
+        self._caches = [[self._inputs(f"block_cache_{i}", n) for n in (3, 4)] for i in range(self.layers)]
+        self._row = (1, 1, *self._caches[0][0][0].shape[2:])
+        # What each layer's decode net reads; behind the last, what lm_head reads.
+        self._states = [self._inputs(f"block_cache_{i}", 0) for i in range(self.layers)]
+        after = self._outputs(f"block_cache_{self.layers - 1}", 0)
+        for k, tensor in enumerate(self._head_input):
+            after[k] = engine.view(tensor, 0, (1, rows, self.hidden_size))
+        self._states.append(after)
+
+    def generate(
+        self,
+        ids: Sequence[int],
+        *,
+        stop_ids: Iterable[int] = (),
+        max_new_tokens: int | None = None,
+        sampling: "Sampling | None" = None,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Iterator[int]:
+        """Answer a prompt, token by token; the stop token itself is not yielded.
+
+        Afterwards `finish_reason` is "stop" (a stop token), "length" (max_new_tokens or S) or "cancelled"
+        (`should_stop` said so), and `timings` holds seconds.
+        Raises UserError, before anything runs, where the prompt is empty or longer than S.
+        """
+        self.check_prompt(ids)
+        sampling, stop_ids = sampling or Sampling(), frozenset(stop_ids)
+        random = np.random.default_rng(sampling.seed)
+        room = self.seq_length - len(ids) + 1  # the last token is given, and never fed
+        limit = room if max_new_tokens is None else min(max_new_tokens, room)
+        self.timings, self.finish_reason = Timings(), "length"
+        token = None
+        for _ in range(limit):
+            if should_stop():
+                self.finish_reason = "cancelled"
+                return
+            started = time.perf_counter()
+            if first := token is None:
+                self.prefill(ids)
+            else:
+                self.decode(token)
+            token = self.greedy_token() if sampling.greedy else self.sample_token(sampling, random)
+            seconds = time.perf_counter() - started
+            if first:
+                self.timings.first_token_s = seconds
+            else:
+                self.timings.decode_s.append(seconds)
+            if token in stop_ids:
+                self.finish_reason = "stop"
+                return
+            yield token
+
+    def prefill(self, ids: Sequence[int]) -> None:
+        """Run a whole prompt: afterwards the caches hold its keys and values and lm_head its last row's logits."""
+        self.check_prompt(ids)
+        engine, count = self.engine, len(ids)
+        padded, positions = np.zeros((2, 1, self.seq_length), dtype=np.int32)
+        padded[0, :count] = ids
+        positions[0, :count] = np.arange(count)
+        # All layers compute in the memory of the first; states go from its input to its output and back.
+        states, after = self._inputs("block_0", 0), self._outputs("block_0", 0)
+        self._embed("embedding", padded, states)
+        position_inputs, mask_inputs = (self._inputs("block_0", n) for n in (1, 2))
+        self._write(position_inputs, positions)
+        self._write(mask_inputs, to_bf16(prefill_mask(count, self.seq_length)))
+        for i in range(self.layers):
+            inputs = by_device(states, position_inputs, mask_inputs)
+            engine.run(f"block_{i}", inputs, by_device(after, *self._caches[i]))
+            states, after = after, states
+        last_row = (count - 1) * self.hidden_size
+        for tensor, head_input in zip(states, self._head_input, strict=False):
+            row = engine.view(tensor, last_row, (1, 1, self.hidden_size))
+            engine.copy(row, engine.view(head_input, 0, row.shape))
+        engine.run("lm_head", self._head_input, self._head_output)
+        self.position, self.visited = count, list(ids)
+
+    def decode(self, token: int) -> None:
+        """Feed one token: its keys and values join the cache, lm_head holds the logits of what follows."""
+        if self.position >= self.seq_length:
+            raise UserError(f"The cache of {self.seq_length} tokens is full: the answer ends here.")
+        self.feed(
+            np.array([[token]], dtype=np.int32),
+            np.array([[self.position]], dtype=np.int32),
+            decode_mask(self.position, self.seq_length),
+            lambda layer: [[self._cache_row(c, self.position) for c in cache] for cache in self._caches[layer]],
+        )
+        self.position += 1
+        self.visited.append(int(token))
+
+    def feed(
+        self,
+        ids: np.ndarray,
+        positions: np.ndarray,
+        mask: np.ndarray,
+        new_rows: Callable[[int], Sequence[OnDevices]],
+    ) -> None:
+        """Run the decode nets on R new rows: lm_head then holds what follows each of them.
+
+        ids, positions: int32 [1,R]. mask: additive, float32 [1,1,R,S+R]. new_rows(layer): the tensors [1,R,h,d] that
+        take the new keys, and those that take the new values.
+        """
+        self._embed("embedding_cache", ids, self._states[0])
+        first_positions, first_masks = (self._inputs("block_cache_0", n) for n in (1, 2))
+        self._write(first_positions, positions)
+        self._write(first_masks, to_bf16(mask))
+        for i in range(self.layers):
+            own_positions, own_masks = (self._inputs(f"block_cache_{i}", n) for n in (1, 2))
+            if i:
+                # With io_alone a net reads only its own memory; position and mask are handed on inside the device.
+                for source, target in zip(first_positions + first_masks, own_positions + own_masks, strict=True):
+                    self.engine.copy(source, target)
+            inputs = by_device(self._states[i], own_positions, own_masks, *self._caches[i])
+            self.engine.run(f"block_cache_{i}", inputs, by_device(self._states[i + 1], *new_rows(i)))
+        self.engine.run("lm_head", self._head_input, self._head_output)
+
+    def greedy_tokens(self) -> np.ndarray:
+        """The most likely next token after each row last fed: int32 [R]. After a prefill only the first counts."""
+        token = self._head_output[0]
+        if not self.head_gives_token:
+            token = self.engine.output_tensor("greedy_head", 0)
+            self.engine.run("greedy_head", [self._head_output[0]], [token])
+        return self.engine.read(token).reshape(-1)
+
+    def greedy_token(self) -> int:
+        """The most likely next token after the last prefill or decode."""
+        return int(self.greedy_tokens()[0])
+
+    def logits(self) -> np.ndarray:
+        """Logits after the last prefill or decode: float32 [V]. For lessons and parity; chatting never reads them."""
+        return self.engine.read(self._head_output[0]).reshape(-1)
+
+    def sample_token(self, sampling: "Sampling", random: np.random.Generator) -> int:
+        """Draw the next token: the chip sorts and weighs 50 candidates, the host draws one of them.
+
+        Raises UserError where the bmodel has no penalty_sample_head.
+        """
+        if not self.can_sample:
+            raise UserError(
+                "This bmodel has no penalty_sample_head: ask with temperature 0, or compile with both heads."
+            )
+        engine = self.engine
+        window = self.visited[-sampling.repetition_last_n :]
+        # The net penalises every id it is given, so the rest is filled with one that is in the window anyway.
+        ids = np.full((1, self.seq_length), window[-1], dtype=np.int32)
+        ids[0, : len(window)] = window
+        numbers = (sampling.top_p, max(sampling.temperature, 1e-3), sampling.repetition_penalty)
+        inputs = [engine.input_tensor("penalty_sample_head", k) for k in range(1, 5)]
+        engine.write(inputs[0], ids)
+        for tensor, number in zip(inputs[1:], numbers, strict=True):
+            engine.write(tensor, np.full(tensor.shape, number, dtype=np.float32))
+        outputs = [engine.output_tensor("penalty_sample_head", k) for k in range(2)]
+        engine.run("penalty_sample_head", [self._head_output[0], *inputs], outputs)
+        weights, tokens = (engine.read(tensor).reshape(-1)[: sampling.top_k] for tensor in outputs)
+        if sampling.temperature == 0:
+            return int(tokens[0])
+        weights = weights.astype(np.float64)
+        return int(random.choice(tokens, p=weights / weights.sum()))
+
+    def check_prompt(self, ids: Sequence[int]) -> None:
+        """Raise UserError where a prompt is empty or does not leave room for an answer within S."""
+        if not ids:
+            raise UserError("The prompt is empty: ask something.")
+        if len(ids) > self.seq_length:
+            raise UserError(
+                f"The prompt has {len(ids)} tokens, this bmodel was compiled for {self.seq_length} (S) with the answer "
+                "in it: shorten the question, clear the history, or compile with a larger --seq_length."
+            )
+
+    def _inputs(self, net: str, index: int) -> OnDevices:
+        count = len(self.engine.nets[net].inputs) // self.devices
+        return [self.engine.input_tensor(net, count * k + index) for k in range(self.devices)]
+
+    def _outputs(self, net: str, index: int) -> OnDevices:
+        count = len(self.engine.nets[net].outputs) // self.devices
+        return [self.engine.output_tensor(net, count * k + index) for k in range(self.devices)]
+
+    def _write(self, tensors: OnDevices, values: np.ndarray) -> None:
+        for tensor in tensors:
+            self.engine.write(tensor, values)
+
+    def _embed(self, net: str, ids: np.ndarray, states: OnDevices) -> None:
+        info = self.engine.nets[net]
+        inputs = [self.engine.input_tensor(net, k) for k in range(len(info.inputs))]
+        self._write(inputs, ids.reshape(inputs[0].shape))
+        self.engine.run(net, inputs, states[: len(info.outputs)])
+
+    def _cache_row(self, cache: DeviceTensor, position: int) -> DeviceTensor:
+        _, _, heads, head_dim = self._row
+        return self.engine.view(cache, position * heads * head_dim, self._row)
+
+
+def by_device(*tensors: OnDevices) -> list[DeviceTensor]:
+    """[a of device 0, a of 1], [b of 0, b of 1] -> a and b of device 0, then a and b of 1: as a net takes them."""
+    return [tensor for device in zip(*tensors, strict=True) for tensor in device]
 
 
 @dataclass(frozen=True)
@@ -67,237 +289,14 @@ class Timings:
         return len(self.decode_s) / sum(self.decode_s) if self.decode_s else 0.0
 
 
-class QwenRunner:
-    """A Qwen bmodel in an engine. Keys and values never leave the device.
-
-    Prefill writes each layer's keys and values [1,S,h,d] where that layer's decode net reads its past; a decode
-    step's new row goes straight to row p of it, through a view.
-    Raises UserError where a net is missing, or was compiled for another number of rows a decode step.
-    """
-
-    def __init__(self, engine: Engine, rows: int = 1):
-        self.engine = engine
-        nets = engine.nets
-        self.layers = sum(bool(re.fullmatch(r"block_\d+", name)) for name in nets)
-        needed = ["embedding", "embedding_cache", "lm_head", "block_0"]
-        needed += [f"{kind}_{i}" for i in range(self.layers) for kind in ("block", "block_cache")]
-        if missing := [name for name in needed if name not in nets]:
-            raise UserError(
-                f"The bmodel has no net {', '.join(missing[:3])}: it is not a whole Qwen chat model; compile all nets "
-                "(`python -m helpers compile`)."
-            )
-        if (found := nets["embedding_cache"].inputs[0].shape[1]) != rows:
-            raise UserError(
-                f"The bmodel decodes {found} rows a step, {rows} are needed here (1 to chat, more for lookahead): take "
-                f"another bmodel, or `export --rows {rows}` and compile again."
-            )
-        self.devices = len(nets["block_0"].inputs) // 3
-        self.seq_length = nets["block_0"].inputs[0].shape[1]
-        self.hidden_size = nets["block_0"].inputs[0].shape[2]
-        self.head_gives_token = "greedy_head" not in nets
-        self.can_sample = "penalty_sample_head" in nets
-        self.position = 0
-        self.visited: list[int] = []
-        self.timings = Timings()
-        self.finish_reason: str | None = None
-        self._prefill_states = [
-            [engine.input_tensor("block_0", 3 * k), engine.output_tensor("block_0", 3 * k)] for k in range(self.devices)
-        ]
-        self._caches = [
-            [
-                (engine.input_tensor(f"block_cache_{i}", 5 * k + 3), engine.input_tensor(f"block_cache_{i}", 5 * k + 4))
-                for k in range(self.devices)
-            ]
-            for i in range(self.layers)
-        ]
-        heads, head_dim = self._caches[0][0][0].shape[2:]
-        self._row = (1, 1, heads, head_dim)
-        self._head_input = [engine.input_tensor("lm_head", k) for k in range(len(nets["lm_head"].inputs))]
-        self._head_output = [engine.output_tensor("lm_head", k) for k in range(len(nets["lm_head"].outputs))]
-
-    def check_prompt(self, ids: Sequence[int]) -> None:
-        """Raise UserError where a prompt is empty or does not leave room for an answer within S."""
-        if not ids:
-            raise UserError("The prompt is empty: ask something.")
-        if len(ids) > self.seq_length:
-            raise UserError(
-                f"The prompt has {len(ids)} tokens, this bmodel was compiled for {self.seq_length} (S) with the answer "
-                "in it: shorten the question, clear the history, or compile with a larger --seq_length."
-            )
-
-    def prefill(self, ids: Sequence[int]) -> None:
-        """Run a whole prompt: afterwards the caches hold its keys and values and lm_head its last row's logits."""
-        self.check_prompt(ids)
-        engine, seq_length, count = self.engine, self.seq_length, len(ids)
-        padded = np.zeros((1, seq_length), dtype=np.int32)
-        padded[0, :count] = ids
-        positions = np.zeros((1, seq_length), dtype=np.int32)
-        positions[0, :count] = np.arange(count)
-        mask = to_bf16(prefill_mask(count, seq_length))
-        source, target = 0, 1
-        self._embed("embedding", padded, [states[source] for states in self._prefill_states])
-        shared = []
-        for k in range(self.devices):
-            position_input = engine.input_tensor("block_0", 3 * k + 1)
-            mask_input = engine.input_tensor("block_0", 3 * k + 2)
-            engine.write(position_input, positions)
-            engine.write(mask_input, mask)
-            shared.append((position_input, mask_input))
-        for i in range(self.layers):
-            inputs, outputs = [], []
-            for k in range(self.devices):
-                inputs += [self._prefill_states[k][source], *shared[k]]
-                outputs += [self._prefill_states[k][target], *self._caches[i][k]]
-            engine.run(f"block_{i}", inputs, outputs)
-            source, target = target, source
-        for k, head_input in enumerate(self._head_input):
-            row = engine.view(self._prefill_states[k][source], (count - 1) * self.hidden_size, (1, 1, self.hidden_size))
-            engine.copy(row, engine.view(head_input, 0, row.shape))
-        engine.run("lm_head", self._head_input, self._head_output)
-        self.position = count
-        self.visited = list(ids)
-
-    def decode(self, token: int) -> None:
-        """Feed one token: its keys and values join the cache, lm_head holds the logits of what follows."""
-        engine, position = self.engine, self.position
-        if position >= self.seq_length:
-            raise UserError(f"The cache of {self.seq_length} tokens is full: the answer ends here.")
-        row_offset = position * self._row[2] * self._row[3]
-        self.feed(
-            np.array([[token]], dtype=np.int32),
-            np.array([[position]], dtype=np.int32),
-            decode_mask(position, self.seq_length),
-            lambda layer, device: [engine.view(cache, row_offset, self._row) for cache in self._caches[layer][device]],
+def _require_nets(nets: dict, rows: int) -> None:
+    if missing := [net for net in needed_nets(count_layers(nets)) if net not in nets]:
+        raise UserError(
+            f"The bmodel has no net {', '.join(missing[:3])}: it is not a whole Qwen chat model; compile all nets "
+            "(`python -m helpers compile`)."
         )
-        self.position += 1
-        self.visited.append(int(token))
-
-    def feed(
-        self,
-        ids: np.ndarray,
-        positions: np.ndarray,
-        mask: np.ndarray,
-        new_rows: Callable[[int, int], Sequence[DeviceTensor]],
-    ) -> None:
-        """Run the decode nets on R new rows: lm_head then holds what follows each of them.
-
-        ids, positions: int32 [1,R]. mask: additive, float32 [1,1,R,S+R]. new_rows(layer, device): the tensors
-        [1,R,h,d] that take the new keys and the new values.
-        """
-        engine = self.engine
-        self._embed("embedding_cache", ids, [engine.input_tensor("block_cache_0", 5 * k) for k in range(self.devices)])
-        for k in range(self.devices):
-            engine.write(engine.input_tensor("block_cache_0", 5 * k + 1), positions)
-            engine.write(engine.input_tensor("block_cache_0", 5 * k + 2), to_bf16(mask))
-        for i in range(self.layers):
-            inputs, outputs = [], []
-            for k in range(self.devices):
-                own = [engine.input_tensor(f"block_cache_{i}", 5 * k + n) for n in range(5)]
-                if i:
-                    # With io_alone a net reads only its own memory; position and mask are handed on inside the device.
-                    for n in (1, 2):
-                        engine.copy(engine.input_tensor("block_cache_0", 5 * k + n), own[n])
-                inputs += own
-                if i + 1 < self.layers:
-                    states = engine.input_tensor(f"block_cache_{i + 1}", 5 * k)
-                elif k < len(self._head_input):
-                    states = engine.view(self._head_input[k], 0, (1, ids.shape[1], self.hidden_size))
-                else:
-                    states = engine.output_tensor(f"block_cache_{i}", 3 * k)
-                outputs += [states, *new_rows(i, k)]
-            engine.run(f"block_cache_{i}", inputs, outputs)
-        engine.run("lm_head", self._head_input, self._head_output)
-
-    def _embed(self, net: str, ids: np.ndarray, outputs: list[DeviceTensor]) -> None:
-        inputs = [self.engine.input_tensor(net, k) for k in range(len(self.engine.nets[net].inputs))]
-        for tensor in inputs:
-            self.engine.write(tensor, ids.reshape(tensor.shape))
-        self.engine.run(net, inputs, outputs[: len(self.engine.nets[net].outputs)])
-
-    def greedy_tokens(self) -> np.ndarray:
-        """The most likely next token after each row last fed: int32 [R]. After a prefill only the first counts."""
-        if self.head_gives_token:
-            return self.engine.read(self._head_output[0]).reshape(-1)
-        token = self.engine.output_tensor("greedy_head", 0)
-        self.engine.run("greedy_head", [self._head_output[0]], [token])
-        return self.engine.read(token).reshape(-1)
-
-    def greedy_token(self) -> int:
-        """The most likely next token after the last prefill or decode."""
-        return int(self.greedy_tokens()[0])
-
-    def logits(self) -> np.ndarray:
-        """Logits after the last prefill or decode: float32 [V]. For lessons and parity; chatting never reads them."""
-        return self.engine.read(self._head_output[0]).reshape(-1)
-
-    def sample_token(self, sampling: Sampling, random: np.random.Generator) -> int:
-        """Draw the next token: the chip sorts and weighs 50 candidates, the host draws one of them.
-
-        Raises UserError where the bmodel has no penalty_sample_head.
-        """
-        if not self.can_sample:
-            raise UserError(
-                "This bmodel has no penalty_sample_head: ask with temperature 0, or compile with both heads."
-            )
-        engine = self.engine
-        window = self.visited[-sampling.repetition_last_n :]
-        # The net penalises every id it is given, so the rest is filled with one that is in the window anyway.
-        ids = np.full((1, self.seq_length), window[-1], dtype=np.int32)
-        ids[0, : len(window)] = window
-        temperature = max(sampling.temperature, 1e-3)
-        inputs = [self._head_output[0]]
-        for k, values in enumerate((ids, sampling.top_p, temperature, sampling.repetition_penalty), start=1):
-            tensor = engine.input_tensor("penalty_sample_head", k)
-            engine.write(tensor, ids if k == 1 else np.full(tensor.shape, values, dtype=np.float32))
-            inputs.append(tensor)
-        outputs = [engine.output_tensor("penalty_sample_head", k) for k in range(2)]
-        engine.run("penalty_sample_head", inputs, outputs)
-        weights, tokens = (engine.read(tensor).reshape(-1)[: sampling.top_k] for tensor in outputs)
-        if sampling.temperature == 0:
-            return int(tokens[0])
-        weights = weights.astype(np.float64)
-        return int(random.choice(tokens, p=weights / weights.sum()))
-
-    def generate(
-        self,
-        ids: Sequence[int],
-        *,
-        stop_ids: Iterable[int] = (),
-        max_new_tokens: int | None = None,
-        sampling: Sampling | None = None,
-        should_stop: Callable[[], bool] = lambda: False,
-    ) -> Iterator[int]:
-        """Answer a prompt, token by token; the stop token itself is not yielded.
-
-        Afterwards `finish_reason` is "stop" (a stop token), "length" (max_new_tokens or S) or "cancelled"
-        (`should_stop` said so), and `timings` holds seconds.
-        Raises UserError, before anything runs, where the prompt is empty or longer than S.
-        """
-        self.check_prompt(ids)
-        sampling = sampling or Sampling()
-        stop_ids = frozenset(stop_ids)
-        random = np.random.default_rng(sampling.seed)
-        room = self.seq_length - len(ids) + 1
-        limit = room if max_new_tokens is None else min(max_new_tokens, room)
-        self.timings, self.finish_reason = Timings(), "length"
-        token = None
-        for _ in range(limit):
-            if should_stop():
-                self.finish_reason = "cancelled"
-                return
-            started = time.perf_counter()
-            first = token is None
-            if first:
-                self.prefill(ids)
-            else:
-                self.decode(token)
-            token = self.greedy_token() if sampling.greedy else self.sample_token(sampling, random)
-            seconds = time.perf_counter() - started
-            if first:
-                self.timings.first_token_s = seconds
-            else:
-                self.timings.decode_s.append(seconds)
-            if token in stop_ids:
-                self.finish_reason = "stop"
-                return
-            yield token
+    if (found := nets["embedding_cache"].inputs[0].shape[1]) != rows:
+        raise UserError(
+            f"The bmodel decodes {found} rows a step, {rows} are needed here (1 to chat, more for lookahead): take "
+            f"another bmodel, or `export --rows {rows}` and compile again."
+        )

@@ -24,8 +24,8 @@ import numpy as np
 
 from helpers.errors import UserError
 from helpers.nets import MASKED
-from helpers.run.engines.base import DeviceTensor, Engine
-from helpers.run.generation import QwenRunner, Sampling, Timings
+from helpers.run.engines.base import Engine
+from helpers.run.generation import OnDevices, QwenRunner, Sampling, Timings, by_device
 
 
 @dataclass(frozen=True)
@@ -335,21 +335,16 @@ class LookaheadRunner(QwenRunner):
         self.feed(step.ids, step.positions, step.mask, self._waiting)
         accepted = state.verify(self.greedy_tokens())
         for layer in range(self.layers):
-            for device in range(self.devices):
-                self._commit(layer, device, accepted.commits)
+            self._commit(layer, accepted.commits)
         self.position = state.position
         self.visited += [fed, *accepted.tokens[:-1]]
         on_step(step, accepted)
         return accepted.tokens
 
-    def _waiting(self, layer: int, device: int) -> list[DeviceTensor]:
-        return [self.engine.output_tensor(f"block_cache_{layer}", 3 * device + n) for n in (1, 2)]
+    def _waiting(self, layer: int) -> list[OnDevices]:
+        return [self._outputs(f"block_cache_{layer}", n) for n in (1, 2)]
 
-    def _commit(self, layer: int, device: int, commits: list[tuple[int, int]]) -> None:
-        elements = self._row[2] * self._row[3]
-        for new, cache in zip(self._waiting(layer, device), self._caches[layer][device], strict=True):
+    def _commit(self, layer: int, commits: list[tuple[int, int]]) -> None:
+        for new, cache in zip(by_device(*self._waiting(layer)), by_device(*self._caches[layer]), strict=True):
             for row, place in commits:
-                self.engine.copy(
-                    self.engine.view(new, row * elements, self._row),
-                    self.engine.view(cache, place * elements, self._row),
-                )
+                self.engine.copy(self._cache_row(new, row), self._cache_row(cache, place))

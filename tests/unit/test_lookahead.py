@@ -354,7 +354,7 @@ def test_runner_gives_the_tokens_the_reason_and_the_cache_of_plain_decoding(task
     # Plain decoding stops within a run of tokens that lookahead accepted as a whole: it may be short of their rows.
     filled = min(plain.position, ahead.position)
     for one, many in zip(plain._caches, ahead._caches, strict=True):
-        for a, b in zip(one[0], many[0], strict=True):
+        for (a,), (b,) in zip(one, many, strict=True):
             np.testing.assert_array_equal(plain.engine.read(a)[:, :filled], ahead.engine.read(b)[:, :filled])
     assert ahead.visited[: len(plain.visited)] == plain.visited[: len(ahead.visited)]
 
@@ -427,6 +427,6 @@ def test_several_devices_give_the_tokens_and_the_cache_of_one(devices, head_devi
         many = kind(NumpyEngine(model, 40, rows, devices=devices, head_devices=head_devices))
         assert list(many.generate(prompt)) == list(one.generate(prompt))
         for layer, whole in zip(many._caches, one._caches, strict=True):
-            for n in (0, 1):
-                parts = [many.engine.read(caches[n]) for caches in layer]
-                np.testing.assert_array_equal(np.concatenate(parts, axis=2), one.engine.read(whole[0][n]))
+            for parts, (cache,) in zip(layer, whole, strict=True):
+                parts = [many.engine.read(part) for part in parts]
+                np.testing.assert_array_equal(np.concatenate(parts, axis=2), one.engine.read(cache))
