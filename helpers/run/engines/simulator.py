@@ -31,6 +31,8 @@ from helpers.tensors import ADDR_MODES, HOST_DTYPE, NetInfo, TensorInfo
 from helpers.toolchain import wheel_path
 
 WORKER = Path(__file__).with_name("simulator_worker.py")
+# The wheel's own files of these names are links, which its tools turn to other chips.
+LIBRARIES = {"libcmodel.so": "libcmodel_bm1684x.so", "libbmlib.so.0": "libbmlib_bm1684x.so.0"}
 # What the runtime and the simulator print before they give up, the most telling first.
 TELLING = ("Memory exhausted", "FATAL", "ASSERT /", "BMRT_ASSERT", "ssertion", "what():", "rror")
 # bmlib hands out memory from 0x105100000 on; what lies between it and 0x100000000 belongs to the firmware.
@@ -157,24 +159,21 @@ class SimulatorProcess:
         self._closed = False
         self._lock = threading.Lock()
         self._requests: queue.SimpleQueue = queue.SimpleQueue()
-        scratch = None
         try:
-            self._scratch = scratch = tempfile.mkdtemp(prefix="qwen-simulator-")
-            self._log = os.path.join(scratch, "log")
-            # The wheel's libcmodel.so and libbmlib.so.0 are links that its tools turn to other chips.
-            for library, name in (("libcmodel_bm1684x.so", "libcmodel.so"), ("libbmlib_bm1684x.so.0", "libbmlib.so.0")):
-                try:
-                    os.symlink(libraries / library, os.path.join(scratch, name))
-                except OSError:  # a disk without links
-                    shutil.copyfile(libraries / library, os.path.join(scratch, name))
-            connection = self._start_best(libraries, scheduling, need)
-        except BaseException as error:
-            if scratch:
-                shutil.rmtree(scratch, ignore_errors=True)
-            if isinstance(error, OSError):
-                raise UserError(f"The simulator's process could not be started: {error}.") from error
-            raise
-        self._finalizer = weakref.finalize(self, _end, os.getpid(), self._process, self._requests, scratch)
+            with contextlib.ExitStack() as undo:
+                self._scratch = Path(tempfile.mkdtemp(prefix="qwen-simulator-"))
+                undo.callback(shutil.rmtree, self._scratch, ignore_errors=True)
+                self._log = self._scratch / "log"
+                for name, library in LIBRARIES.items():
+                    try:
+                        (self._scratch / name).symlink_to(libraries / library)
+                    except OSError:  # a disk without links
+                        shutil.copyfile(libraries / library, self._scratch / name)
+                connection = self._start_best(libraries, scheduling, need)
+                undo.pop_all()
+        except OSError as error:
+            raise UserError(f"The simulator's process could not be started: {error}.") from error
+        self._finalizer = weakref.finalize(self, _end, os.getpid(), self._process, self._requests, self._scratch)
         threading.Thread(target=_converse, args=(connection, self._requests), name="simulator", daemon=True).start()
 
     def _start_best(self, libraries: Path, scheduling: str | None, need: int) -> Connection:
@@ -189,8 +188,8 @@ class SimulatorProcess:
                     if connection := self._start(libraries, "yield", need, preload.fileno()):
                         yield_library.keep(library)
                         return connection
-            said = Path(self._log).read_text(errors="replace").strip().splitlines() if os.path.exists(self._log) else []
-            failures.append(f"The library is not loaded ({said[-1] if said else 'the system says nothing'})")
+            said = self._logged() or ["the system says nothing"]
+            failures.append(f"The library is not loaded ({said[-1]})")
         self.no_yield = "; ".join(dict.fromkeys(failures))
         if scheduling == "yield":
             raise UserError(f"The simulator's threads cannot be made to yield. {self.no_yield}.")
@@ -203,7 +202,7 @@ class SimulatorProcess:
         """The library as an open file, on no disk or, where code in anonymous memory cannot be run, on one."""
         if in_memory and not hasattr(os, "memfd_create"):  # a Python that was built on an old system
             raise OSError
-        place = os.memfd_create("simulator_yield") if in_memory else os.path.join(self._scratch, "simulator_yield.so")
+        place = os.memfd_create("simulator_yield") if in_memory else self._scratch / "simulator_yield.so"
         with open(place, "wb") as file:
             file.write(library)
             file.flush()
@@ -274,13 +273,15 @@ class SimulatorProcess:
 
     def _last_words(self) -> str:
         """The most telling line of the log, as the end of a message; empty where there is none."""
-        with contextlib.suppress(OSError):
-            lines = [line.strip() for line in Path(self._log).read_text(errors="replace").splitlines()]
-            for mark in TELLING:
-                for line in lines:
-                    if mark in line:
-                        return f" The runtime's last words: {' '.join(line.split())}"
-        return ""
+        lines = self._logged()
+        told = next((line for mark in TELLING for line in lines if mark in line), None)
+        return f" The runtime's last words: {' '.join(told.split())}" if told else ""
+
+    def _logged(self) -> list[str]:
+        try:
+            return self._log.read_text(errors="replace").strip().splitlines()
+        except OSError:
+            return []
 
     def _cause_of_death(self) -> str:
         if self._closed:
@@ -321,7 +322,7 @@ def _converse(connection: Connection, requests: queue.SimpleQueue) -> None:
                 answer.set_exception(error)
 
 
-def _end(owner: int, process: subprocess.Popen, requests: queue.SimpleQueue, scratch: str) -> None:
+def _end(owner: int, process: subprocess.Popen, requests: queue.SimpleQueue, scratch: Path) -> None:
     if os.getpid() != owner:  # a forked copy of the caller ends
         return
     requests.put(None)

@@ -95,31 +95,22 @@ class Refused(Exception):
 
 class Simulator:
     def __init__(self, libraries):
-        self.bmlib = ctypes.CDLL(os.path.join(libraries, "libbmlib.so.0"), mode=ctypes.RTLD_GLOBAL)
-        self.bmrt = ctypes.CDLL(os.path.join(libraries, "libbmrt.so.1.0"), mode=ctypes.RTLD_GLOBAL)
+        self.bmlib = bmlib = ctypes.CDLL(os.path.join(libraries, "libbmlib.so.0"), mode=ctypes.RTLD_GLOBAL)
+        self.bmrt = bmrt = ctypes.CDLL(os.path.join(libraries, "libbmrt.so.1.0"), mode=ctypes.RTLD_GLOBAL)
+        tensors = POINTER(Tensor)
         for library, name, result, arguments in (
-            (self.bmlib, "bm_dev_request", c_int, [POINTER(c_void_p), c_int]),
-            (self.bmlib, "bm_malloc_device_byte", c_int, [c_void_p, POINTER(DeviceMemory), c_uint]),
-            (self.bmlib, "bm_memcpy_s2d", c_int, [c_void_p, DeviceMemory, c_void_p]),
-            (self.bmlib, "bm_memcpy_d2s", c_int, [c_void_p, c_void_p, DeviceMemory]),
-            (
-                self.bmlib,
-                "bm_memcpy_d2d_byte",
-                c_int,
-                [c_void_p, DeviceMemory, c_size_t, DeviceMemory, c_size_t, c_size_t],
-            ),
-            (self.bmlib, "bm_thread_sync", c_int, [c_void_p]),
-            (self.bmrt, "bmrt_create", c_void_p, [c_void_p]),
-            (self.bmrt, "bmrt_load_bmodel", c_bool, [c_void_p, c_char_p]),
-            (self.bmrt, "bmrt_get_network_number", c_int, [c_void_p]),
-            (self.bmrt, "bmrt_get_network_names", None, [c_void_p, POINTER(POINTER(c_char_p))]),
-            (self.bmrt, "bmrt_get_network_info", POINTER(Net), [c_void_p, c_char_p]),
-            (
-                self.bmrt,
-                "bmrt_launch_tensor_ex",
-                c_bool,
-                [c_void_p, c_char_p, POINTER(Tensor), c_int, POINTER(Tensor), c_int, c_bool, c_bool],
-            ),
+            (bmlib, "bm_dev_request", c_int, [POINTER(c_void_p), c_int]),
+            (bmlib, "bm_malloc_device_byte", c_int, [c_void_p, POINTER(DeviceMemory), c_uint]),
+            (bmlib, "bm_memcpy_s2d", c_int, [c_void_p, DeviceMemory, c_void_p]),
+            (bmlib, "bm_memcpy_d2s", c_int, [c_void_p, c_void_p, DeviceMemory]),
+            (bmlib, "bm_memcpy_d2d_byte", c_int, [c_void_p, *[DeviceMemory, c_size_t] * 2, c_size_t]),
+            (bmlib, "bm_thread_sync", c_int, [c_void_p]),
+            (bmrt, "bmrt_create", c_void_p, [c_void_p]),
+            (bmrt, "bmrt_load_bmodel", c_bool, [c_void_p, c_char_p]),
+            (bmrt, "bmrt_get_network_number", c_int, [c_void_p]),
+            (bmrt, "bmrt_get_network_names", None, [c_void_p, POINTER(POINTER(c_char_p))]),
+            (bmrt, "bmrt_get_network_info", POINTER(Net), [c_void_p, c_char_p]),
+            (bmrt, "bmrt_launch_tensor_ex", c_bool, [c_void_p, c_char_p, *[tensors, c_int] * 2, c_bool, c_bool]),
         ):
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
