@@ -19,7 +19,7 @@ COMMANDS = {
     "compile": ("helpers.compile.compiling", "compile the ONNX nets to one bmodel for BM1684X"),
     "chat": ("helpers.commands.chat", "talk with a bmodel, on the chip or on the simulator"),
     "serve": ("helpers.commands.serve", "serve a bmodel over HTTP"),
-    "info": ("helpers.bmodel.model_tool", "what a bmodel contains and what memory it needs; combine and extract"),
+    "info": ("helpers.commands.info", "what a bmodel contains and what memory it needs"),
     "notebooks": ("helpers.notebook.runner", "run the notebooks headless"),
 }
 

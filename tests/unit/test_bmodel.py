@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from helpers.bmodel.bmodel import read_bmodel, require_qwen, strip_time
+from helpers.bmodel.model_tool import combine
 from helpers.compile import compiling
 from helpers.errors import UserError
 from tests.unit import small_nets
@@ -127,14 +128,14 @@ def test_a_missing_net_is_named(tmp_path, bmodel, lost):
     folder = bmodel.parent / "int8_1dev"
     nets = [net for net in read_bmodel(bmodel).nets if net != lost]
     path = tmp_path / "less.bmodel"
-    compiling.combine([folder / net / f"{net}.bmodel" for net in nets], path)
+    combine([folder / net / f"{net}.bmodel" for net in nets], path)
     with pytest.raises(UserError, match=f"lacks the net {lost}"):
         require_qwen(read_bmodel(path))
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path, bmodel):
     path = tmp_path / "head.bmodel"
-    compiling.combine([bmodel.parent / "int8_1dev" / "greedy_head" / "greedy_head.bmodel"], path)
+    combine([bmodel.parent / "int8_1dev" / "greedy_head" / "greedy_head.bmodel"], path)
     with pytest.raises(UserError, match="lacks the net embedding"):
         require_qwen(read_bmodel(path))
 
@@ -172,7 +173,7 @@ def test_any_bytes_are_read_or_refused(tmp_path, contents, data):
 
 
 def test_the_memory_report_counts_shared_weights_once(bmodel):
-    from helpers.bmodel.model_tool import memory_report
+    from helpers.bmodel.report import memory_report
 
     report = memory_report(read_bmodel(bmodel))
     nets = report["nets"]
@@ -182,32 +183,11 @@ def test_the_memory_report_counts_shared_weights_once(bmodel):
     assert report["total"] == sum(report[key] for key in ("weights", "instructions", "scratch", "cache"))
 
 
-def test_what_is_extracted_and_combined_again_is_the_same(bmodel, tmp_path):
-    from helpers.bmodel import model_tool
-
-    with pytest.raises(UserError, match="block_cache_0 in io_alone, which model_tool loses"):
-        model_tool.extract(bmodel, tmp_path / "parts")
-    folder = bmodel.parent / "int8_1dev"
-    basic = [folder / net / f"{net}.bmodel" for net in ("block_0", "embedding", "embedding_cache")]
-    compiling.combine(basic, tmp_path / "whole.bmodel")
-    whole = read_bmodel(tmp_path / "whole.bmodel")
-    parts = model_tool.extract(whole.path, tmp_path / "parts")
-    assert {part.stem for part in parts} == set(whole.nets)
-    again = read_bmodel(model_tool.combine(parts, tmp_path / "again.bmodel"))
-    assert again.weight_bytes == whole.weight_bytes
-    assert {name: net.info for name, net in again.nets.items()} == {name: net.info for name, net in whole.nets.items()}
-    with pytest.raises(UserError, match="net named block_0"):
-        model_tool.combine([tmp_path / "parts/block_0.bmodel", bmodel], tmp_path / "twice.bmodel")
-    assert not (tmp_path / "twice.bmodel").exists()
-
-
 def test_info_on_the_command_line(bmodel, tmp_path):
     command = [sys.executable, "-m", "helpers", "info"]
     shown = subprocess.run([*command, "--model", bmodel], capture_output=True, text=True, check=True).stdout
     assert "block_cache_0" in shown and "io_alone" in shown and "1 layers" in shown
     (tmp_path / "no.bmodel").write_bytes(b"no")
-    refused = subprocess.run(
-        [*command, "--model", tmp_path / "no.bmodel"], capture_output=True, text=True, check=False
-    )
+    refused = subprocess.run([*command, "--model", tmp_path / "no.bmodel"], capture_output=True, text=True, check=False)
     assert refused.returncode == 2 and refused.stderr.startswith("error: ")
     assert len(refused.stderr.strip().splitlines()) == 1

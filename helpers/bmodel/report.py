@@ -1,0 +1,93 @@
+"""What a bmodel contains and what memory it needs on the device, as `info` prints it. It needs nothing of Sophgo's."""
+
+from helpers.bmodel.bmodel import Bmodel, require_qwen
+from helpers.errors import UserError
+from helpers.tensors import TensorInfo
+
+
+def memory_report(model: Bmodel) -> dict:
+    """Device memory that a bmodel needs, in bytes, over all of its devices.
+
+    Keys: weights (what nets share counted once), instructions, scratch (one net runs at a time, so the largest counts;
+    each device has its own), cache (all keys and values of a Qwen; None for other nets), total, and nets {name:
+    {devices, addr_mode, dynamic, inputs, outputs, weights, instructions, scratch}}.
+    """
+    nets = {
+        name: {
+            "devices": net.devices,
+            "addr_mode": net.info.addr_mode,
+            "dynamic": net.info.dynamic,
+            "inputs": [_plain(tensor) for tensor in net.info.inputs],
+            "outputs": [_plain(tensor) for tensor in net.info.outputs],
+            "weights": net.weight_bytes,
+            "instructions": net.instruction_bytes,
+            "scratch": net.scratch_bytes,
+        }
+        for name, net in model.nets.items()
+    }
+    try:
+        cache = require_qwen(model).cache_bytes(model.nets["block_0"].devices)
+    except UserError:
+        cache = None
+    report = {
+        "file": str(model.path),
+        "chip": model.chip,
+        "version": model.version,
+        "devices": model.device_num,
+        "file_bytes": model.file_bytes,
+        "firmware": model.kernel_bytes,
+        "weights": model.weight_bytes,
+        "instructions": sum(net["instructions"] for net in nets.values()),
+        "scratch": max(net["scratch"] for net in nets.values()),
+        "cache": cache,
+    }
+    report["total"] = sum(report[key] or 0 for key in ("weights", "instructions", "scratch", "cache"))
+    return report | {"nets": nets}
+
+
+def _plain(tensor: TensorInfo) -> list:
+    return [tensor.name, list(tensor.shape), tensor.dtype, tensor.device]
+
+
+def format_bytes(count: int | None) -> str:
+    """1536 -> "1.5 KB", in powers of 1024."""
+    if count is None:
+        return "-"
+    value = float(count)
+    for unit in ("B", "KB", "MB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.2f} GB"
+
+
+def format_report(model: Bmodel) -> str:
+    """The memory report as text for people."""
+    report = memory_report(model)
+    lines = [
+        f"{model.path}: {model.chip}, {model.device_num} device{'s' if model.device_num > 1 else ''}, "
+        f"{len(model.nets)} nets, {format_bytes(model.file_bytes)}, compiler {model.version}"
+    ]
+    try:
+        shape = require_qwen(model)
+        lines.append(
+            f"Qwen: {shape.layers} layers, S = {shape.seq_length}, hidden size {shape.hidden_size}, "
+            f"{shape.heads} heads of {shape.head_dim}{' on each device' if model.device_num > 1 else ''}"
+        )
+    except UserError as error:
+        lines.append(f"not a Qwen that can chat: {error}")
+    lines += ["", "device memory"]
+    for key, what in {
+        "weights": "weights",
+        "cache": "keys and values, bfloat16",
+        "instructions": "instructions",
+        "scratch": "scratch (largest net)",
+        "total": "total",
+    }.items():
+        lines.append(f"  {what:28}{format_bytes(report[key]):>12}")
+    lines += ["", f"{'net':24}{'mode':>10}{'weights':>12}{'instructions':>14}{'scratch':>12}"]
+    for name, net in report["nets"].items():
+        mode = "dynamic" if net["dynamic"] else net["addr_mode"]
+        sizes = [format_bytes(net[key]) for key in ("weights", "instructions", "scratch")]
+        lines.append(f"{name:24}{mode:>10}{sizes[0]:>12}{sizes[1]:>14}{sizes[2]:>12}")
+    return "\n".join(lines)
