@@ -8,6 +8,8 @@ from typing import TypeVar
 
 from helpers.errors import UserError
 from helpers.run.engines.base import DeviceTensor, Engine
+from helpers.run.engines.sail import SailEngine, count_devices, load_sail
+from helpers.run.engines.simulator import SimulatorEngine, simulators_at_once
 
 __all__ = ["ENGINES", "DeviceTensor", "Engine", "on_each_bmodel", "open_engine"]
 
@@ -23,8 +25,6 @@ def open_engine(bmodel: str | os.PathLike, engine: str = "auto", devid: Sequence
     devid: the numbers of the devices, one for each that the bmodel was compiled for. The simulator has one, number 0.
     Raises UserError where the engine asked for is not there, or it cannot take the bmodel.
     """
-    from helpers.run.engines.sail import SailEngine
-
     devid = tuple(devid)
     takes_chip, no_chip = _choose(engine)
     if takes_chip:
@@ -34,8 +34,6 @@ def open_engine(bmodel: str | os.PathLike, engine: str = "auto", devid: Sequence
         if opened.kind_of_time != "measured":
             opened.reason += ", built on the simulator's libraries"
         return opened
-
-    from helpers.run.engines.simulator import SimulatorEngine
 
     if devid != (0,):
         why = f" (no chip was found: {no_chip})" if no_chip else ""
@@ -75,8 +73,6 @@ def on_each_bmodel(
 
     at_once = 1
     if not _choose(engine)[0]:
-        from helpers.run.engines.simulator import simulators_at_once
-
         at_once = simulators_at_once(list(bmodels.values()))
     if at_once == 1:
         return {key: work_on(key) for key in bmodels}
@@ -97,8 +93,6 @@ def on_each_bmodel(
 
 def _choose(engine: str) -> tuple[bool, UserError | None]:
     """Whether the chip is taken, and why there is none if it was looked for; raises UserError for an unknown name."""
-    from helpers.run.engines.sail import count_devices, load_sail
-
     if engine not in ENGINES:
         raise UserError(f"There is no engine {engine!r}: take one of {', '.join(ENGINES)}.")
     if engine != "auto":
