@@ -11,8 +11,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from helpers.files import sha256_file
-
 SOURCE = Path(__file__).with_name("simulator_yield.c")
 # The file takes a compiler a tenth of a second. Only one that hangs is given up.
 COMPILER_SECONDS = 300
@@ -22,7 +20,7 @@ DIGEST_BYTES = 32
 def kept_file() -> Path:
     """Where the library is kept. The name holds the source's digest, so one of an older source is never taken."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen-bm1684x"
-    return cache / f"simulator_yield-{sha256_file(SOURCE)[:16]}.so"
+    return cache / f"simulator_yield-{hashlib.sha256(SOURCE.read_bytes()).hexdigest()[:16]}.so"
 
 
 def candidates() -> Iterator[bytes | str]:
