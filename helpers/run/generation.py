@@ -122,26 +122,17 @@ class QwenRunner:
         """Feed one token: its keys and values join the cache, lm_head holds the logits of what follows."""
         if self.position >= self.seq_length:
             raise UserError(f"The cache of {self.seq_length} tokens is full: the answer ends here.")
-        self.feed(
-            np.array([[token]], dtype=np.int32),
-            np.array([[self.position]], dtype=np.int32),
-            decode_mask(self.position, self.seq_length),
-            lambda layer: [[self._cache_row(c, self.position) for c in cache] for cache in self._caches[layer]],
-        )
+        new_rows = [[[self._cache_row(c, self.position) for c in cache] for cache in layer] for layer in self._caches]
+        ids, positions = (np.array([[number]], dtype=np.int32) for number in (token, self.position))
+        self.feed(ids, positions, decode_mask(self.position, self.seq_length), new_rows)
         self.position += 1
         self.visited.append(int(token))
 
-    def feed(
-        self,
-        ids: np.ndarray,
-        positions: np.ndarray,
-        mask: np.ndarray,
-        new_rows: Callable[[int], Sequence[OnDevices]],
-    ) -> None:
+    def feed(self, ids: np.ndarray, positions: np.ndarray, mask: np.ndarray, new_rows: list[list[OnDevices]]) -> None:
         """Run the decode nets on R new rows: lm_head then holds what follows each of them.
 
-        ids, positions: int32 [1,R]. mask: additive, float32 [1,1,R,S+R]. new_rows(layer): the tensors [1,R,h,d] that
-        take the new keys, and those that take the new values.
+        ids, positions: int32 [1,R]. mask: additive, float32 [1,1,R,S+R]. new_rows: of each layer, the tensors
+        [1,R,h,d] that take the new keys, and those that take the new values.
         """
         self._embed("embedding_cache", ids, self._states[0])
         first_positions, first_masks = (self._inputs("block_cache_0", n) for n in (1, 2))
@@ -154,7 +145,7 @@ class QwenRunner:
                 for source, target in zip(first_positions + first_masks, own_positions + own_masks, strict=True):
                     self.engine.copy(source, target)
             inputs = by_device(self._states[i], own_positions, own_masks, *self._caches[i])
-            self.engine.run(f"block_cache_{i}", inputs, by_device(self._states[i + 1], *new_rows(i)))
+            self.engine.run(f"block_cache_{i}", inputs, by_device(self._states[i + 1], *new_rows[i]))
         self.engine.run("lm_head", self._head_input, self._head_output)
 
     def greedy_tokens(self) -> np.ndarray:

@@ -25,7 +25,7 @@ import numpy as np
 from helpers.errors import UserError
 from helpers.nets import MASKED
 from helpers.run.engines.base import Engine
-from helpers.run.generation import OnDevices, QwenRunner, Sampling, Timings, by_device
+from helpers.run.generation import QwenRunner, Sampling, Timings, by_device
 
 
 @dataclass(frozen=True)
@@ -281,6 +281,7 @@ class LookaheadRunner(QwenRunner):
     def __init__(self, engine: Engine, sizes: LookaheadSizes | None = None):
         self.sizes = sizes or LookaheadSizes()
         super().__init__(engine, rows=self.sizes.rows)
+        self._new_rows = [[self._outputs(f"block_cache_{i}", n) for n in (1, 2)] for i in range(self.layers)]
         self.statistics = Statistics()
 
     def generate(
@@ -332,19 +333,13 @@ class LookaheadRunner(QwenRunner):
 
     def _advance(self, state: LookaheadState, on_step: Callable[[Step, Accepted], None]) -> list[int]:
         step, fed = state.step(), state.current
-        self.feed(step.ids, step.positions, step.mask, self._waiting)
+        self.feed(step.ids, step.positions, step.mask, self._new_rows)
         accepted = state.verify(self.greedy_tokens())
-        for layer in range(self.layers):
-            self._commit(layer, accepted.commits)
+        for new_rows, caches in zip(self._new_rows, self._caches, strict=True):
+            for new, cache in zip(by_device(*new_rows), by_device(*caches), strict=True):
+                for row, place in accepted.commits:
+                    self.engine.copy(self._cache_row(new, row), self._cache_row(cache, place))
         self.position = state.position
         self.visited += [fed, *accepted.tokens[:-1]]
         on_step(step, accepted)
         return accepted.tokens
-
-    def _waiting(self, layer: int) -> list[OnDevices]:
-        return [self._outputs(f"block_cache_{layer}", n) for n in (1, 2)]
-
-    def _commit(self, layer: int, commits: list[tuple[int, int]]) -> None:
-        for new, cache in zip(by_device(*self._waiting(layer)), by_device(*self._caches[layer]), strict=True):
-            for row, place in commits:
-                self.engine.copy(self._cache_row(new, row), self._cache_row(cache, place))
