@@ -1,12 +1,4 @@
-"""A small real bmodel for the tests of the engines: four nets, made here as ONNX and compiled by TPU-MLIR.
-
-    embedding    ids int32 [1,8]                                     -> states bf16 [1,8,32]      basic
-    cache        states bf16 [1,1,32], past bf16 [1,8,32]            -> states, row bf16 [1,1,32] ADDR_MODE
-    logits       states bf16 [1,32]                                  -> logits float32 [1,64]     basic
-    greedy_head  logits float32 [1,64]                               -> token int32 [1,1]         basic, dynamic
-
-`cache` attends over `past` with `states` and gives a new row for it, as a decode block does.
-"""
+"""A small real bmodel for the tests of the engines: the nets of tests.engine_nets, made here as ONNX and compiled."""
 
 import shutil
 import subprocess
@@ -17,10 +9,11 @@ import numpy as np
 from helpers import artefacts, toolchain
 from helpers.compile import compiling, jobs
 from helpers.files import sha256_file
+from tests import engine_nets
+from tests.engine_nets import ROWS, VOCABULARY, WIDTH, weights
 from tests.unit.small_nets import task
 
 ROOT = Path(__file__).resolve().parents[1]
-ROWS, WIDTH, VOCABULARY = 8, 32, 64
 # net: settings of model_deploy.py in which it is not as helpers.compile.compiling has it.
 NETS = {
     "embedding": {"quantize": "BF16", "quant_input": True, "quant_output": True},
@@ -28,13 +21,6 @@ NETS = {
     "logits": {"quantize": "BF16", "quant_input": True, "quant_output": False},
     "greedy_head": {"quantize": "F32", "quant_input": False, "quant_output": False},
 }
-
-
-def weights() -> dict[str, np.ndarray]:
-    """float32: embedding [V,W], row [W,W], logits [W,V]."""
-    random = np.random.default_rng(7)
-    shapes = {"embedding": (VOCABULARY, WIDTH), "row": (WIDTH, WIDTH), "logits": (WIDTH, VOCABULARY)}
-    return {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
 
 
 def _export(folder: Path) -> None:
@@ -103,7 +89,7 @@ def _compile(net: str, addr_mode: str, folder: Path) -> str:
 def build() -> dict[str, Path]:
     """{"basic": FILE, "io_alone": FILE}: the address mode is the one of `cache`. Made once, kept under out/tests."""
     kept = ROOT / "out" / "tests" / "engine_bmodel"
-    inputs = {"recipe": sha256_file(__file__)}
+    inputs = {"recipe": sha256_file(__file__), "nets": sha256_file(engine_nets.__file__)}
     code = artefacts.code_of("compile.graph", "compile.jobs", "compile.worker", "compile.compiling")
     if not artefacts.up_to_date(kept, inputs, {}, code):
         with artefacts.building(kept, kind="engine test bmodel", inputs=inputs, settings={}, code=code) as partial:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from helpers.errors import UserError
 from helpers.tensors import TensorInfo, from_bf16, to_bf16
-from tests.engine_bmodel import ROWS, VOCABULARY, WIDTH, weights
+from tests.engine_nets import ROWS, VOCABULARY, WIDTH, weights
 
 STATES = (1, 1, WIDTH)
 PAST = (1, ROWS, WIDTH)

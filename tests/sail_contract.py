@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.engine_bmodel import ROWS, WIDTH
 from tests.engine_contract import PAST, STATES, bf16
+from tests.engine_nets import ROWS, WIDTH
 
 
 class SailContract:

@@ -19,8 +19,9 @@ from helpers.bmodel import bmodel
 from helpers.errors import UserError
 from helpers.run import sail_package
 from helpers.run.engines import loading, on_each_bmodel, open_engine, simulator, yield_library
-from tests.engine_bmodel import ROOT, WIDTH, build
+from tests.engine_bmodel import ROOT, build
 from tests.engine_contract import PAST, STATES, EngineContract, bf16, run_cache
+from tests.engine_nets import WIDTH
 from tests.sail_contract import SailContract
 
 
