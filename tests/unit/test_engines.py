@@ -87,6 +87,16 @@ def test_what_the_runtime_says_is_what_the_file_says(bmodels):
             assert {name: net.info for name, net in described.nets.items()} == engine.nets, mode
 
 
+@pytest.mark.parametrize("engine", ["simulator", "chip"])
+def test_a_file_is_read_once_and_what_it_takes_on_the_device_is_known(bmodels, sail, monkeypatch, engine):
+    described = bmodel.read_bmodel(bmodels["io_alone"])
+    reads = []
+    monkeypatch.setattr(loading, "read_bmodel", lambda path: reads.append(path) or described)
+    with open_engine(bmodels["io_alone"], engine=engine) as opened:
+        assert opened.device_bytes == loading.device_bytes(described) > described.weight_bytes > 0
+    assert reads == [bmodels["io_alone"]]
+
+
 # --- the process dies
 
 
