@@ -87,7 +87,8 @@ def weight_group(net: str) -> str:
 def count_layers(nets: Iterable[str]) -> int:
     """L, of a model whose nets have these names: one more than the highest block, but no more than there are names."""
     names = list(nets)
-    numbers = [int(net[6:]) for net in names if net_kind(net) == "block" and net[6:].isdecimal()]
+    # Of a damaged file a number may have any number of digits; Python refuses to read over 4300.
+    numbers = [int(net[6:15]) for net in names if net_kind(net) == "block" and net[6:].isdecimal()]
     return min(1 + max(numbers, default=-1), len(names))
 
 
