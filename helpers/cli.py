@@ -20,7 +20,7 @@ COMMANDS = {
     "chat": ("helpers.commands.chat", "talk with a bmodel, on the chip or on the simulator"),
     "serve": ("helpers.commands.serve", "serve a bmodel over HTTP"),
     "info": ("helpers.commands.info", "what a bmodel contains and what memory it needs"),
-    "notebooks": ("helpers.notebook.runner", "run the notebooks headless"),
+    "notebooks": ("helpers.commands.notebooks", "run the notebooks headless"),
 }
 
 

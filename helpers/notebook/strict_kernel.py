@@ -2,7 +2,7 @@
 
 Jupyter shows `!command` and `x = !command` as done whatever their exit status, and `%%bash` looks only at its
 last line. A reader sees the message on the screen; a run without a reader would call it a success. And where no
-`assert` was reached, nothing was checked.
+`assert` was reached, nothing was checked: what the runner must know of that, `last_words` says after the last cell.
 """
 
 import ast
@@ -11,6 +11,10 @@ import shlex
 import subprocess
 import sys
 import types
+
+import IPython
+from IPython.utils.process import system
+from IPython.utils.text import LSString, SList
 
 STRICT = "set -eo pipefail; "
 # `long listing | head`: the listing ends by SIGPIPE, as it should.
@@ -29,9 +33,11 @@ def _count() -> None:
 
 
 class _CountChecks(ast.NodeTransformer):
-    """Each `assert` is followed by a call that counts it."""
+    """Each `assert` is followed by a call that counts it, unless it could not fail: of a constant, or of a pair."""
 
-    def visit_Assert(self, node: ast.Assert) -> list[ast.stmt]:
+    def visit_Assert(self, node: ast.Assert) -> ast.stmt | list[ast.stmt]:
+        if isinstance(node.test, ast.Constant | ast.Tuple):
+            return node
         counting = ast.parse("__check_passed__()").body[0]
         for part in ast.walk(counting):
             ast.copy_location(part, node)
@@ -39,7 +45,7 @@ class _CountChecks(ast.NodeTransformer):
 
 
 class CommandFailed(Exception):
-    """A shell command of a notebook ended with another exit status than 0."""
+    """A shell command of a notebook ended with another exit status than 0, or nobody would have seen how it ended."""
 
 
 def _check(command: str, status: int) -> None:
@@ -53,8 +59,6 @@ def _refuse_background(command: str) -> None:
 
 
 def _system(shell, command: str) -> None:
-    from IPython.utils.process import system
-
     command = shell.var_expand(command, depth=1)
     _refuse_background(command)
     status = system(shlex.join([sys.executable, "-I", "-S", "-c", _WITH_SIGPIPE, "-c", STRICT + command]))
@@ -64,8 +68,6 @@ def _system(shell, command: str) -> None:
 
 
 def _getoutput(shell, command: str, split: bool = True, depth: int = 0):
-    from IPython.utils.text import LSString, SList
-
     command = shell.var_expand(command, depth=depth + 1)
     _refuse_background(command)
     done = subprocess.run(
@@ -85,12 +87,30 @@ def _getoutput(shell, command: str, split: bool = True, depth: int = 0):
     return SList(done.stdout.splitlines()) if split else LSString(done.stdout)
 
 
+def _ask_exit(shell) -> None:
+    raise CommandFailed("the cell asked its kernel to exit")
+
+
+def last_words() -> tuple[int, list[str]]:
+    """After the last cell: how many checks passed, and what is wrong with the run as the kernel sees it."""
+    problems = []
+    if __name__ not in IPython.get_ipython().extension_manager.loaded:
+        problems.append(f"ran without {__name__}: failed commands would not have been seen")
+    elif not passed:
+        problems.append(
+            "ran none of its checks, or has no check: at least one `assert` about what it did is needed, or doing "
+            "nothing would pass"
+        )
+    return passed, problems
+
+
 def load_ipython_extension(shell) -> None:
-    """Replace the shell's `!`, `x = !` and `%%bash` by ones that raise CommandFailed or CalledProcessError."""
+    """Replace the shell's `!`, `x = !`, `%%bash` and `exit` by ones that raise CommandFailed or CalledProcessError."""
     builtins.__check_passed__ = _count
     shell.ast_transformers.append(_CountChecks())
     shell.system = types.MethodType(_system, shell)
     shell.getoutput = types.MethodType(_getoutput, shell)
+    shell.ask_exit = types.MethodType(_ask_exit, shell)
     cell_magics = shell.magics_manager.magics["cell"]
     lenient = cell_magics["bash"]
     cell_magics["bash"] = lambda line, cell: lenient(line, STRICT + cell)

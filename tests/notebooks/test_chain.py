@@ -12,7 +12,9 @@ import sys
 import numpy as np
 import pytest
 
-from helpers.notebook.runner import NOTEBOOKS, OUT, ROOT, WALKED, check_summary, sources_digest
+from helpers.commands.notebooks import NOTEBOOKS, WALKED, sources_digest
+from helpers.notebook.runner import OUT, ROOT
+from helpers.notebook.summary import check_summary
 from helpers.patching import patching
 
 pytestmark = pytest.mark.slow

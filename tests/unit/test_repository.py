@@ -14,7 +14,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from helpers.notebook.runner import check_source
+from helpers.notebook.checks import check_source
 
 ROOT = Path(__file__).resolve().parents[2]
 REGISTRY = re.compile(r"""(registry *= *"|index-url[ =]|"resolved": *"|https://[^ "]+/(?:simple|packages)/)""")
