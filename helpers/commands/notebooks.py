@@ -1,6 +1,7 @@
 """`python -m helpers notebooks`: run the notebooks headless, in order, up to the first that fails."""
 
 import ast
+import contextlib
 import json
 import math
 import os
@@ -66,28 +67,22 @@ def _settings(pairs: list[str]) -> dict[str, object]:
     return settings
 
 
-def _share(settings: dict[str, object], notebooks: list[Path]) -> dict[Path, dict[str, object]]:
+def _shares(settings: dict[str, object], paths: list[Path]) -> dict[Path, dict[str, object]]:
     """Each notebook's own part of the settings; a setting that no notebook has is an error."""
-    shares: dict[Path, dict[str, object]] = {}
-    known: dict[str, list[object]] = {}
-    for path in notebooks:
-        try:
-            defaults = parameters_of(read_notebook(path))
-        except ValueError:
-            defaults = {}  # running it will say what is wrong with its parameters
-        shares[path] = {name: value for name, value in settings.items() if name in defaults}
-        for name, default in defaults.items():
-            known.setdefault(name, []).append(default)
+    defaults: dict[Path, dict[str, object]] = dict.fromkeys(paths, {})
+    for path in paths:
+        with contextlib.suppress(ValueError):  # running it will say what is wrong with its parameters
+            defaults[path] = parameters_of(read_notebook(path))
+    known = ", ".join(sorted({name for values in defaults.values() for name in values}))
     for name, value in settings.items():
-        if name not in known:
-            raise UserError(
-                f"--set {name}: no notebook of this run has that parameter; they have {', '.join(sorted(known))}."
-            )
-        for default in known[name]:
-            fits = default is None or type(value) is type(default)
-            if not fits and not (isinstance(default, float) and type(value) is int):
-                raise UserError(f"--set {name}={value!r}: a value like {default!r} is needed.")
-    return shares
+        examples = [values[name] for values in defaults.values() if name in values]
+        if not examples:
+            raise UserError(f"--set {name}: no notebook of this run has that parameter; they have {known}.")
+        for example in examples:
+            whole_for_float = isinstance(example, float) and type(value) is int
+            if example is not None and type(value) is not type(example) and not whole_for_float:
+                raise UserError(f"--set {name}={value!r}: a value like {example!r} is needed.")
+    return {path: {name: settings[name] for name in settings if name in defaults[path]} for path in paths}
 
 
 def run(args) -> int:
@@ -95,7 +90,7 @@ def run(args) -> int:
     if args.cell_seconds is not None and not 0 < args.cell_seconds < math.inf:
         raise UserError(f"--cell-seconds is {args.cell_seconds:g}, it must be a number over 0.")
     notebooks = _chosen(args)
-    shares = _share(_settings(args.set), notebooks)
+    shares = _shares(_settings(args.set), notebooks)
     whole = not (args.notebooks or args.only or args.first)
     out = args.out.absolute()
     (out / WALKED).unlink(missing_ok=True)

@@ -1,11 +1,12 @@
 """Pictures of the notebooks. Every axis has its unit, every picture of time says which kind of time it shows."""
 
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
-from helpers.nets import phase_nets
+from helpers.nets import MASKED, phase_nets
 from helpers.run.latency import KINDS
 
 _COLOURS = {
@@ -25,12 +26,63 @@ def _figure(width=8.0, height=4.0, columns=1, **kwargs):
     return figure, axes
 
 
-def save(figure, path: str | Path) -> Path:
-    """Write a figure as PNG (120 dpi), its folder made if absent."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+def show(figure, path: str | Path) -> None:
+    """Write a figure as PNG (120 dpi), its folder made if absent, and show that PNG in the notebook."""
+    import matplotlib.pyplot as plt
+    from IPython.display import Image, display
+
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
-    return path
+    plt.close(figure)  # else the notebook shows it a second time
+    display(Image(filename=str(path), width=int(100 * figure.get_figwidth())))
+
+
+def masks(pictures: dict[str, tuple[Iterable, np.ndarray]]):
+    """Attention masks side by side: white is 0, black is MASKED. pictures: {title: (labels of the rows, mask)}."""
+    widths = [mask.shape[1] / mask.shape[0] for _, mask in pictures.values()]
+    figure, axes = _figure(9, 3.2, columns=len(pictures), width_ratios=widths)
+    for axis, (title, (rows, mask)) in zip(np.atleast_1d(axes), pictures.items(), strict=True):
+        axis.imshow(mask, cmap="gray", vmin=MASKED, vmax=0)
+        axis.set_yticks(range(len(mask)), rows)
+        axis.set(title=title, xlabel="column: key", ylabel="row: query")
+    return figure
+
+
+def step_mask(mask: np.ndarray, rows: list[str], title: str):
+    """The mask of one lookahead step, its own rows framed. mask: [R,S+R], the cache on the left; rows: their names."""
+    from matplotlib.patches import Rectangle
+
+    figure, axis = _figure(8.5, 4.6)
+    cache = mask.shape[1] - len(rows)
+    columns = [f"cache {place}" for place in range(cache)] + rows
+    axis.imshow(mask, cmap="gray", vmin=MASKED, vmax=0)
+    axis.set_yticks(range(len(rows)), rows)
+    axis.set_xticks(range(len(columns)), columns, rotation=60, ha="right", rotation_mode="anchor")
+    axis.vlines(np.arange(len(columns)) + 0.5, -0.5, len(rows) - 0.5, color="#888888", linewidth=0.4)
+    axis.hlines(np.arange(len(rows)) + 0.5, -0.5, len(columns) - 0.5, color="#888888", linewidth=0.4)
+    frame = {"fill": False, "edgecolor": "#e08e2b", "linewidth": 2}
+    axis.add_patch(Rectangle((cache - 0.5, -0.5), len(rows), len(rows), **frame))
+    axis.set(title=title, xlabel="column: key", ylabel="row: query")
+    return figure
+
+
+def tokens_of_steps(accepted: dict[str, list[int]], chosen: str):
+    """Tokens of each answer after each lookahead step, beside plain decoding; and what each step of one answer gave.
+
+    accepted: {label: [tokens of a step, …]}, without the first token, which the prefill gives. chosen: one of its keys.
+    """
+    figure, axes = _figure(11, 3.8, columns=2, width_ratios=(1, 1.4))
+    for label, counts in accepted.items():
+        axes[0].plot(np.cumsum([1, *counts]), label=label)
+    most = max(map(len, accepted.values()))
+    axes[0].plot([0, most], [1, most + 1], color="black", linestyle="--", linewidth=1, label="plain decoding")
+    axes[0].set(xlabel="step", ylabel="tokens so far", title="every answer, step by step")
+    axes[0].legend(fontsize=8)
+    counts = accepted[chosen]
+    colours = ["#2f6db5" if count > 1 else "#9aa5b1" for count in counts]
+    axes[1].bar(range(1, len(counts) + 1), counts, color=colours, width=0.9)
+    axes[1].set(xlabel="step", ylabel="tokens accepted", yticks=range(max(counts) + 1), title=chosen)
+    return figure
 
 
 def _kind_of_net(net: str) -> str:

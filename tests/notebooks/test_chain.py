@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from helpers.commands.notebooks import NOTEBOOKS, WALKED, sources_digest
-from helpers.notebook.runner import OUT, ROOT
+from helpers.notebook.runner import OUT
 from helpers.notebook.summary import check_summary
 from helpers.patching import patching
 
@@ -118,13 +118,12 @@ def test_a_truncated_bmodel_turns_inference_red(copy):
     assert done.returncode == 1 and "cut off" in done.stderr, done.stderr
 
 
-def test_a_broken_cell_turns_the_run_red(copy):
+def test_a_broken_cell_turns_the_run_red(copy, tmp_path):
     notebook = json.loads((NOTEBOOKS / "00-environment.ipynb").read_text(encoding="utf-8"))
     checks = [cell for cell in notebook["cells"] if "assert not needed" in "".join(cell["source"])]
     checks[0]["source"] = ["assert False, 'broken on purpose'"]
-    # Below the repository, whose root the notebook looks for.
-    path = ROOT / "out" / "tests" / "00-environment.ipynb"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    # Far from the repository, which the notebook finds.
+    path = tmp_path / "00-environment.ipynb"
     path.write_text(json.dumps(notebook), encoding="utf-8")
     done = run(copy, str(path))
     assert done.returncode == 1 and "broken on purpose" in done.stderr

@@ -1,5 +1,6 @@
 """Each trap: a tiny notebook that papermill alone calls a success, and the runner does not."""
 
+import ast
 import contextlib
 import io
 import json
@@ -363,6 +364,30 @@ def test_all_that_a_parameter_cell_may_hold():
     for derived in ("a = b", "a = f'{1}'", "a = 1 + 1", "a = b = 1", "a, b = 1, 2", "a: int", "a += 1", "a = 1\na = 2"):
         with pytest.raises(ValueError, match="parameters cell"):
             parameters_of(tutorial(parameters=derived))
+
+
+def is_plumbing(source: str) -> bool:
+    """Whether a cell only finds paths, records or checks: it shows nothing and defines nothing."""
+    if any(line.startswith(("%", "!")) or "= !" in line for line in source.splitlines()):
+        return False
+    body = ast.parse(source).body
+    nodes = [node for statement in body for node in ast.walk(statement)]
+    calls = {ast.unparse(node.func) for node in nodes if isinstance(node, ast.Call)}
+    ends_with_a_value = isinstance(body[-1], ast.Expr) and not isinstance(body[-1].value, ast.Call)
+    if ends_with_a_value or calls & {"print", "show", "plots.show", "display", "Code", "chat_box"}:
+        return False
+    defines = any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in nodes)
+    checks = any(isinstance(node, ast.Assert) for node in nodes)
+    return not defines and (checks or bool(calls & {"workspace", "record", "work.write"}))
+
+
+@pytest.mark.parametrize("path", sorted(notebooks.NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.name)
+def test_plumbing_is_folded_in_jupyterlab_and_in_a_book_and_nothing_else_is(path):
+    for number, one in enumerate(nbformat.read(path, as_version=4).cells, start=1):
+        in_a_book = "hide-input" in checks.tags(one)
+        in_jupyterlab = one.metadata.get("jupyter", {}).get("source_hidden", False)
+        folded = one.cell_type == "code" and is_plumbing(one.source)
+        assert (in_a_book, in_jupyterlab) == (folded, folded), f"cell {number}: {one.source}"
 
 
 GOOD = {
