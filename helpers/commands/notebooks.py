@@ -100,9 +100,7 @@ def run(args) -> int:
     for path in notebooks:
         executed = out / "notebooks" / path.name
         try:
-            report = run_notebook(
-                path, executed, shares[path], out=out, cell_seconds=args.cell_seconds, progress=True
-            )
+            report = run_notebook(path, executed, shares[path], out=out, cell_seconds=args.cell_seconds)
         except NotebookFailed as failed:
             for problem in failed.report.problems:
                 print(f"error: {path.name}, {problem}", file=sys.stderr)

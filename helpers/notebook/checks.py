@@ -16,6 +16,7 @@ a manifest that proves its content; a cell that shows a figure has one.
 import ast
 import contextlib
 import json
+import symtable
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -100,19 +101,20 @@ def parameters_of(notebook) -> dict[str, object]:
     return values
 
 
-def _parsed(cell) -> list[ast.stmt]:
-    """A cell's statements, shell commands and magics as the calls that they are; none where it is no Python."""
+def _python(cell) -> str:
+    """A cell's code, shell commands and magics as the calls that they are; empty where it is no Python."""
+    code = TransformerManager().transform_cell(cell.source)
     try:
-        return ast.parse(TransformerManager().transform_cell(cell.source)).body
+        ast.parse(code)
     except SyntaxError:
-        return []  # running it will say so, better
+        return ""  # running it will say so, better
+    return code
 
 
 def _assigned(cell) -> set[str]:
-    """Names that a cell assigns at its top level."""
-    statements = [s for s in _parsed(cell) if isinstance(s, ast.Assign | ast.AnnAssign | ast.AugAssign)]
-    targets = [target for s in statements for target in getattr(s, "targets", None) or [s.target]]
-    return {node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)}
+    """Names that a cell gives a value at its top level: by assignment, in a loop, as a function, by import."""
+    symbols = symtable.symtable(_python(cell), "cell", "exec").get_symbols()
+    return {symbol.get_name() for symbol in symbols if symbol.is_assigned()}
 
 
 def check_source(notebook) -> list[str]:
@@ -125,7 +127,8 @@ def check_source(notebook) -> list[str]:
         return [str(error)]
     for cell in notebook.cells:
         first = cell.source.lstrip().split("\n", 1)[0]
-        again = _assigned(cell) & names if cell.cell_type == "code" and "parameters" not in tags(cell) else ()
+        sets_them = {"parameters", "injected-parameters"} & set(tags(cell))
+        again = ", ".join(sorted(_assigned(cell) & names)) if cell.cell_type == "code" and not sets_them else ""
         wrong = {
             "is a raw cell, which never runs": cell.cell_type == "raw",
             "is empty": cell.cell_type == "code" and not first,
@@ -133,8 +136,7 @@ def check_source(notebook) -> list[str]:
             "is left from an earlier run: remove it": "injected-parameters" in tags(cell),
             "hides whether its script fails": first.startswith("%%")
             and ("--no-raise-error" in first or "--bg" in first.split()),
-            f"sets the parameter {', '.join(sorted(again))} anew: the value given to the run is lost": again
-            and "injected-parameters" not in tags(cell),
+            f"sets the parameter {again} anew: the value given to the run is lost": again,
         }
         problems += [f"{name_of(notebook, cell)} {what}" for what, is_so in wrong.items() if is_so]
     return problems
@@ -171,7 +173,7 @@ def check_executed(notebook, declaration: Declaration) -> list[str]:
 
 def _shows_figure(cell) -> bool:
     """Whether a cell shows a figure whatever happens: under no condition."""
-    calls = [ast.unparse(statement) for statement in _parsed(cell) if isinstance(statement, ast.Expr)]
+    calls = [ast.unparse(statement) for statement in ast.parse(_python(cell)).body if isinstance(statement, ast.Expr)]
     return any(call.startswith(SHOWS_FIGURE) for call in calls)
 
 
@@ -287,10 +289,8 @@ def _proven(path: Path, out: Path) -> bool:
         return True
     if manifest_path(path).exists():
         return True
-    for folder in path.parents:
-        if manifest_path(folder).exists():
-            listed = read_manifest(folder).get("outputs", {}).get(str(path.relative_to(folder)))
-            return bool(listed) and path.is_file() and sha256_file(path) == listed["sha256"]
-        if folder == out:
-            break
-    return False
+    folder = next((folder for folder in path.parents if manifest_path(folder).exists()), None)
+    if folder is None or not folder.is_relative_to(out) or not path.is_file():
+        return False
+    listed = read_manifest(folder).get("outputs", {}).get(str(path.relative_to(folder)))
+    return bool(listed) and sha256_file(path) == listed["sha256"]

@@ -37,14 +37,19 @@ def show(figure, path: str | Path) -> None:
     display(Image(filename=str(path), width=int(100 * figure.get_figwidth())))
 
 
+def _draw_mask(axis, mask: np.ndarray, rows: Iterable, title: str) -> None:
+    axis.imshow(mask, cmap="gray", vmin=MASKED, vmax=0)
+    axis.spines[:].set_visible(True)  # what may be seen is as white as the page
+    axis.set_yticks(range(len(mask)), rows)
+    axis.set(title=title, xlabel="column: key", ylabel="row: query")
+
+
 def masks(pictures: dict[str, tuple[Iterable, np.ndarray]]):
     """Attention masks side by side: white is 0, black is MASKED. pictures: {title: (labels of the rows, mask)}."""
     widths = [mask.shape[1] / mask.shape[0] for _, mask in pictures.values()]
     figure, axes = _figure(9, 3.2, columns=len(pictures), width_ratios=widths)
     for axis, (title, (rows, mask)) in zip(np.atleast_1d(axes), pictures.items(), strict=True):
-        axis.imshow(mask, cmap="gray", vmin=MASKED, vmax=0)
-        axis.set_yticks(range(len(mask)), rows)
-        axis.set(title=title, xlabel="column: key", ylabel="row: query")
+        _draw_mask(axis, mask, rows, title)
     return figure
 
 
@@ -53,16 +58,15 @@ def step_mask(mask: np.ndarray, rows: list[str], title: str):
     from matplotlib.patches import Rectangle
 
     figure, axis = _figure(8.5, 4.6)
+    _draw_mask(axis, mask, rows, title)
     cache = mask.shape[1] - len(rows)
     columns = [f"cache {place}" for place in range(cache)] + rows
-    axis.imshow(mask, cmap="gray", vmin=MASKED, vmax=0)
-    axis.set_yticks(range(len(rows)), rows)
     axis.set_xticks(range(len(columns)), columns, rotation=60, ha="right", rotation_mode="anchor")
     axis.vlines(np.arange(len(columns)) + 0.5, -0.5, len(rows) - 0.5, color="#888888", linewidth=0.4)
     axis.hlines(np.arange(len(rows)) + 0.5, -0.5, len(columns) - 0.5, color="#888888", linewidth=0.4)
-    frame = {"fill": False, "edgecolor": "#e08e2b", "linewidth": 2}
-    axis.add_patch(Rectangle((cache - 0.5, -0.5), len(rows), len(rows), **frame))
-    axis.set(title=title, xlabel="column: key", ylabel="row: query")
+    axis.add_patch(
+        Rectangle((cache - 0.5, -0.5), len(rows), len(rows), fill=False, edgecolor="#e08e2b", linewidth=2, zorder=3)
+    )
     return figure
 
 

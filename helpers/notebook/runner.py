@@ -142,7 +142,6 @@ def run_notebook(
     parameters: dict[str, object] | None = None,
     out: str | Path = OUT,
     cell_seconds: float | None = None,
-    progress: bool = False,
 ) -> Report:
     """Run one notebook in a kernel of this interpreter, in the notebook's folder as JupyterLab does.
 
@@ -176,7 +175,7 @@ def run_notebook(
         place = next(i for i, cell in enumerate(notebook.cells) if "parameters" in checks.tags(cell))
         notebook.cells.insert(place + 1, injected)
     client = _Client(notebook, path.parent, cell_seconds or declaration.cell_seconds)
-    stopped, said = _run_cells(client, report, progress)
+    stopped, said = _run_cells(client, report)
     _settle_progress(notebook)
     report.executed.parent.mkdir(parents=True, exist_ok=True)
     write_file(report.executed, (nbformat.writes(notebook) + "\n").encode())
@@ -194,7 +193,7 @@ def run_notebook(
     return report
 
 
-def _run_cells(client: _Client, report: Report, progress: bool) -> tuple[list[str], list[str]]:
+def _run_cells(client: _Client, report: Report) -> tuple[list[str], list[str]]:
     """Run the cells up to the first that fails: what stopped the run, and what its kernel says is wrong."""
     cells = [(index, cell) for index, cell in enumerate(client.nb.cells) if cell.cell_type == "code"]
     said: list[str] = []
@@ -202,7 +201,7 @@ def _run_cells(client: _Client, report: Report, progress: bool) -> tuple[list[st
     try:
         with client.kernel():
             started = time.monotonic()
-            for index, cell in tqdm(cells, report.notebook, leave=False, disable=None if progress else True):
+            for index, cell in tqdm(cells, report.notebook, leave=False, disable=None):
                 client.execute_cell(cell, index)
             report.seconds = round(time.monotonic() - started, 3)
             report.checks, said = client.last_words()

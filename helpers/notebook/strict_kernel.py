@@ -7,22 +7,16 @@ last line. A reader sees the message on the screen; a run without a reader would
 
 import ast
 import builtins
-import shlex
 import subprocess
-import sys
 import types
+from collections.abc import Iterator
 
 import IPython
-from IPython.utils.process import system
 from IPython.utils.text import LSString, SList
 
 STRICT = "set -eo pipefail; "
 # `long listing | head`: the listing ends by SIGPIPE, as it should.
 PIPE_CLOSED = 128 + 13
-# Python ignores that signal, and so would what IPython starts: the listing would go on, or fail in its own words.
-_WITH_SIGPIPE = (
-    "import os, signal, sys; signal.signal(signal.SIGPIPE, signal.SIG_DFL); os.execvp('bash', ['bash', *sys.argv[1:]])"
-)
 
 passed = 0  # asserts of the notebook that held
 
@@ -48,43 +42,31 @@ class CommandFailed(Exception):
     """A shell command of a notebook ended with another exit status than 0, or nobody would have seen how it ended."""
 
 
-def _check(command: str, status: int) -> None:
-    if status and not (status == PIPE_CLOSED and "|" in command):
-        raise CommandFailed(f"`{command}` ended with exit status {status}")
-
-
-def _refuse_background(command: str) -> None:
+def _lines(command: str) -> Iterator[str]:
+    """What a command says, line by line as it comes. Raises CommandFailed where it fails, at its end."""
     if command.rstrip().endswith("&"):
         raise CommandFailed(f"`{command}` runs in the background, where nobody sees it fail")
+    pipe = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(["bash", "-c", STRICT + command], **pipe, text=True, errors="replace") as process:
+        yield from process.stdout
+    if process.returncode and not (process.returncode == PIPE_CLOSED and "|" in command):
+        raise CommandFailed(f"`{command}` ended with exit status {process.returncode}")
 
 
 def _system(shell, command: str) -> None:
-    command = shell.var_expand(command, depth=1)
-    _refuse_background(command)
-    status = system(shlex.join([sys.executable, "-I", "-S", "-c", _WITH_SIGPIPE, "-c", STRICT + command]))
-    shell.user_ns["_exit_code"] = status
-    # IPython says -13 where the shell says 141.
-    _check(command, status if status >= 0 else 128 - status)
+    for line in _lines(shell.var_expand(command, depth=1)):
+        print(line, end="")
 
 
 def _getoutput(shell, command: str, split: bool = True, depth: int = 0):
-    command = shell.var_expand(command, depth=depth + 1)
-    _refuse_background(command)
-    done = subprocess.run(
-        ["bash", "-c", STRICT + command],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        check=False,
-    )
+    said = []
     try:
-        _check(command, done.returncode)
+        for line in _lines(shell.var_expand(command, depth=depth + 1)):
+            said.append(line)
     except CommandFailed:
-        print(done.stdout, end="")
+        print("".join(said), end="")
         raise
-    return SList(done.stdout.splitlines()) if split else LSString(done.stdout)
+    return SList("".join(said).splitlines()) if split else LSString("".join(said))
 
 
 def _ask_exit(shell) -> None:

@@ -138,6 +138,10 @@ TRAPS = {
     ),
     "call among the parameters": (tutorial(WORK, parameters="import os"), "`import os`"),
     "parameter set anew": (tutorial("seq_length = 8"), "sets the parameter seq_length anew"),
+    "parameter set anew by a loop": (
+        tutorial("for seq_length in (8, 16): pass"),
+        "sets the parameter seq_length anew",
+    ),
     "no parameters tag": (tutorial(WORK, parameters=None), "0 code cells have the tag `parameters`"),
     "two parameters tags": (
         tutorial(WORK, cell("mode = 'int8'", "parameters")),
