@@ -152,9 +152,9 @@ def run_notebook(
     cell_seconds: bound of each cell instead of the declared one.
     Raises NotebookFailed, with all that is wrong, and UserError for a file that is no notebook.
     """
-    path, out = Path(path).absolute(), Path(out).absolute()
-    report, notebook = Report(path.name, Path(executed)), read_notebook(path)
-    report.problems += checks.check_source(notebook)
+    path, out = Path(path), Path(out).absolute()
+    notebook = read_notebook(path)
+    report = Report(path.name, Path(executed), problems=checks.check_source(notebook))
     if report.problems:
         raise NotebookFailed(report)
     declaration, values, given = Declaration.of(notebook), parameters_of(notebook), dict(parameters or {})
@@ -174,7 +174,7 @@ def run_notebook(
         injected = nbformat.v4.new_code_cell(source, metadata={"tags": ["injected-parameters"]})
         place = next(i for i, cell in enumerate(notebook.cells) if "parameters" in checks.tags(cell))
         notebook.cells.insert(place + 1, injected)
-    client = _Client(notebook, path.parent, cell_seconds or declaration.cell_seconds)
+    client = _Client(notebook, path.absolute().parent, cell_seconds or declaration.cell_seconds)
     stopped, said = _run_cells(client, report)
     _settle_progress(notebook)
     report.executed.parent.mkdir(parents=True, exist_ok=True)
