@@ -4,7 +4,10 @@ import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import Image, display
+from matplotlib.patches import Rectangle
 
 from helpers.nets import MASKED, phase_nets
 from helpers.run.latency import KINDS
@@ -18,19 +21,19 @@ _COLOURS = {
 
 
 def _figure(width=8.0, height=4.0, columns=1, **kwargs):
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", **kwargs)
     for axis in np.atleast_1d(axes):
         axis.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 
+def _legend_below(figure, axis, columns: int) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize=9, ncols=columns)
+
+
 def show(figure, path: str | Path) -> None:
     """Write a figure as PNG (120 dpi), its folder made if absent, and show that PNG in the notebook."""
-    import matplotlib.pyplot as plt
-    from IPython.display import Image, display
-
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)  # else the notebook shows it a second time
@@ -55,8 +58,6 @@ def masks(pictures: dict[str, tuple[Iterable, np.ndarray]]):
 
 def step_mask(mask: np.ndarray, rows: list[str], title: str):
     """The mask of one lookahead step, its own rows framed. mask: [R,S+R], the cache on the left; rows: their names."""
-    from matplotlib.patches import Rectangle
-
     figure, axis = _figure(8.5, 4.6)
     _draw_mask(axis, mask, rows, title)
     cache = mask.shape[1] - len(rows)
@@ -132,8 +133,7 @@ def net_share(ms: dict[str, dict[str, float]], layers: int, kind: str | None = N
         axis.margins(x=0.18)
         axis.set_xlabel(f"ms, {KINDS[kind]}" if kind else "ms", fontsize=9)
         axis.set_title({"prefill": "first token (prefill)", "decode": "each further token (decode)"}[phase])
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize=9, ncols=4)
+    _legend_below(figure, axes[0], columns=4)
     return figure
 
 
@@ -180,8 +180,7 @@ def parity_ladder(parity: dict[str, dict[str, dict[str, float]]]):
         axis.grid(axis="y", alpha=0.3)
     axes[0].set_title("Parity, net by net")
     axes[1].set_title("(no mark: no difference, or not compared)", fontsize=9)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize=9, ncols=3)
+    _legend_below(figure, axes[0], columns=3)
     return figure
 
 

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Mapping
 
+from IPython.display import Markdown, display
+
 
 def _cell(value: object) -> str:
     if value is None:
@@ -30,6 +32,4 @@ def markdown(rows: Iterable[Mapping[str, object]]) -> str:
 
 def show(rows: Iterable[Mapping[str, object]]) -> None:
     """Display rows as a table in a notebook."""
-    from IPython.display import Markdown, display
-
     display(Markdown(markdown(rows)))
