@@ -9,6 +9,7 @@ import contextlib
 import html
 import math
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -179,6 +180,7 @@ def run_notebook(
     _settle_progress(notebook)
     report.executed.parent.mkdir(parents=True, exist_ok=True)
     write_file(report.executed, (nbformat.writes(notebook) + "\n").encode())
+    _bring_pictures(path, report.executed)
     report.cells = sum(cell.execution_count is not None for cell in code_cells(notebook))
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
     report.stderr_outputs = sum(output.get("name") == "stderr" for output in outputs)
@@ -229,6 +231,12 @@ def _run_cells(client: _Client, report: Report) -> tuple[list[str], list[str]]:
 
 _VIEW = "application/vnd.jupyter.widget-view+json"
 _STATES = "application/vnd.jupyter.widget-state+json"
+
+
+def _bring_pictures(path: Path, executed: Path) -> None:
+    """Copy the pictures that the notebooks' text shows: its links to them are relative."""
+    if (path.parent / "images").is_dir() and path.parent.resolve() != executed.parent.resolve():
+        shutil.copytree(path.parent / "images", executed.parent / "images", dirs_exist_ok=True)
 
 
 def _settle_progress(notebook) -> None:
