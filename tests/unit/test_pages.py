@@ -150,17 +150,20 @@ def test_papermill_lists_every_parameter_with_type_and_description(path):
 @pytest.mark.parametrize("page", ["README.md", "docs/zh/README.md"])
 def test_the_table_of_parameters_is_that_of_the_notebooks(page):
     wanted: dict[str, tuple[list[str], set[str]]] = {}
-    for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]-*.ipynb")):
+    numbers = []
+    for path in sorted((ROOT / "notebooks").glob("[0-9]*-*.ipynb")):
+        numbers.append(path.name.partition("-")[0])
         for name, default in declared(path).items():
-            numbers, defaults = wanted.setdefault(name, ([], set()))
-            numbers.append(path.name[:2])
+            places, defaults = wanted.setdefault(name, ([], set()))
+            places.append(numbers[-1])
             defaults.add(default)
     table = {}
     rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| `([^|]+)` \| .+ \|$", (ROOT / page).read_text("utf-8"), re.MULTILINE)
     for name, where, default in rows:
-        ends = re.findall(r"\d\d", where)
-        whole = ends if "," in where else [f"{n:02}" for n in range(int(ends[0]), int(ends[-1]) + 1)]
-        table[name] = whole, {default}
+        places = re.findall(r"\d\d\w?", where)
+        if "," not in where:  # the first and the last of a row of notebooks
+            places = [number for number in numbers if places[0] <= number <= places[-1]]
+        table[name] = places, {default}
     assert table == wanted
 
 
