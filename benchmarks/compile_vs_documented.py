@@ -13,19 +13,22 @@ from pathlib import Path
 
 from benchmarks.compile_common import add_arguments, prepare, print_table, timed
 from helpers import artefacts, machine, toolchain
+from helpers.bmodel.model_tool import combine
 from helpers.compile import compiling, jobs
+from helpers.compile.options import net_settings
+from helpers.compile.plan import plan_nets
 from helpers.compile.profile import PROFILE, read_profile
 
 
 def documented(onnx: Path, out: Path, mode: str) -> dict[str, int | None]:
     """Compile all nets as documented; cycles of each."""
     tools = toolchain.wheel_path() / "python" / "tools"
-    plan = compiling.plan_nets(onnx)
+    plan = plan_nets(onnx)
     cycles, bmodels = {}, []
     for net in plan.nets:
         folder = out / net
         folder.mkdir(parents=True)
-        settings = compiling.net_settings(net, mode, 1, "basic", False)
+        settings = net_settings(net, mode, 1, "basic", False)
         flags = [] if settings["quantize"] == "F32" else ["--quantize", settings["quantize"]]
         flags += ["--q_group_size", "64"] if settings["quantize"] == "W4BF16" else []
         flags += [f"--{name}" for name in ("quant_input", "quant_output") if settings[name]]
@@ -41,7 +44,7 @@ def documented(onnx: Path, out: Path, mode: str) -> dict[str, int | None]:
                 subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=log, check=True)
         cycles[net] = (read_profile(folder / PROFILE) or {}).get("cycles")
         bmodels.append((folder / f"{net}.bmodel").absolute())
-    compiling.combine(bmodels, out / "documented.bmodel")
+    combine(bmodels, out / "documented.bmodel")
     return cycles
 
 

@@ -16,7 +16,7 @@ COMMANDS = {
     "fetch": ("helpers.commands.fetch", "bring a checkpoint or a prepared artefact to this machine"),
     "patch": ("helpers.commands.patch", "change Qwen's code so that it exports; --revert takes it back"),
     "export": ("helpers.commands.export", "write every net of a patched checkpoint as ONNX"),
-    "compile": ("helpers.compile.compiling", "compile the ONNX nets to one bmodel for BM1684X"),
+    "compile": ("helpers.commands.compile", "compile the ONNX nets to one bmodel for BM1684X"),
     "chat": ("helpers.commands.chat", "talk with a bmodel, on the chip or on the simulator"),
     "serve": ("helpers.commands.serve", "serve a bmodel over HTTP"),
     "info": ("helpers.commands.info", "what a bmodel contains and what memory it needs"),

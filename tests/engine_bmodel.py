@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 
 from helpers import artefacts, toolchain
-from helpers.compile import compiling, jobs
+from helpers.compile import jobs
+from helpers.compile.options import net_settings
 from helpers.files import sha256_file
 from tests import engine_nets
 from tests.engine_nets import ROWS, VOCABULARY, WIDTH, weights
 from tests.unit.small_nets import task
 
 ROOT = Path(__file__).resolve().parents[1]
-# net: settings of model_deploy.py in which it is not as helpers.compile.compiling has it.
+# net: settings of model_deploy.py in which it is not as helpers.compile.options has it.
 NETS = {
     "embedding": {"quantize": "BF16", "quant_input": True, "quant_output": True},
     "cache": {"quantize": "BF16", "quant_input": True, "quant_output": True},
@@ -82,7 +83,7 @@ def _export(folder: Path) -> None:
 
 def _compile(net: str, addr_mode: str, folder: Path) -> str:
     """Path of the net's bmodel."""
-    settings = compiling.net_settings(net, "bf16", 1, addr_mode, dynamic=False) | NETS[net] | {"addr_mode": addr_mode}
+    settings = net_settings(net, "bf16", 1, addr_mode, dynamic=False) | NETS[net] | {"addr_mode": addr_mode}
     return jobs.compile_net(task(folder, folder / addr_mode, net, settings))["bmodel"]
 
 
@@ -90,7 +91,9 @@ def build() -> dict[str, Path]:
     """{"basic": FILE, "io_alone": FILE}: the address mode is the one of `cache`. Made once, kept under out/tests."""
     kept = ROOT / "out" / "tests" / "engine_bmodel"
     inputs = {"recipe": sha256_file(__file__), "nets": sha256_file(engine_nets.__file__)}
-    code = artefacts.code_of("compile.graph", "compile.jobs", "compile.worker", "compile.compiling")
+    code = artefacts.code_of(
+        "compile.frontend", "compile.graph", "compile.jobs", "compile.options", "compile.worker"
+    )
     if not artefacts.up_to_date(kept, inputs, {}, code):
         with artefacts.building(kept, kind="engine test bmodel", inputs=inputs, settings={}, code=code) as partial:
             partial.mkdir(parents=True)

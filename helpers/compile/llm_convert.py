@@ -21,15 +21,15 @@ from helpers.bmodel import bmodel
 from helpers.checkpoint.modeling import check_huggingface_variables
 from helpers.checkpoint.vocabulary import copy_vocabulary
 from helpers.checkpoint.weights import Checkpoint
-from helpers.compile.compiling import Q_GROUP_SIZE, check_name, check_options
-from helpers.compile.jobs import own_error
+from helpers.compile.log import own_error
+from helpers.compile.options import Q_GROUP_SIZE, check_name, check_options
 from helpers.compile.profile import PROFILE, estimates, read_profile
 from helpers.errors import UserError
 from helpers.files import locked, write_json
 
 QUANTIZE = {"bf16": "bf16", "int8": "w8bf16", "int4": "w4bf16"}
 # What of these helpers decides what comes out.
-_CODE = artefacts.code_of("compile.llm_convert", "checkpoint.weights", "compile.profile")
+_CODE = artefacts.code_of("compile.llm_convert", "checkpoint.weights", "compile.options", "compile.profile")
 _RENAMED = {
     "ln_1": "input_layernorm",
     "ln_2": "post_attention_layernorm",

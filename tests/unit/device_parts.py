@@ -15,7 +15,8 @@ import sys
 from pathlib import Path
 
 from helpers import toolchain
-from helpers.compile import compiling, graph, worker
+from helpers.compile import frontend, graph, options, worker
+from helpers.compile.processes import in_child
 
 
 def _blocks(lines: list[str], start: int, indent: str) -> list[tuple[int, int]]:
@@ -61,20 +62,20 @@ def single_device_modules(mlir: str) -> dict[str, dict]:
 
 def main(onnx: str, mode: str, devices: str) -> None:
     net = Path(onnx).stem
-    settings = compiling.net_settings(net, mode, int(devices), "basic", False)
-    worker.preload()
-    worker._in_child(lambda: worker.transform(net, onnx))
+    settings = options.net_settings(net, mode, int(devices), "basic", False)
+    frontend.preload()
+    in_child("the transform", lambda: frontend.transform(net, onnx))
     mlir = Path(f"{net}.mlir")
     if settings["merge_cache"]:
         mlir.write_text(graph.merge_cache(mlir.read_text())[0])
-    options = worker.compiler_options(net, "part.bmodel", settings)
-    split = options.index("--dev-parallel")
-    parts_mlir, _ = worker.split_over_devices(mlir, options[: split + 1])
+    passes = worker.compiler_options(net, "part.bmodel", settings)
+    split = passes.index("--dev-parallel")
+    parts_mlir, _ = worker.split_over_devices(mlir, passes[: split + 1])
     text = parts_mlir.read_text(encoding="utf-8")
     parts = single_device_modules(text)
     for name, part in parts.items():
         Path(f"{name}.mlir").write_text(part.pop("mlir"))
-        rest = [option.replace("part.bmodel", f"{name}.bmodel") for option in options[split + 1 :]]
+        rest = [option.replace("part.bmodel", f"{name}.bmodel") for option in passes[split + 1 :]]
         subprocess.run(["tpuc-opt", f"{name}.mlir", *rest, "-o", os.devnull], check=True)
     outputs = json.loads(re.search(r"module\.outputs = (\[[^\]]*\])", text)[1])
     Path("parts.json").write_text(json.dumps({"parts": parts, "outputs": outputs}))

@@ -9,6 +9,8 @@ import shutil
 import warnings
 from pathlib import Path
 
+from helpers.compile.jobs import NetToCompile
+from helpers.export.signature import read_signature
 from helpers.run.engines import open_engine
 from tests.conftest import TINY
 
@@ -146,19 +148,8 @@ def write_random_checkpoint(folder: Path, **config) -> Path:
 
 def task(nets, folder, net, settings):
     """What helpers.compile.jobs.compile_net takes, for a net of `write_nets`."""
-    folder.mkdir(exist_ok=True)
-    return {
-        "net": net,
-        "onnx": str(nets / f"{net}.onnx"),
-        "files": [str(nets / f"{net}.onnx")],
-        "recorded": {},
-        "folder": str(folder),
-        "settings": settings,
-        "memory": 1,
-        "weights": 0,
-        "shapes": [],
-        "threads": 1,
-    }
+    onnx = nets / f"{net}.onnx"
+    return NetToCompile(net, onnx, read_signature(onnx), folder, settings)
 
 
 def outputs_on_simulator(bmodel, net, arrays):

@@ -118,9 +118,11 @@ STEPS = {
     "export.exporting": [
         "export.exporting", "export.modules", "export.tracing", "nets", "checkpoint.modeling", "checkpoint.weights"
     ],
-    "compile.jobs": ["compile.graph", "compile.jobs", "compile.profile", "compile.worker"],
-    "compile.compiling": ["compile.compiling", "compile.profile"],
-    "compile.llm_convert": ["compile.llm_convert", "checkpoint.weights", "compile.profile"],
+    "compile.jobs": ["compile.frontend", "compile.graph", "compile.jobs", "compile.profile", "compile.worker"],
+    "compile.compiling": [
+        *("bmodel.model_tool", "compile.compiling", "compile.options", "compile.plan", "compile.profile")
+    ],
+    "compile.llm_convert": ["compile.llm_convert", "checkpoint.weights", "compile.options", "compile.profile"],
 }
 
 

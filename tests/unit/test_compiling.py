@@ -22,8 +22,11 @@ from onnx import TensorProto, helper
 
 from helpers import artefacts, machine, toolchain
 from helpers.bmodel.bmodel import read_bmodel, strip_time
-from helpers.compile import compiling, graph, jobs
-from helpers.compile.jobs import MemoryGate, own_error
+from helpers.compile import compiling, graph, jobs, memory
+from helpers.compile.log import own_error
+from helpers.compile.memory import MemoryGate
+from helpers.compile.options import net_settings
+from helpers.compile.plan import check, plan_nets
 from helpers.compile.profile import PROFILE, estimates, read_profile
 from helpers.errors import UserError
 from helpers.export.signature import read_signature
@@ -133,7 +136,7 @@ def test_each_net_has_the_flags_of_the_documented_script(mode, addr_mode):
     flags["block_7"] = f"{DOCUMENTED[mode]} --quant_input --quant_output"
     flags["block_cache_7"] = flags["block_7"] + past
     for net, documented in flags.items():
-        found = compiling.net_settings(net, mode, 1, addr_mode, False)
+        found = net_settings(net, mode, 1, addr_mode, False)
         given = f"--quantize {found['quantize']}"
         given += f" --q_group_size {found['q_group_size']}" * bool(found["q_group_size"])
         given += " --quant_input" * found["quant_input"] + " --quant_output" * found["quant_output"]
@@ -142,7 +145,7 @@ def test_each_net_has_the_flags_of_the_documented_script(mode, addr_mode):
 
 
 def test_what_is_dynamic_takes_a_prompt_and_nothing_else_is():
-    dynamic = {net for net in NETS if compiling.net_settings(net, "int8", 1, "basic", True)["dynamic"]}
+    dynamic = {net for net in NETS if net_settings(net, "int8", 1, "basic", True)["dynamic"]}
     assert dynamic == {"embedding", "block_0"}
 
 
@@ -178,7 +181,7 @@ def test_the_other_modes_compile(nets, tmp_path, mode, dynamic):
 @pytest.mark.parametrize("net, quantize", [("block_cache_0", "int4"), ("lm_head", "int8")])
 def test_bytes_are_those_of_the_documented_commands(nets, tmp_path, net, quantize):
     """One call of the compiler on a net whose weights bypassed the simplifier, against the two documented scripts."""
-    settings = compiling.net_settings(net, quantize, 1, "basic", False) | AS_DOCUMENTED
+    settings = net_settings(net, quantize, 1, "basic", False) | AS_DOCUMENTED
     record = jobs.compile_net(task(nets, tmp_path / "ours", net, settings))
     tools = toolchain.wheel_path() / "python" / "tools"
     flags = {"int8": ["W8BF16"], "int4": ["W4BF16", "--q_group_size", "64"]}[quantize]
@@ -206,7 +209,7 @@ def test_bytes_are_those_of_the_documented_commands(nets, tmp_path, net, quantiz
     ],
 )
 def test_each_edit_of_the_graph_costs_fewer_cycles_and_no_bit(nets, tmp_path, edit, net, mode, addr_mode):
-    settings = compiling.net_settings(net, mode, 1, addr_mode, False)
+    settings = net_settings(net, mode, 1, addr_mode, False)
     assert settings[edit]
     plain_settings = settings | AS_DOCUMENTED
     edited = jobs.compile_net(task(nets, tmp_path / "edited", net, plain_settings | {edit: True}))
@@ -282,7 +285,7 @@ def test_weights_that_are_computed_with_go_through_the_simplifier(tmp_path):
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=8)
     onnx.save(model, tmp_path / "scaled.onnx")
-    settings = compiling.net_settings("greedy_head", "int8", 1, "basic", False)
+    settings = net_settings("greedy_head", "int8", 1, "basic", False)
     record = jobs.compile_net(task(tmp_path, tmp_path / "out", "scaled", settings))
     assert "simplifier gets them all" in (tmp_path / "out" / "scaled.log").read_text()
     states = generator.standard_normal((1, 192)).astype(np.float32)
@@ -315,7 +318,7 @@ def test_a_wrong_setting_is_refused_at_once(nets, tmp_path, arguments, message):
 
 def test_devices_must_divide_the_heads(nets):
     with pytest.raises(UserError, match="does not divide the 2 attention heads.*take one of 1, 2"):
-        compiling.check(compiling.plan_nets(nets), "bf16", 3, "basic")
+        check(plan_nets(nets), "bf16", 3, "basic")
 
 
 def test_a_model_too_small_to_be_split_is_refused(nets, tmp_path):
@@ -326,10 +329,10 @@ def test_a_model_too_small_to_be_split_is_refused(nets, tmp_path):
 
 
 def test_int4_needs_a_hidden_size_of_whole_groups(nets):
-    plan = compiling.plan_nets(nets)
+    plan = plan_nets(nets)
     plan.hidden_size = 96
     with pytest.raises(UserError, match="groups of 64.*hidden size 96"):
-        compiling.check(plan, "int4", 1, "basic")
+        check(plan, "int4", 1, "basic")
 
 
 def test_documented_options_are_taken(nets, tmp_path):
@@ -503,7 +506,7 @@ def test_nets_of_another_version_of_the_compiling_code_are_made_anew(nets, compi
     assert "made anew" not in said and content == compiled.read_bytes()
     own_copy.edit("helpers/compile/graph.py", ', "only_merge = true")', ', "only_merge = false")')
     said, content = compile()
-    assert said.count("made anew") == 1 and "compiler_graph" in said
+    assert said.count("made anew") == 1 and "compile.graph" in said
     assert content != compiled.read_bytes()
     # A manifest of before there was such a key counts as one of other code.
     manifest = artefacts.read_manifest(out / "int8_1dev" / "lm_head")
@@ -563,7 +566,7 @@ def test_another_sdk_in_the_environment_changes_nothing(nets, compiled, tmp_path
 
 def test_bytes_do_not_depend_on_the_path(nets, tmp_path, monkeypatch):
     """The compiler leaves bytes of a dynamic net's code unset: they are what its memory's layout makes of them."""
-    settings = compiling.net_settings("penalty_sample_head", "int8", 1, "basic", False)
+    settings = net_settings("penalty_sample_head", "int8", 1, "basic", False)
     made = set()
     for number, more in enumerate(["", ":/nowhere", ":/" + "nowhere" * 9]):
         monkeypatch.setenv("PATH", os.environ["PATH"] + more)
@@ -592,17 +595,17 @@ def test_a_failing_net_gives_its_own_error_and_its_log_and_the_others_stay(nets,
 
 
 def test_too_little_memory_is_said_before_anything_runs(nets, tmp_path, monkeypatch):
-    monkeypatch.setattr(jobs, "memory_budget", lambda: 300_000_000)
+    monkeypatch.setattr(memory, "budget", lambda: 300_000_000)
     with pytest.raises(UserError, match="needs 0.5 GB of memory, 0.3 GB are free"):
         compiling.compile_model(nets, tmp_path / "out", "small", "int8")
 
 
 def test_memory_is_looked_at_for_the_largest_net_and_for_each_one_where_it_compiles(nets, tmp_path, monkeypatch):
-    plan = compiling.plan_nets(nets)
+    plan = plan_nets(nets)
     largest = max(plan.nets, key=lambda net: plan.nets[net].weights_bytes)
     assert plan.nets[largest].weights_bytes > 2 * plan.nets["greedy_head"].weights_bytes
-    monkeypatch.setattr(jobs, "needed_memory", lambda weights: weights)
-    monkeypatch.setattr(jobs, "memory_budget", lambda: plan.nets[largest].weights_bytes - 1)
+    monkeypatch.setattr(memory, "needed", lambda weights: weights)
+    monkeypatch.setattr(memory, "budget", lambda: plan.nets[largest].weights_bytes - 1)
     with pytest.raises(UserError, match=f"Compiling {largest} needs"):
         compiling.compile_model(nets, tmp_path / "out", "small", "int8")
     # Where a scheduler sends the nets to other machines, each of these looks for itself.
@@ -612,7 +615,7 @@ def test_memory_is_looked_at_for_the_largest_net_and_for_each_one_where_it_compi
 
 
 def test_weights_are_read_from_their_place_in_a_file(tmp_path):
-    from helpers.compile.worker import contiguous, take_weights
+    from helpers.compile.frontend import contiguous, take_weights
 
     arrays = {name: np.random.default_rng(1).random((200, 100), np.float32) + i for i, name in enumerate("abc")}
     graph = helper.make_graph([], "weights", [], [], [onnx.numpy_helper.from_array(a, n) for n, a in arrays.items()])
@@ -632,7 +635,7 @@ def test_weights_are_read_from_their_place_in_a_file(tmp_path):
 def test_memory_needed_covers_what_was_measured():
     # Qwen-7B, S = 512, int4: a block, the embedding, lm_head.
     for weights, peak in ((810_000_000, 1.72e9), (2_489_319_424, 7.54e9), (2_489_335_808, 8.62e9)):
-        assert peak < jobs.needed_memory(weights) < 2 * peak
+        assert peak < memory.needed(weights) < 2 * peak
 
 
 @settings(max_examples=20, deadline=None)

@@ -9,7 +9,8 @@ import pytest
 
 from helpers import toolchain
 from helpers.bmodel.bmodel import read_bmodel
-from helpers.compile import compiling, graph, jobs
+from helpers.compile import graph, jobs
+from helpers.compile.options import net_settings
 from helpers.nets import decode_mask, prefill_mask
 from helpers.tensors import from_bf16, to_bf16
 from tests.conftest import ROOT
@@ -38,7 +39,7 @@ def compiled(nets, tmp_path_factory):
 
     def compile_net(net, mode, devices):
         if (net, mode, devices) not in records:
-            settings = compiling.net_settings(net, mode, devices, "io_alone", False)
+            settings = net_settings(net, mode, devices, "io_alone", False)
             folder = tmp_path_factory.mktemp(f"{mode}_{devices}dev")
             records[net, mode, devices] = jobs.compile_net(task(nets, folder, net, settings))
         return records[net, mode, devices]

@@ -1,0 +1,206 @@
+"""The ONNX front end: a net as ONNX becomes MLIR of the top dialect, by the wheel's converter with three things mended.
+
+Its ONNX simplifier is not shown the large weights, which it copies many times over and looks at none of; its folding
+of constants does not run the whole net for that; and the optimised ONNX is not saved once more.
+"""
+
+import os
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+from google.protobuf.message import DecodeError
+from onnx import ModelProto, TensorProto, ValueInfoProto, external_data_helper, helper, numpy_helper
+
+from helpers.errors import UserError
+
+# Tensors from this size on bypass the simplifier.
+BYPASS_BYTES = 1 << 16
+
+
+def preload() -> None:
+    """Import what every net needs. The server forks after this, so no thread may be left running.
+
+    The front end imports torch for nets with operators of its own making, and all of transformers by way of a
+    converter of tokenizers: nine tenths of its start for what no net of ours uses. They get empty modules instead.
+    """
+    tokenizers = types.ModuleType("onnxruntime_extensions.cvt")
+    tokenizers.gen_processing_models = None
+    sys.modules[tokenizers.__name__] = tokenizers
+    sys.modules["torch"] = types.ModuleType("torch")
+
+    environment = dict(os.environ)
+    import tpu_mlir  # noqa: F401  puts the wheel's folders on sys.path
+
+    # And on the lists of paths, before what helpers.toolchain has put there for good reason.
+    os.environ.update(environment)
+
+    # isort: split
+    from tpu_mlir.python.utils import mlir_shell  # noqa: F401
+    from transform import OnnxConverter  # noqa: F401
+
+
+def transform(net: str, path: str) -> None:
+    """ONNX file -> <net>.mlir (top dialect, before any optimisation) and its weights as .npz, in the current folder.
+
+    Raises UserError where the file is not an ONNX net that the front end can read.
+    """
+    from transform import OnnxConverter as front_end
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise UserError(f"{path} is not a readable ONNX file ({error}): export it again.") from None
+    weights = take_weights(model, Path(path).parent)
+    # The optimised ONNX is saved for debugging only, in gigabytes.
+    front_end.onnx.save = lambda *args, **kwargs: None
+    front_end.ConstantFolding = _folding_class(front_end.ConstantFolding)
+    converter = _converter_class(front_end.OnnxConverter)(net, model, weights)
+    converter.generate_mlir(f"{net}.mlir")
+
+
+def take_weights(model, folder: Path) -> dict:
+    """Take the large float32 tensors out of an onnx.ModelProto, leave the small ones in it with their data.
+
+    Returns name to numpy array, memory-mapped where the tensor was stored outside of the file.
+    Raises UserError where an external file is missing or too short.
+    """
+    def array_of(tensor):
+        if not external_data_helper.uses_external_data(tensor):
+            return numpy_helper.to_array(tensor)
+        info = external_data_helper.ExternalDataInfo(tensor)
+        path = folder / info.location
+        try:
+            return np.memmap(path, "<f4", "r", info.offset or 0, tuple(tensor.dims))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"The weights of {tensor.name} cannot be read from {path} ({error}): export the net again."
+            ) from None
+
+    weights, rest = {}, []
+    for tensor in model.graph.initializer:
+        if tensor.data_type != TensorProto.FLOAT:
+            if external_data_helper.uses_external_data(tensor):
+                external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+            rest.append(tensor)
+            continue
+        array = array_of(tensor)
+        if array.ndim > 1 and array.nbytes >= BYPASS_BYTES:
+            weights[tensor.name] = array
+        else:
+            rest.append(numpy_helper.from_array(np.ascontiguousarray(array), tensor.name))
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(rest)
+    return weights
+
+
+def contiguous(array):
+    """The array in C order; a transposed matrix is copied tile by tile, which the processor's cache likes better."""
+    if array.ndim != 2 or array.flags.c_contiguous:
+        return np.ascontiguousarray(array)
+    rows, columns = 1024, 64
+    target = np.empty(array.shape, array.dtype)
+    for i in range(0, array.shape[0], rows):
+        for j in range(0, array.shape[1], columns):
+            target[i : i + rows, j : j + columns] = array[i : i + rows, j : j + columns]
+    return target
+
+
+class Weight(np.ndarray):
+    """float32 that is not copied to become float32."""
+
+    def astype(self, dtype, *args, **kwargs):
+        return self if np.dtype(dtype) == self.dtype else super().astype(dtype, *args, **kwargs)
+
+
+def _converter_class(front_end):
+    """The wheel's OnnxConverter, whose simplifier is not shown the large weights.
+
+    They never become part of an ONNX message either: after the simplifier the graph names them, and what asks for
+    their data gets the arrays themselves.
+    """
+    named: dict[str, np.ndarray] = {}
+    to_array = numpy_helper.to_array
+    numpy_helper.to_array = lambda tensor, *args: (
+        named[tensor.name] if tensor.name in named and not tensor.raw_data else to_array(tensor, *args)
+    )
+
+    class Converter(front_end):
+        def __init__(self, net: str, model, weights: dict):
+            self.large = weights
+            super().__init__(net, model, [], [], "", {}, True, dump_final_opt=False)
+
+        def model_simplify(self, input_shapes=()):
+            untouched = ModelProto()
+            untouched.CopyFrom(self.model)
+            for name, array in self.large.items():
+                self.model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, array.shape))
+            super().model_simplify(list(input_shapes))
+            if not self._fold_transposes():
+                print("something is computed from weights alone: the simplifier gets them all", flush=True)
+                self.model = untouched
+                for name, array in self.large.items():
+                    tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)
+                    self.model.graph.initializer.append(tensor)
+                super().model_simplify(list(input_shapes))
+
+        def _fold_transposes(self) -> bool:
+            graph = self.model.graph
+            inputs = [value for value in graph.input if value.name not in self.large]
+            constants = {tensor.name for tensor in graph.initializer} | set(self.large)
+            attached, nodes = dict(self.large), []
+            for node in graph.node:
+                if node.op_type == "Transpose" and node.input[0] in attached:
+                    perm = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
+                    attached[node.output[0]] = np.transpose(attached[node.input[0]], perm)
+                    constants.add(node.output[0])
+                elif node.input and all(name in constants for name in node.input):
+                    return False
+                else:
+                    nodes.append(node)
+            used = {name for node in nodes for name in node.input}
+            del graph.input[:]
+            graph.input.extend(inputs)
+            del graph.node[:]
+            graph.node.extend(nodes)
+            for name, array in attached.items():
+                if name in used:
+                    named[name] = contiguous(array).view(Weight)
+                    tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=array.shape)
+                    graph.initializer.append(tensor)
+            return True
+
+    return Converter
+
+
+def _folding_class(folding):
+    """The wheel's ConstantFolding, which runs the whole net on random inputs to fold its constants, without that."""
+    class Folding(folding):
+        def generate_specific_rand_input(self, input_shapes):
+            types = {name: self.get_np_type_from_elem_type(self.get_elem_type(name)) for name in input_shapes}
+            return {name: np.zeros(shape, types[name]) for name, shape in input_shapes.items()}
+
+        def forward_for_node_outputs(self, const_nodes):
+            if any(node.op_type == "Shape" for node in const_nodes):
+                return super().forward_for_node_outputs(const_nodes)
+            if not const_nodes:
+                return {}
+            model = ModelProto()
+            model.CopyFrom(self.model)
+            graph = model.graph
+            wanted = [name for node in const_nodes for name in node.output]
+            constants = [node for node in graph.node if node.op_type == "Constant"]
+            for field in (graph.node, graph.input, graph.output):
+                del field[:]
+            graph.node.extend([*constants, *const_nodes])
+            graph.output.extend(ValueInfoProto(name=name) for name in wanted)
+            options = onnxruntime.SessionOptions()
+            # Else it lists the constants that this piece of the net does not use.
+            options.log_severity_level = 3
+            session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+            return dict(zip(wanted, session.run(wanted, {}), strict=True))
+
+    return Folding

@@ -1,0 +1,32 @@
+"""Why a net did not compile, out of what the tools said."""
+
+import os
+import re
+
+_NOISE = re.compile(
+    r".*onnxruntime|ConstantFolding|#\d|PLEASE submit|Stack dump|\d+\.\s+Program arguments|\[Running\]|\[ *\]"
+    r"|\S+ was ended by"
+)
+_ERROR = re.compile(
+    r"error|assert|unreachable|abort|terminate|not support|unsupport|failed|exception|ended by SIG", re.IGNORECASE
+)
+_EXCEPTION = re.compile(r"^\w[\w.]*(Error|Exception|Interrupt)\b.*")
+
+
+def own_error(log: str, status: int) -> str:
+    """The line of a net's log that says why it failed. status: its exit status, negative for a signal."""
+    if locked := re.search(r"Failed to open: (\S+\.lock)", log):
+        owner = f"uid {os.stat(locked[1]).st_uid}" if os.path.exists(locked[1]) else "another user"
+        return f"{locked[1]} belongs to {owner}: have its owner or root delete it, then run the same command again"
+    lines = [re.split(r"\r|\x08", line)[-1].strip() for line in log.splitlines()]
+    lines = [line for line in lines if line and not _NOISE.match(line)]
+    if ours := [line for line in lines if line.startswith("error: ")]:
+        return ours[-1].removeprefix("error: ")[:500]
+    # The wheel's scripts end in such an exception when a program that they ran has said why it failed.
+    if exceptions := [line for line in lines if _EXCEPTION.match(line) and "[!Error]" not in line]:
+        return exceptions[-1][:500]
+    telling = [line for line in lines if line.startswith("what():")] or [line for line in lines if _ERROR.search(line)]
+    if telling:
+        return telling[0][:500]
+    how = f"status {status}" if status > 0 else f"signal {-status}"
+    return f"it ended with {how}" + (f" after: {lines[-1][:300]}" if lines else " and said nothing")

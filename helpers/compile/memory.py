@@ -1,0 +1,60 @@
+"""What memory a net takes to compile, what there is, and a gate that lets as many nets run as fit."""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+
+from helpers import machine
+from helpers.errors import UserError
+
+# Peak memory of one net, measured at Qwen-7B's size: 1.7 GB for a block (0.81 GB of float32 weights), 7.5 GB for an
+# embedding and 8.6 GB for lm_head (2.49 GB each). The base is the front end's own, with room to spare.
+BASE = 500_000_000
+PER_WEIGHT_BYTE = 3.3
+# The rest is left to everything else on the machine.
+SHARE = 0.9
+
+
+def needed(weights_bytes: int) -> int:
+    """Bytes of memory that compiling a net takes at its peak. weights_bytes: size of its ONNX with its weights."""
+    return int(BASE + PER_WEIGHT_BYTE * weights_bytes)
+
+
+def budget() -> int:
+    """Bytes of memory that nets may take together: most of what could be used now without swapping."""
+    return int(SHARE * machine.free_memory())
+
+
+class MemoryGate:
+    """Lets as many jobs run as fit into a budget of memory, in bytes. Jobs that come first go first where they fit."""
+
+    def __init__(self, budget: int):
+        self.budget = budget
+        self._used = 0
+        self._changed = threading.Condition()
+        self._closed = False
+
+    @contextlib.contextmanager
+    def room_for(self, need: int) -> Iterator[None]:
+        """Wait until `need` fits beside what runs. Raises UserError where it never will, or the gate was closed."""
+        if need > self.budget:
+            raise UserError(
+                f"This net needs {need / 1e9:.1f} GB of memory to compile, {self.budget / 1e9:.1f} GB are free: close "
+                "other programs, add swap, or compile on a larger machine (--scheduler)."
+            )
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._used + need <= self.budget)
+            if self._closed:
+                raise UserError("The compile was ended before this net began.")
+            self._used += need
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._used -= need
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
