@@ -32,7 +32,7 @@ def documented(onnx: Path, out: Path, mode: str) -> dict[str, int | None]:
         flags = [] if settings["quantize"] == "F32" else ["--quantize", settings["quantize"]]
         flags += ["--q_group_size", "64"] if settings["quantize"] == "W4BF16" else []
         flags += [f"--{name}" for name in ("quant_input", "quant_output") if settings[name]]
-        source = ["--model_name", net, "--model_def", str(plan.source(net).absolute())]
+        source = ["--model_name", net, "--model_def", str(plan.files[net].absolute())]
         commands = [
             ["model_transform.py", *source, "--mlir", f"{net}.mlir"],
             ["model_deploy.py", "--mlir", f"{net}.mlir", *flags, "--chip", "bm1684x", "--model", f"{net}.bmodel"],

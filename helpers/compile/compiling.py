@@ -63,7 +63,7 @@ def compile_model(
     tasks = [
         NetToCompile(
             net,
-            onnx=plan.source(net).absolute(),
+            onnx=plan.files[net].absolute(),
             signature=signature,
             folder=folder,
             settings=net_settings(net, mode, num_device, addr_mode, dynamic),
@@ -86,8 +86,8 @@ def compile_model(
             "config": plan.manifest.get("config"),
             "tokenizer": copy_vocabulary(plan.vocabulary, out) if plan.vocabulary else None,
         }
-        settings = {"name": name, "mode": mode, "num_device": num_device, "addr_mode": addr_mode, "dynamic": dynamic}
-        settings |= {"via": "onnx"}
+        settings = {"name": name, "mode": mode, "num_device": num_device, "addr_mode": addr_mode}
+        settings |= {"dynamic": dynamic, "via": "onnx"}
         inputs = {net: records[net]["sha256"] for net in plan.nets}
         if not artefacts.up_to_date(target, inputs, settings, _CODE):
             with artefacts.building(

@@ -38,10 +38,11 @@ _CODE = artefacts.code_of(
 
 @dataclass(frozen=True)
 class NetToCompile:
-    """onnx: its file, and signature what that says of itself. folder: of all nets of this mode.
+    """A net and what it is compiled with, as plain data: an executor may take it to another machine.
 
-    settings: of helpers.compile.options.net_settings. recorded: {file name: SHA-256 that the export wrote down}.
-    threads: how many its compiler may have.
+    onnx: its file, and signature what that says of itself. folder: of all nets of this mode. settings: of
+    helpers.compile.options.net_settings. recorded: {file name: SHA-256 that the export wrote down}. threads: how many
+    the compiler may have.
     """
 
     net: str
@@ -69,7 +70,7 @@ class NetToCompile:
 
 
 class _Shared:
-    """What the jobs of one process share: the server, started when first needed, and the gate."""
+    """What the jobs of one process share: the server, started when first needed, the gate, digests of files."""
 
     def __init__(self):
         self._lock = threading.Lock()
@@ -122,14 +123,13 @@ atexit.register(shared.close)
 def compile_net(task: NetToCompile) -> dict:
     """Compile one net if it is not there already, made from the same inputs and settings; return its record.
 
-    Returns {net, bmodel (path), sha256, bytes (weights and instructions), cycles, ms, ddr_bw, flops, seconds, made:
-    bool}; the figures of the profile are None where the compiler has none (helpers.compile.profile).
+    Returns {net, bmodel (path), sha256, bytes (weights and instructions), cycles, ms, ddr_bw, flops, seconds}; the
+    figures of the profile are None where the compiler has none (helpers.compile.profile).
     Raises UserError with the net's own error and the path of its log.
     """
     artefact, file = task.folder / task.net, f"{task.net}.bmodel"
     inputs = task.inputs()
-    made = not artefacts.up_to_date(artefact, inputs, task.settings, _CODE)
-    if made:
+    if not artefacts.up_to_date(artefact, inputs, task.settings, _CODE):
         _build(task, artefact, inputs)
     record = artefacts.read_manifest(artefact)
     return {
@@ -138,7 +138,6 @@ def compile_net(task: NetToCompile) -> dict:
         "sha256": record["outputs"][file]["sha256"],
         "bytes": record["weight_bytes"] + record["instruction_bytes"],
         "seconds": record["seconds"],
-        "made": made,
         **{key: (record["profile"] or {}).get(key) for key in ("cycles", "ms", "ddr_bw", "flops")},
     }
 

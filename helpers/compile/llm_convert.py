@@ -22,12 +22,11 @@ from helpers.checkpoint.modeling import check_huggingface_variables
 from helpers.checkpoint.vocabulary import copy_vocabulary
 from helpers.checkpoint.weights import Checkpoint
 from helpers.compile.log import own_error
-from helpers.compile.options import Q_GROUP_SIZE, check_name, check_options
+from helpers.compile.options import Q_GROUP_SIZE, QUANTIZE, check_name, check_options
 from helpers.compile.profile import PROFILE, estimates, read_profile
 from helpers.errors import UserError
 from helpers.files import locked, write_json
 
-QUANTIZE = {"bf16": "bf16", "int8": "w8bf16", "int4": "w4bf16"}
 # What of these helpers decides what comes out.
 _CODE = artefacts.code_of("compile.llm_convert", "checkpoint.weights", "compile.options", "compile.profile")
 _RENAMED = {
@@ -187,7 +186,7 @@ def convert(
     ):
         work = Path(scratch)
         write_qwen2_checkpoint(checkpoint, work / "qwen2", seq_length)
-        options = ["-s", str(seq_length), "-q", QUANTIZE[mode], "-g", str(Q_GROUP_SIZE), "-c", "bm1684x"]
+        options = ["-s", str(seq_length), "-q", QUANTIZE[mode].lower(), "-g", str(Q_GROUP_SIZE), "-c", "bm1684x"]
         options += ["--num_device", str(num_device), *(["--dynamic"] if dynamic else [])]
         started = time.monotonic()
         _run(work, addr_mode, options, out / f"{target.stem}.log")

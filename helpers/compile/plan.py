@@ -1,6 +1,6 @@
 """Which nets a folder of ONNX files has, and whether they make one model: what would fail after hours, said at once."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from helpers import artefacts
@@ -13,20 +13,19 @@ from helpers.nets import HEADS, TOPK_HEAD, count_layers, needed_nets
 
 @dataclass
 class Plan:
-    """The nets of a model, in the order they are combined, and what their signatures say of the model."""
+    """The nets of a model, in the order they are combined, and what their signatures say of the model.
+
+    files: the ONNX file of each. manifest: of their export; empty where there is none.
+    """
 
     folder: Path
+    files: dict[str, Path]
     nets: dict[str, Signature]
+    manifest: dict
     layers: int
     seq_length: int
     hidden_size: int
     heads: int
-    num_device: int = 1
-    manifest: dict = field(default_factory=dict)
-
-    def source(self, net: str) -> Path:
-        """The ONNX file of a net. With several devices lm_head gives the token, as documented."""
-        return self.folder / f"{TOPK_HEAD if net == 'lm_head' and self.num_device > 1 else net}.onnx"
 
     @property
     def vocabulary(self) -> Path | None:
@@ -51,24 +50,25 @@ def plan_nets(onnx: str | Path, num_device: int = 1) -> Plan:
     if num_device == 1 and found & set(HEADS):
         # Nets that decode several rows at once are exported without a head to sample with.
         heads = HEADS if manifest.get("settings", {}).get("rows", 1) == 1 else HEADS[:1]
-    names = needed_nets(layers, heads)
-    plan = Plan(folder, {}, layers, 0, 0, 0, num_device, manifest)
-    missing = [plan.source(net).stem for net in names if plan.source(net).stem not in found]
-    if missing:
+    files = {net: folder / f"{net}.onnx" for net in needed_nets(layers, heads)}
+    if num_device > 1:
+        # There lm_head gives the token, as documented.
+        files["lm_head"] = folder / f"{TOPK_HEAD}.onnx"
+    if missing := [path.name for path in files.values() if path.stem not in found]:
         raise UserError(
-            f"{folder} lacks {', '.join(f'{net}.onnx' for net in missing[:4])}"
-            f"{' and more' if len(missing) > 4 else ''}: export the model again with `python -m helpers export`."
+            f"{folder} lacks {', '.join(missing[:4])}{' and more' if len(missing) > 4 else ''}: export the model again "
+            "with `python -m helpers export`."
         )
-    plan.nets = {net: read_signature(plan.source(net)) for net in names}
-    cache = list(plan.nets["block_cache_0"].inputs.values())
+    nets = {net: read_signature(path) for net, path in files.items()}
+    cache = nets["block_cache_0"].inputs
     try:
-        (_, (_, _, plan.hidden_size)), (_, (_, plan.seq_length, plan.heads, _)) = cache[0], cache[3]
-    except (IndexError, ValueError):
+        (_, (_, _, hidden_size)), _, _, (_, (_, seq_length, heads, _)), _ = cache.values()
+    except ValueError:
         raise UserError(
-            f"{folder}/block_cache_0.onnx has inputs {', '.join(plan.nets['block_cache_0'].inputs)}; needed are states "
-            "[1,1,H], position, mask, past key and past value [1,S,h,d]: export it again."
+            f"{folder}/block_cache_0.onnx has inputs {', '.join(cache)}; needed are states [1,1,H], position, mask, "
+            "past key and past value [1,S,h,d]: export it again."
         ) from None
-    return plan
+    return Plan(folder, files, nets, manifest, layers, seq_length, hidden_size, heads)
 
 
 def check(plan: Plan, mode: str, num_device: int, addr_mode: str) -> None:
@@ -81,12 +81,13 @@ def check(plan: Plan, mode: str, num_device: int, addr_mode: str) -> None:
         )
     for kind, rows in (("block", plan.seq_length), ("block_cache", 1)):
         for i in range(plan.layers):
-            _, states = next(iter(plan.nets[f"{kind}_{i}"].inputs.values()))
+            net = f"{kind}_{i}"
+            _, states = next(iter(plan.nets[net].inputs.values()))
             wanted = (1, rows, plan.hidden_size)
             # A decode step may take several rows.
             if len(states) != 3 or states[2] != wanted[2] or (kind == "block" and states != wanted):
                 raise UserError(
-                    f"{plan.source(f'{kind}_{i}')} takes states {list(states)}, the other blocks say {list(wanted)}: "
+                    f"{plan.files[net]} takes states {list(states)}, the other blocks say {list(wanted)}: "
                     "the folder mixes two exports; export again into an empty folder."
                 )
 
@@ -94,9 +95,4 @@ def check(plan: Plan, mode: str, num_device: int, addr_mode: str) -> None:
 def check_memory(plan: Plan) -> None:
     """Raises UserError where the largest net would not fit into the memory that is free now."""
     net = max(plan.nets, key=lambda net: plan.nets[net].weights_bytes)
-    need, free = memory.needed(plan.nets[net].weights_bytes), memory.budget()
-    if need > free:
-        raise UserError(
-            f"Compiling {net} needs {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: close other programs, "
-            "add swap, or compile on a larger machine (--scheduler)."
-        )
+    memory.require(f"Compiling {net}", memory.needed(plan.nets[net].weights_bytes), memory.budget())

@@ -6,6 +6,8 @@ The compiler writes `compiler_profile_0.txt` for each net: one line a command, t
 import re
 from pathlib import Path
 
+from helpers.nets import net_kind
+
 PROFILE = "compiler_profile_0.txt"
 # The frequency that the cycle model's own "runtime" line assumes.
 FREQUENCY = 1.0e9
@@ -63,14 +65,9 @@ def estimates(nets: dict[str, dict]) -> dict[str, float] | None:
     """
 
     def total(*kinds: str) -> float | None:
-        chosen = [record.get("ms") for net, record in nets.items() if _kind(net) in kinds]
+        chosen = [record.get("ms") for net, record in nets.items() if net_kind(net) in kinds]
         return None if not chosen or None in chosen else round(sum(chosen), 6)
 
     first = total("embedding", "block", "lm_head")
     decode = total("embedding_cache", "block_cache", "lm_head")
     return None if first is None or decode is None else {"first_token_ms": first, "decode_ms": decode}
-
-
-def _kind(net: str) -> str:
-    head, _, number = net.rpartition("_")
-    return head if number.isdigit() else net

@@ -27,7 +27,7 @@ _MESSAGE_BYTES = 1 << 16
 
 
 class CompilerServer:
-    """The client's end: start, run jobs from any thread, close. A context manager."""
+    """The client's end: start, run jobs from any thread, close."""
 
     def __init__(self):
         """Raises UserError where the tool chain cannot work on this machine."""
@@ -92,12 +92,6 @@ class CompilerServer:
             self._process.kill()
             self._process.wait()
         self._said.close()
-
-    def __enter__(self) -> "CompilerServer":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.close()
 
 
 def serve(jobs: socket.socket, work: Callable[..., None]) -> None:
