@@ -161,7 +161,7 @@ def _build(task: NetToCompile, artefact: Path, inputs: dict[str, str]) -> None:
         paths = {"onnx": task.onnx, "work": partial, "result": result, "kernels": kernels}
         arguments = {name: str(path) for name, path in paths.items()}
         if status := server.run(log, task.threads, net=task.net, settings=task.settings, **arguments):
-            raise UserError(f"{task.net} did not compile{_why(task, log, status, machine.free_disk(partial))}")
+            raise _failure(task, log, status, machine.free_disk(partial))
         extra.update(json.loads(result.read_text(encoding="utf-8")))
         result.unlink()
         extra["profile"] = read_profile(partial / PROFILE, task.settings["num_device"])
@@ -173,15 +173,17 @@ def _build(task: NetToCompile, artefact: Path, inputs: dict[str, str]) -> None:
         bmodel.strip_time(made.path)
 
 
-def _why(task: NetToCompile, log: Path, status: int, free: int) -> str:
-    # The tools say of a full disk whatever they fail at because of it; what they wrote is still there.
+def _failure(task: NetToCompile, log: Path, status: int, free: int) -> UserError:
+    """What to say of a net that failed. free: bytes of the disk that it was written to, as it left them."""
+    # The tools say of a full disk whatever they fail at because of it.
     if free < task.signature.weights_bytes + SPACE_LEFT_BYTES:
-        return (
-            f", and the disk that holds {task.folder} has only {free / 1e6:.0f} MB left: free some, or choose another "
-            f"--out, and run the same command again; what was finished is kept (its log is {log})."
+        return UserError(
+            f"{task.net} did not compile, and the disk that holds {task.folder} has only {free / 1e6:.0f} MB left: free "
+            "some, or choose another --out, and run the same command again; what was finished is kept (its log is "
+            f"{log})."
         )
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    return f": {own_error(text, status)} (its log is {log})"
+    return UserError(f"{task.net} did not compile: {own_error(text, status)} (its log is {log})")
 
 
 def _require_split(made: bmodel.Bmodel, devices: int) -> None:

@@ -200,16 +200,12 @@ def convert(
 
 
 def _records(folder: Path, model: bmodel.Bmodel) -> dict[str, dict]:
-    profiles = {
-        path.parent.name: read_profile(path, model.nets[path.parent.name].devices)
-        for path in folder.glob(f"*/*/{PROFILE}")
-        if path.parent.name in model.nets
-    }
-    empty = dict.fromkeys(("cycles", "ms", "ddr_bw", "flops"))
-    return {
-        name: {"bytes": net.weight_bytes + net.instruction_bytes, **(profiles.get(name) or empty)}
-        for name, net in model.nets.items()
-    }
+    records = {}
+    for name, net in model.nets.items():
+        profile = next(folder.glob(f"*/{name}/{PROFILE}"), folder / PROFILE)
+        figures = read_profile(profile, net.devices) or dict.fromkeys(("cycles", "ms", "ddr_bw", "flops"))
+        records[name] = {"bytes": net.weight_bytes + net.instruction_bytes, **figures}
+    return records
 
 
 def _run(work: Path, addr_mode: str, options: list[str], log: Path) -> None:

@@ -25,15 +25,6 @@ def budget() -> int:
     return int(SHARE * machine.free_memory())
 
 
-def require(what: str, need: int, free: int) -> None:
-    """Raises UserError where more is needed than free, in bytes."""
-    if need > free:
-        raise UserError(
-            f"{what} needs {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: close other programs, add "
-            "swap, or compile on a larger machine (--scheduler)."
-        )
-
-
 class MemoryGate:
     """Lets as many jobs run as fit into a budget of memory, in bytes. Jobs that come first go first where they fit."""
 
@@ -46,7 +37,11 @@ class MemoryGate:
     @contextlib.contextmanager
     def room_for(self, need: int) -> Iterator[None]:
         """Wait until `need` fits beside what runs. Raises UserError where it never will, or the gate was closed."""
-        require("This net", need, self.budget)
+        if need > self.budget:
+            raise UserError(
+                f"This net needs {need / 1e9:.1f} GB of memory to compile, {self.budget / 1e9:.1f} GB are free: close "
+                "other programs, add swap, or compile on a larger machine (--scheduler)."
+            )
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._used + need <= self.budget)
             if self._closed:

@@ -752,6 +752,17 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(nets, compiled, tm
     assert not list(out.rglob(".*partial"))
 
 
+def test_a_server_that_is_killed_is_said_and_the_next_net_gets_another(nets, tmp_path):
+    server = jobs.shared.server()
+    server._process.kill()
+    with pytest.raises(UserError, match="TPU-MLIR's tool chain ended.*make doctor"):
+        server.run(tmp_path / "log", 1)
+    server._process.wait()
+    settings = net_settings("greedy_head", "int8", 1, "basic", False)
+    assert Path(jobs.compile_net(task(nets, tmp_path, "greedy_head", settings))["bmodel"]).is_file()
+    assert jobs.shared.server() is not server
+
+
 def test_ctrl_c_ends_everything_and_says_one_line(nets, tmp_path):
     process = subprocess.Popen(command(nets, tmp_path / "out"), stderr=subprocess.PIPE, text=True)
     log = tmp_path / "out" / "int8_1dev" / "embedding.log"
