@@ -178,8 +178,8 @@ def _failure(task: NetToCompile, log: Path, status: int, free: int) -> UserError
     # The tools say of a full disk whatever they fail at because of it.
     if free < task.signature.weights_bytes + SPACE_LEFT_BYTES:
         return UserError(
-            f"{task.net} did not compile, and the disk that holds {task.folder} has only {free / 1e6:.0f} MB left: free "
-            "some, or choose another --out, and run the same command again; what was finished is kept (its log is "
+            f"{task.net} did not compile, and the disk that holds {task.folder} has only {free / 1e6:.0f} MB left: "
+            "free some, or choose another --out, and run the same command again; what was finished is kept (its log is "
             f"{log})."
         )
     text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
