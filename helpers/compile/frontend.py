@@ -68,6 +68,7 @@ def take_weights(model, folder: Path) -> dict:
     Returns name to numpy array, memory-mapped where the tensor was stored outside of the file.
     Raises UserError where an external file is missing or too short.
     """
+
     def array_of(tensor):
         if not external_data_helper.uses_external_data(tensor):
             return numpy_helper.to_array(tensor)
@@ -178,6 +179,7 @@ def _converter_class(front_end):
 
 def _folding_class(folding):
     """The wheel's ConstantFolding, which runs the whole net on random inputs to fold its constants, without that."""
+
     class Folding(folding):
         def generate_specific_rand_input(self, input_shapes):
             types = {name: self.get_np_type_from_elem_type(self.get_elem_type(name)) for name in input_shapes}
@@ -188,19 +190,17 @@ def _folding_class(folding):
                 return super().forward_for_node_outputs(const_nodes)
             if not const_nodes:
                 return {}
-            model = ModelProto()
-            model.CopyFrom(self.model)
-            graph = model.graph
             wanted = [name for node in const_nodes for name in node.output]
-            constants = [node for node in graph.node if node.op_type == "Constant"]
-            for field in (graph.node, graph.input, graph.output):
-                del field[:]
-            graph.node.extend([*constants, *const_nodes])
-            graph.output.extend(ValueInfoProto(name=name) for name in wanted)
+            constants = [node for node in self.model.graph.node if node.op_type == "Constant"]
+            outputs = [ValueInfoProto(name=name) for name in wanted]
+            weights = self.model.graph.initializer
+            graph = helper.make_graph([*constants, *const_nodes], "constants", [], outputs, weights)
+            versions = {"opset_imports": self.model.opset_import, "ir_version": self.model.ir_version}
             options = onnxruntime.SessionOptions()
             # Else it lists the constants that this piece of the net does not use.
             options.log_severity_level = 3
-            session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+            content = helper.make_model(graph, **versions).SerializeToString()
+            session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
             return dict(zip(wanted, session.run(wanted, {}), strict=True))
 
     return Folding

@@ -31,9 +31,7 @@ SCHEDULER_TIMEOUT, CONNECT_TIMEOUT = 600, 60
 # A net that failed on a disk with less than this, and its weights once more, is taken to have failed for want of space.
 SPACE_LEFT_BYTES = 16_000_000
 # What of these helpers decides the content of a net and of its record.
-_CODE = artefacts.code_of(
-    "compile.frontend", "compile.graph", "compile.jobs", "compile.profile", "compile.worker"
-)
+_CODE = artefacts.code_of("compile.frontend", "compile.graph", "compile.jobs", "compile.profile", "compile.worker")
 
 
 @dataclass(frozen=True)
@@ -108,12 +106,11 @@ class _Shared:
             return self._digests[key]
 
     def close(self) -> None:
+        """End the server; nets that wait for memory find it closed when they get some."""
         with self._lock:
-            if self._gate is not None:
-                self._gate.close()
             if self._server is not None:
                 self._server.close()
-            self._server = self._gate = None
+            self._server = None
 
 
 shared = _Shared()
@@ -149,6 +146,7 @@ def _build(task: NetToCompile, artefact: Path, inputs: dict[str, str]) -> None:
     kind = digest_of([task.settings, shapes, _CODE, machine.tool_versions()])[:16]
     kernels = artefact.parent / f".kernels.{socket.gethostname()}" / kind
     extra: dict = {}
+    # Before it waits for memory: where the compile is ended meanwhile, it must not begin another server.
     server = shared.server()
     with (
         shared.gate().room_for(memory.needed(task.signature.weights_bytes)),

@@ -178,9 +178,7 @@ def convert(
         # The bmodel is of use without: the chat asks for --tokenizer.
         extra["tokenizer"] = None
     with (
-        artefacts.building(
-            target, kind="bmodel", inputs=inputs, settings=settings, code=_CODE, extra=extra
-        ) as partial,
+        artefacts.building(target, kind="bmodel", inputs=inputs, settings=settings, code=_CODE, extra=extra) as partial,
         # Not in the staging folder: all that is left there would become part of the artefact.
         tempfile.TemporaryDirectory(prefix="llm_convert.", dir=out) as scratch,
     ):

@@ -32,20 +32,17 @@ class MemoryGate:
         self.budget = budget
         self._used = 0
         self._changed = threading.Condition()
-        self._closed = False
 
     @contextlib.contextmanager
     def room_for(self, need: int) -> Iterator[None]:
-        """Wait until `need` fits beside what runs. Raises UserError where it never will, or the gate was closed."""
+        """Wait until `need` fits beside what runs. Raises UserError where it never will."""
         if need > self.budget:
             raise UserError(
                 f"This net needs {need / 1e9:.1f} GB of memory to compile, {self.budget / 1e9:.1f} GB are free: close "
                 "other programs, add swap, or compile on a larger machine (--scheduler)."
             )
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._used + need <= self.budget)
-            if self._closed:
-                raise UserError("The compile was ended before this net began.")
+            self._changed.wait_for(lambda: self._used + need <= self.budget)
             self._used += need
         try:
             yield
@@ -53,8 +50,3 @@ class MemoryGate:
             with self._changed:
                 self._used -= need
                 self._changed.notify_all()
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
