@@ -110,7 +110,7 @@ class _Shared:
         with self._lock:
             if self._server is not None:
                 self._server.close()
-            self._server = None
+            self._server = self._gate = None
 
 
 shared = _Shared()
