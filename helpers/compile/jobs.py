@@ -74,11 +74,14 @@ class _Shared:
         self._lock = threading.Lock()
         self._server: CompilerServer | None = None
         self._gate: memory.MemoryGate | None = None
+        self._ended = False
         self._digests: dict[tuple, str] = {}
         self._digesting: dict[tuple, threading.Lock] = {}
 
     def server(self) -> CompilerServer:
         with self._lock:
+            if self._ended:
+                raise UserError("The compile was ended before this net began.")
             if self._server is None or not self._server.alive:
                 self._server = CompilerServer()
             return self._server
@@ -90,9 +93,9 @@ class _Shared:
             return self._gate
 
     def measure(self) -> None:
-        """Look at the free memory anew, before a compile: nothing of this process runs."""
+        """Look at the free memory anew, before and after a compile: nothing of this process runs."""
         with self._lock:
-            self._gate = None
+            self._gate, self._ended = None, False
 
     def digest(self, path: Path) -> str:
         """SHA-256 of a file, computed once while it does not change: blocks share their weights."""
@@ -105,9 +108,10 @@ class _Shared:
                 self._digests[key] = sha256_file(path)
             return self._digests[key]
 
-    def close(self) -> None:
-        """End the server; nets that wait for memory find it closed when they get some."""
+    def close(self, ended: bool = False) -> None:
+        """End the server. ended: nets that have not begun never will, until `measure`."""
         with self._lock:
+            self._ended = ended
             if self._server is not None:
                 self._server.close()
             self._server = self._gate = None
@@ -146,7 +150,7 @@ def _build(task: NetToCompile, artefact: Path, inputs: dict[str, str]) -> None:
     kind = digest_of([task.settings, shapes, _CODE, machine.tool_versions()])[:16]
     kernels = artefact.parent / f".kernels.{socket.gethostname()}" / kind
     extra: dict = {}
-    # Before it waits for memory: where the compile is ended meanwhile, it must not begin another server.
+    # Before it waits for memory: where the compile is ended meanwhile, it finds this one closed.
     server = shared.server()
     with (
         shared.gate().room_for(memory.needed(task.signature.weights_bytes)),
@@ -221,14 +225,17 @@ def compile_nets(
 @contextlib.contextmanager
 def _threads(jobs: int) -> Iterator[Executor]:
     shared.measure()
-    with ThreadPoolExecutor(jobs, thread_name_prefix="compile") as pool:
-        try:
-            yield pool
-        except BaseException:
-            # Ctrl-C or a net that failed: nothing goes on in the background.
-            pool.shutdown(wait=False, cancel_futures=True)
-            shared.close()
-            raise
+    try:
+        with ThreadPoolExecutor(jobs, thread_name_prefix="compile") as pool:
+            try:
+                yield pool
+            except BaseException:
+                # Ctrl-C or a net that failed: nothing goes on in the background, and nothing begins there.
+                pool.shutdown(wait=False, cancel_futures=True)
+                shared.close(ended=True)
+                raise
+    finally:
+        shared.measure()
 
 
 @contextlib.contextmanager

@@ -612,6 +612,7 @@ def test_memory_is_looked_at_for_the_largest_net_and_for_each_one_where_it_compi
     monkeypatch.setattr(compiling, "check_memory", lambda plan: None)
     with pytest.raises(UserError, match="This net needs"):
         compiling.compile_model(nets, tmp_path / "out", "small", "int8", jobs=1)
+    assert jobs.shared._server is None  # the others never begin
 
 
 def test_weights_are_read_from_their_place_in_a_file(tmp_path):
