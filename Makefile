@@ -20,8 +20,9 @@ test: setup ## everything that tells whether it is right
 	@$(PYTHON) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # JupyterLab refuses to run as root unless it is told.
-lab: setup ## the same notebooks in JupyterLab
-	@PATH="$$PWD/.venv/bin:$$PATH" $(PYTHON) -m jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/notebooks/00-environment.ipynb $(ARGS)
+lab: setup ## the same notebooks in JupyterLab: your own copy, in lab/
+	@$(PYTHON) -m helpers.notebook.lab
+	@PATH="$$PWD/.venv/bin:$$PATH" $(PYTHON) -m jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) --LabApp.default_url=/lab/tree/lab/00-environment.ipynb $(ARGS)
 
 doctor: setup ## what this machine has, what it lacks, and the remedy
 	@$(PYTHON) -m helpers doctor $(ARGS)

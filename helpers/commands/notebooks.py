@@ -12,6 +12,7 @@ from pathlib import Path
 from helpers.errors import UserError
 from helpers.files import digest_of, sha256_file, write_json
 from helpers.notebook.checks import parameters_of
+from helpers.notebook.lab import cells_digest
 from helpers.notebook.runner import OUT, NotebookFailed, read_notebook, run_notebook
 from helpers.notebook.summary import SUMMARY, check_summary, record
 from helpers.notebook.workspace import ROOT
@@ -27,7 +28,10 @@ def sources_digest() -> str:
     for folder in ("helpers", "notebooks", "patches", "models"):
         files += (path for path in (ROOT / folder).rglob("*") if path.is_file())
     files = [path for path in files if not {"__pycache__", ".ipynb_checkpoints"} & set(path.parts)]
-    return digest_of({str(path.relative_to(ROOT)): sha256_file(path) for path in files if path.suffix != ".tiktoken"})
+    files = [path for path in files if path.suffix != ".tiktoken"]
+    # A reader may run and save a notebook: what counts is its cells.
+    digest = {path: cells_digest(path) if path.suffix == ".ipynb" else sha256_file(path) for path in files}
+    return digest_of({str(path.relative_to(ROOT)): digest[path] for path in files})
 
 
 def add_arguments(parser) -> None:

@@ -94,6 +94,15 @@ def test_each_notebook_runs_again_on_what_is_there_and_makes_nothing_anew(number
     assert before and before == {path: path.stat().st_mtime_ns for path in before}
 
 
+@pytest.mark.parametrize("path", sorted((NOTEBOOKS / "solutions").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_each_solution_runs_on_what_the_notebooks_left(path, copy):
+    """And leaves that as it is."""
+    before = {file: file.stat().st_mtime_ns for file in (copy / "tiny").rglob("*") if file.is_file()}
+    done = run(copy, str(path))
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert before == {file: file.stat().st_mtime_ns for file in before}
+
+
 @pytest.fixture
 def copy(chain, tmp_path):
     """The chain's artefacts, to be spoiled."""

@@ -219,3 +219,33 @@ def test_devcontainer_has_what_ci_installs_and_sets_up():
     assert len(wanted) > 4
     assert set(" ".join(wanted).split()) <= set(container["onCreateCommand"].split())
     assert container["postCreateCommand"] == "make setup"
+
+
+# Notebooks: the way through them, and something to do in each
+
+TUTORIAL = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+numbered = pytest.mark.parametrize("path", TUTORIAL, ids=lambda path: path.stem)
+
+
+@numbered
+def test_a_notebook_names_the_one_before_the_contents_and_the_one_after(path):
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"]
+    place = TUTORIAL.index(path)
+    neighbours = [other.name for other in (*TUTORIAL[max(0, place - 1) : place], *TUTORIAL[place + 1 : place + 2])]
+    for text in (cells[0], cells[-1]):
+        assert set(neighbours) | {"../README.md#the-notebooks"} <= set(links(text))
+    if path == TUTORIAL[-1]:
+        assert "../docs/qwen-7b-on-a-chip.md" in links(cells[-1])
+
+
+def exercises(path: Path) -> list[str]:
+    return re.findall(r"^### (Exercise \d+)\b", markdown(path), re.MULTILINE)
+
+
+@numbered
+def test_a_notebook_has_three_exercises_and_each_its_solution(path):
+    number = path.name.partition("-")[0]
+    solution = path.parent / "solutions" / f"{number}.ipynb"
+    assert exercises(path) == [f"Exercise {k}" for k in (1, 2, 3)]
+    assert solution.is_file() and exercises(solution) == exercises(path)
+    assert f"solutions/{number}.ipynb" in {link.partition("#")[0] for link in links(markdown(path))}
