@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
-import importlib.machinery
 import importlib.util
 import inspect
 import os
@@ -19,7 +18,6 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from helpers.checkpoint.weights import Checkpoint
 from helpers.errors import UserError
@@ -29,9 +27,6 @@ if TYPE_CHECKING:
 
 MODELING = "modeling_qwen"
 
-# Modules that some revision imports at its top level and no step here calls: CUDA kernels for the quantised cache.
-ABSENT_MODULES = {"kernels": {}, "kernels.cpp_kernels": {"cache_autogptq_cuda_256": None}}
-
 
 def load_modeling(folder: str | Path) -> types.ModuleType:
     """The checkpoint's modeling_qwen.py as a module (QWenLMHeadModel, QWenBlock, RMSNorm, …).
@@ -40,7 +35,7 @@ def load_modeling(folder: str | Path) -> types.ModuleType:
     patching in place, live side by side. Nothing is written into the folder.
     Raises UserError where the file is absent or cannot be imported.
     """
-    check_huggingface_variables()
+    import_huggingface()
     folder = Path(folder).resolve()
     file = folder / f"{MODELING}.py"
     if not file.is_file():
@@ -59,65 +54,39 @@ def load_modeling(folder: str | Path) -> types.ModuleType:
     parent.__path__ = [str(folder)]
     sys.modules[package] = parent
     try:
-        with _found_in(folder, package), _absent_modules():
+        with _importing():
             module = importlib.import_module(name)
         for needed in ("QWenPreTrainedModel", "QWenConfig", "QWenBlock"):
             getattr(module, needed)
     except Exception as error:
         for loaded in [other for other in sys.modules if other.split(".")[0] == package]:
             del sys.modules[loaded]
-        if library := _failing_library(error, folder, package):
-            raise UserError(
-                f"{file} needs {library}, which cannot be imported ({type(error).__name__}: {error}): the environment "
-                "is at fault, not the checkpoint; run `python -m helpers doctor`, and `make setup` to repair it."
-            ) from error
+        files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+        place = [name for name in files if not name.startswith("<")][-1]
         raise UserError(
-            f"{file} cannot be imported ({type(error).__name__}: {error}): take the .py files from the checkpoint's "
-            "repository again, all of one revision."
+            f"{file} cannot be imported ({type(error).__name__}: {error}; raised in {place}): take the .py files from "
+            "the checkpoint's repository again, all of one revision. If it is a library that fails, the environment is "
+            "at fault: run `python -m helpers doctor`, and `make setup` to repair it."
         ) from error
     if not hasattr(module.QWenPreTrainedModel, "get_head_mask"):
         module.QWenPreTrainedModel.get_head_mask = _get_head_mask
     return module
 
 
-def check_huggingface_variables() -> None:
-    """Raises UserError, naming the variable, where one keeps huggingface_hub, and so transformers, from its import."""
-    for variable in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
-        try:
-            int(os.environ.get(variable, "0"))
-        except ValueError:
-            raise UserError(
-                f"{variable} is {os.environ[variable]!r}, a whole number of seconds was needed: unset it, or set it "
-                "to one."
-            ) from None
+def import_huggingface() -> None:
+    """Import huggingface_hub, and so what transformers needs of it.
+
+    Raises UserError, naming the variables, where one of the environment keeps it from its import.
+    """
     try:
-        urlsplit(os.environ.get("HF_ENDPOINT", ""))
+        import huggingface_hub.constants  # noqa: F401
     except ValueError as error:
-        raise not_an_address("HF_ENDPOINT", os.environ["HF_ENDPOINT"], error) from None
-
-
-def not_an_address(variable: str, address: str, fault: object) -> UserError:
-    """What to say of a variable of the environment that should hold an address."""
-    return UserError(
-        f"{variable} is {address!r}, which is not an address ({fault}): unset it, or set it to https://HOST."
-    )
-
-
-def _failing_library(error: BaseException, folder: Path, package: str) -> str | None:
-    """Name of the library whose import failed; None where the folder's own code did."""
-    if isinstance(error, ModuleNotFoundError) and error.name:
-        root = error.name.partition(".")[0]
-        if root != package and importlib.util.find_spec(root) is None:
-            return root
-    cause: BaseException | None = error
-    while cause:
-        frames = [frame for frame, _ in traceback.walk_tb(cause.__traceback__)]
-        files = [frame for frame in frames if frame.f_code.co_name == "<module>" and "__file__" in frame.f_globals]
-        # The innermost module that was being imported.
-        if files and Path(files[-1].f_globals["__file__"]).parent != folder:
-            return files[-1].f_globals["__name__"]
-        cause = cause.__cause__ or cause.__context__
-    return None
+        read = (v for v in os.environ if v == "HF_ENDPOINT" or v.startswith("HF_") and v.endswith("_TIMEOUT"))
+        raise UserError(
+            f"{', '.join(f'{variable} is {os.environ[variable]!r}' for variable in read)}: with that huggingface_hub "
+            f"cannot be imported ({error}). An address (https://HOST) and whole numbers of seconds were needed: unset "
+            "what is none, or set it to one."
+        ) from None
 
 
 def make_config(module: types.ModuleType, checkpoint: Checkpoint) -> object:
@@ -155,29 +124,18 @@ def _unbuildable(folder: Path, error: Exception) -> UserError:
     )
 
 
-def build_block(
-    module: types.ModuleType, checkpoint: Checkpoint, layer: int, dtype: torch.dtype | str = "float32"
-) -> torch.nn.Module:
-    """Layer number `layer` as the module's QWenBlock, in evaluation mode, without gradients.
-
-    Only this layer's weights are read. dtype: of weights and buffers, e.g. "bfloat16".
-    """
-    config = make_config(module, checkpoint)
-    with _uninitialised():
-        block = make_block(module, config)
-    return _filled(block, checkpoint, f"transformer.h.{layer}.", dtype)
-
-
-def build_model(
-    folder: str | Path, dtype: torch.dtype | str = "float32", device: torch.device | str = "cpu"
-) -> torch.nn.Module:
+def build_model(folder: str | Path, dtype: str = "float32", device: torch.device | str = "cpu") -> torch.nn.Module:
     """The whole QWenLMHeadModel with its weights on the device, in evaluation mode, without gradients.
 
     Call it with ids [1, T] and use_cache=True: logits [1, T, V] and past_key_values, a tuple of (key, value), each
     [1, T, heads, head_dim], per layer.
     """
+    import torch
+
     checkpoint = Checkpoint.open(folder)
-    return _filled(_empty_model(checkpoint), checkpoint, "", dtype, device)
+    model = _empty_model(checkpoint)
+    _fill(model, checkpoint, "", getattr(torch, dtype), device)
+    return model.to(device, getattr(torch, dtype)).eval().requires_grad_(False)
 
 
 def build_streamed_model(folder: str | Path, device: torch.device | str = "cpu") -> torch.nn.Module:
@@ -215,44 +173,22 @@ def _empty_model(checkpoint: Checkpoint) -> torch.nn.Module:
         return module.QWenLMHeadModel(config)
 
 
-class _SourceLoader(importlib.machinery.SourceFileLoader):
-    """Compiles the source as it is now: a bytecode cache would miss a patch made within one second."""
-
-    def get_code(self, fullname: str) -> types.CodeType:
-        return self.source_to_code(self.get_data(self.path), self.path)
-
-
 @contextlib.contextmanager
-def _found_in(folder: Path, package: str) -> Iterator[None]:
-    class Finder:
-        @staticmethod
-        def find_spec(name: str, path: object = None, target: object = None):
-            parent, _, stem = name.rpartition(".")
-            file = folder / f"{stem}.py"
-            if parent == package and file.is_file():
-                return importlib.util.spec_from_file_location(name, file, loader=_SourceLoader(name, str(file)))
-            return None
-
-    sys.meta_path.insert(0, Finder)
+def _importing() -> Iterator[None]:
+    """While a checkpoint's code is imported: no bytecode is left, whose cache would miss a patch made within one
+    second; and the kernels are there that some revisions import and no step here calls (CUDA, for a quantised cache).
+    """
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    importlib.invalidate_caches()
+    supplied = {}
+    if importlib.util.find_spec("kernels") is None:
+        supplied = {name: types.ModuleType(name) for name in ("kernels", "kernels.cpp_kernels")}
+        supplied["kernels.cpp_kernels"].cache_autogptq_cuda_256 = None
+    sys.modules.update(supplied)
     try:
         yield
     finally:
-        sys.meta_path.remove(Finder)
-
-
-@contextlib.contextmanager
-def _absent_modules() -> Iterator[None]:
-    supplied = []
-    for name, attributes in ABSENT_MODULES.items():
-        root = name.split(".")[0]
-        if root in supplied or (root not in sys.modules and importlib.util.find_spec(root) is None):
-            module = types.ModuleType(name)
-            module.__dict__.update(attributes)
-            sys.modules[name] = module
-            supplied.append(name)
-    try:
-        yield
-    finally:
+        sys.dont_write_bytecode = before
         for name in supplied:
             del sys.modules[name]
 
@@ -289,17 +225,3 @@ def _fill(
             parameter.data = tensor.to(device=device, dtype=dtype)
     if parameters:
         raise UserError(f"The weights in {checkpoint.path} lack {', '.join(sorted(parameters)[:3])} under {prefix!r}.")
-
-
-def _filled(
-    net: torch.nn.Module,
-    checkpoint: Checkpoint,
-    prefix: str,
-    dtype: torch.dtype | str,
-    device: torch.device | str = "cpu",
-) -> torch.nn.Module:
-    import torch
-
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    _fill(net, checkpoint, prefix, dtype, device)
-    return net.to(device, dtype).eval().requires_grad_(False)

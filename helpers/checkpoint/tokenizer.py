@@ -48,9 +48,7 @@ class QwenTokenizer:
         self.specials = {name: len(ranks) + i for i, name in enumerate(specials)}
         self.endoftext, self.im_start, self.im_end = (self.specials[name] for name in CHATML_SPECIALS)
         self.stop_ids = (self.im_end, self.im_start, self.endoftext)
-        self._encoding = tiktoken.Encoding(
-            "qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.specials
-        )
+        self._encoding = tiktoken.Encoding("qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=self.specials)
 
     @classmethod
     def open(cls, path: str | Path) -> QwenTokenizer:

@@ -6,10 +6,11 @@ tensors are read by name, from safetensors or PyTorch .bin files, single or shar
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
-import os
+import pickle
 import zipfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,12 +22,6 @@ from helpers.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-# Model types that TPU-MLIR's one-click converter takes (llm_convert.py of tpu-mlir 1.30.2).
-LLM_CONVERT_TYPES = frozenset(
-    "qwen3 qwen2 llama minicpm qwen2_moe mllama chatglm phi3 qwen2_vl qwen2_5_vl qwen3_vl qwen3_5 qwen3_5_moe "
-    "qwen2_5_omni internvl_chat gemma3 gemma4 glm4v minicpmv janus".split()
-)
-
 # Places where weights are looked for, in this order of preference; an index names the shards.
 WEIGHT_FILES = (
     "model.safetensors.index.json",
@@ -35,9 +30,9 @@ WEIGHT_FILES = (
     "pytorch_model.bin",
 )
 
-# Others hold numbers that are not the weights' own values: they are quantised, and the scales are elsewhere.
-WEIGHT_DTYPES = ("bfloat16", "float16", "float32", "float64")
-_IN_SAFETENSORS = ("BF16", "F16", "F32", "F64")
+# As torch and safetensors call them. Others hold numbers that are not the weights' own values: they are quantised, and
+# the scales are elsewhere.
+WEIGHT_DTYPES = ("bfloat16", "float16", "float32", "float64", "BF16", "F16", "F32", "F64")
 
 # The number that torch.save began a file with before PyTorch 1.6, as pickle writes it.
 _LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
@@ -81,27 +76,21 @@ class Checkpoint:
         path = Path(folder)
         config = _read_config(path)
 
-        def number(key: str, kinds: tuple[type, ...], needed: str, default: object = None):
+        def positive(key: str, default: float | None = None, kinds: tuple[type, ...] = (int,)):
             value = config.get(key, config.get(OLD_KEYS.get(key), default))
             if type(value) not in kinds or not 0 < value < math.inf:
                 raise UserError(
-                    f"{path / 'config.json'} says {key} = {value!r} where {needed} was needed: take config.json from "
-                    "the checkpoint's own repository again."
+                    f"{path / 'config.json'} says {key} = {value!r} where a positive number ({kinds[-1].__name__}) was "
+                    "needed: take config.json from the checkpoint's own repository again."
                 )
             return value
 
-        def size(key: str, default: int | None = None) -> int:
-            return number(key, (int,), "a positive whole number", default)
-
-        def positive(key: str, default: float) -> float:
-            return number(key, (int, float), "a positive number", default)
-
         sizes = {
-            "layers": size("num_hidden_layers"),
-            "hidden_size": size("hidden_size"),
-            "heads": size("num_attention_heads"),
-            "intermediate_size": size("intermediate_size") // 2,
-            "vocab_size": size("vocab_size"),
+            "layers": positive("num_hidden_layers"),
+            "hidden_size": positive("hidden_size"),
+            "heads": positive("num_attention_heads"),
+            "intermediate_size": positive("intermediate_size") // 2,
+            "vocab_size": positive("vocab_size"),
         }
         if (part := config.get("rotary_pct", 1.0)) != 1.0:
             raise UserError(
@@ -112,9 +101,9 @@ class Checkpoint:
             path=path,
             config=config,
             files={},
-            head_dim=size("kv_channels", sizes["hidden_size"] // sizes["heads"]),
-            eps=positive("layer_norm_epsilon", 1e-6),
-            rotary_base=positive("rotary_emb_base", 10000),
+            head_dim=positive("kv_channels", sizes["hidden_size"] // sizes["heads"]),
+            eps=positive("layer_norm_epsilon", 1e-6, (int, float)),
+            rotary_base=positive("rotary_emb_base", 10000, (int, float)),
             **sizes,
         )
         return replace(checkpoint, files=checkpoint._find_weights())
@@ -130,9 +119,13 @@ class Checkpoint:
             except UserError as error:
                 faults.append(error)
         if not whole:
-            raise faults[0] if faults else UserError(
-                f"{self.path} has no weights: model.safetensors or pytorch_model.bin, or the index of their shards, "
-                "was needed; download them (`git lfs pull`, or `python -m helpers fetch`)."
+            raise (
+                faults[0]
+                if faults
+                else UserError(
+                    f"{self.path} has no weights: model.safetensors or pytorch_model.bin, or the index of their "
+                    "shards, was needed; download them (`git lfs pull`, or `python -m helpers fetch`)."
+                )
             )
         (first, files), *others = whole.items()
         for other in others:
@@ -160,7 +153,8 @@ class Checkpoint:
 
         name = f"transformer.h.{self.layers - 1}.attn.c_attn.weight"
         try:
-            return torch.equal(*(dict(_read(files[name], [name]))[name].bfloat16() for files in (one, other)))
+            with opened(one[name]) as first, opened(other[name]) as second:
+                return torch.equal(*(tensors.get_tensor(name).bfloat16() for tensors in (first, second)))
         except UserError:
             return True
 
@@ -211,12 +205,11 @@ class Checkpoint:
             raise UserError(f"The weights in {self.path} have no tensor {prefix!r}: they have {_listed(self.names())}.")
         shapes = self.shapes()
         for file in dict.fromkeys(self.files[name] for name in wanted):
-            for name, tensor in _read(file, [name for name in wanted if self.files[name] == file]):
-                dtype = str(getattr(tensor, "dtype", type(tensor)))
-                if dtype.removeprefix("torch.") not in WEIGHT_DTYPES:
-                    raise _quantised(file, name, dtype)
-                self._require_shape(name, tensor.shape, shapes)
-                yield name, tensor
+            with opened(file) as tensors:
+                for name in (name for name in wanted if self.files[name] == file):
+                    tensor = tensors.get_tensor(name)
+                    self._require(name, str(tensor.dtype).removeprefix("torch."), tensor.shape, shapes)
+                    yield name, tensor
 
     def check_files(self) -> None:
         """See that the weight files are whole and have what the configuration asks for, without reading a weight.
@@ -230,15 +223,17 @@ class Checkpoint:
                 if not zipfile.is_zipfile(file):
                     raise _damaged(file, "cut short, or not PyTorch's")
                 continue
-            with open_safetensors(file, "np") as tensors:
-                there = set(tensors.keys())
+            with opened(file, "np") as tensors:
                 for name in (name for name in self.names() if self.files[name] == file):
-                    described = tensors.get_slice(name) if name in there else _absent(file, name)
-                    if name in shapes and described.get_dtype() not in _IN_SAFETENSORS:
-                        raise _quantised(file, name, described.get_dtype())
-                    self._require_shape(name, described.get_shape(), shapes)
+                    described = tensors.get_slice(name)
+                    self._require(name, described.get_dtype(), described.get_shape(), shapes)
 
-    def _require_shape(self, name: str, shape: Sequence[int], shapes: dict[str, tuple[int, ...]]) -> None:
+    def _require(self, name: str, dtype: str, shape: Sequence[int], shapes: dict[str, tuple[int, ...]]) -> None:
+        if name in shapes and dtype not in WEIGHT_DTYPES:
+            raise UserError(
+                f"{self.files[name]} has {name} as {dtype}, not as one of {', '.join(WEIGHT_DTYPES[:4])}: take the "
+                "checkpoint whose weights are not quantised, TPU-MLIR quantises them."
+            )
         if name in shapes and tuple(shape) != shapes[name]:
             raise UserError(
                 f"{self.files[name]} has {name} of shape {list(shape)}, but {self.path / 'config.json'} asks for "
@@ -256,33 +251,19 @@ class Checkpoint:
 
 
 def _read_config(path: Path) -> dict:
-    if not path.is_dir():
-        raise UserError(
-            f"{path} is not a folder: a checkpoint is a folder with config.json, modeling_qwen.py and the weights; "
-            "models/tiny is one."
-        )
     file = path / "config.json"
-    try:
-        if not file.is_file():  # a pipe would be waited for
-            raise FileNotFoundError
-        config = json.loads(file.read_bytes())
-    except FileNotFoundError:
+    if not file.is_file():  # a pipe would be waited for
         raise UserError(
             f"{path} has no config.json, so it is not a checkpoint: give the folder that holds config.json, "
-            "modeling_qwen.py and the weights."
-        ) from None
-    except PermissionError:
-        raise UserError(f"{file} may not be read: give yourself the right to read it.") from None
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not readable JSON ({error}): download it again.") from None
+            "modeling_qwen.py and the weights; models/tiny is one."
+        )
+    config = _read_json(file)
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind != "qwen":
-        remedy = (
-            "TPU-MLIR's llm_convert.py takes this one."
-            if str(kind) in LLM_CONVERT_TYPES
-            else "take Qwen-1.8B-Chat, Qwen-7B-Chat or Qwen-14B-Chat, or models/tiny."
+        raise UserError(
+            f"{file} says model_type {kind!r}; first-generation Qwen ('qwen') was needed: take Qwen-1.8B-Chat, "
+            "Qwen-7B-Chat, Qwen-14B-Chat or models/tiny. TPU-MLIR's own llm_convert.py takes many of the others."
         )
-        raise UserError(f"{file} says model_type {kind!r}; first-generation Qwen ('qwen') was needed: {remedy}")
     if config.get("quantization_config") is not None:
         raise UserError(
             f"{path} is quantised already (quantization_config in its config.json); unquantised weights were needed: "
@@ -294,13 +275,12 @@ def _read_config(path: Path) -> dict:
 def _weights_of(file: Path) -> dict[str, Path]:
     """The file of each tensor, of the shards that an index names or of a single file."""
     if not file.name.endswith(".index.json"):
-        return dict.fromkeys(_names_in(file), file)
-    try:
-        shards = json.loads(file.read_bytes())["weight_map"]
-        if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
-            raise TypeError("weight_map does not name a file for each tensor")
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is not a readable index ({error!r}): download it again.") from None
+        with opened(file, "np") as tensors:
+            return dict.fromkeys(tensors.keys(), file)
+    index = _read_json(file)
+    shards = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
+        raise UserError(f"{file} is not a readable index (its weight_map names no files): download it again.")
     path = file.parent
     missing = sorted({shard for shard in shards.values() if not (path / shard).is_file()})
     if missing:
@@ -311,76 +291,67 @@ def _weights_of(file: Path) -> dict[str, Path]:
     return {tensor: path / shard for tensor, shard in shards.items()}
 
 
-def _names_in(file: Path) -> list[str]:
-    if file.suffix == ".safetensors":
-        with open_safetensors(file, "np") as tensors:
-            return list(tensors.keys())
-    return list(_bin(file))
+def _read_json(file: Path) -> object:
+    try:
+        return json.loads(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{file} is not readable JSON ({error}): download it again.") from None
 
 
-def _read(file: Path, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    if file.suffix == ".safetensors":
-        with open_safetensors(file, "pt") as tensors:
-            there = set(tensors.keys())
-            for name in names:
-                yield name, tensors.get_tensor(name) if name in there else _absent(file, name)
-    else:
-        tensors = _bin(file)
-        for name in names:
-            tensor = tensors[name] if name in tensors else _absent(file, name)
-            # A parameter that was saved as one is a plain tensor here.
-            yield name, tensor.detach() if hasattr(tensor, "detach") else tensor
+class _Bin(dict):
+    """The tensors of a .bin file by name, with safe_open's way to ask for one."""
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        if name not in self:
+            raise RuntimeError(f"it does not contain tensor {name}")
+        return self[name]
 
 
-def _absent(file: Path, name: str) -> torch.Tensor:
-    raise UserError(f"{file} lacks {name}, which the index says it has: download this file again.")
+@contextlib.contextmanager
+def opened(file: Path, framework: str = "pt"):
+    """An open weight file, which has keys() and get_tensor(name): safetensors' safe_open, or what a .bin file holds.
 
-
-def open_safetensors(file: Path, framework: str):
-    """safetensors' safe_open, which compares the header with the file's size; framework: "pt", or "np" without torch.
-
-    Raises UserError where the file is not whole.
+    framework: of safetensors, "np" needs no torch. safe_open compares the header with the file's size.
+    Raises UserError, here or where a tensor is asked for, where the file is not whole.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
-        return safe_open(file, framework=framework)
-    except (SafetensorError, OSError) as error:
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework=framework) as tensors:
+                yield tensors
+        else:
+            yield _Bin(_tensors_of_bin(file))
+    except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         raise _damaged(file, error) from None
 
 
-def _bin(file: Path) -> dict[str, torch.Tensor]:
-    import pickle
-
+def _tensors_of_bin(file: Path) -> dict[str, torch.Tensor]:
     import torch
 
     try:
-        tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        if isinstance(tensors, dict) and any(isinstance(value, torch.Tensor) for value in tensors.values()):
-            return tensors
-        reason = f"a {type(tensors).__name__}"
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
+        held = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        reason = f"a {type(held).__name__}"
+    except pickle.UnpicklingError as error:
         if "Unsupported global" not in str(error):
-            raise _damaged(file, error) from None
-        reason = next(line.strip() for line in str(error).splitlines() if "Unsupported global" in line)
-    raise UserError(
-        f"{file} holds something else than tensors by name ({reason}): write it again with "
-        "torch.save(model.state_dict(), FILE), or as safetensors."
-    )
-
-
-def _quantised(file: Path, name: str, dtype: str) -> UserError:
-    """What to say of a weight whose numbers are not its own values."""
-    return UserError(
-        f"{file} has {name} as {dtype}, not as one of {', '.join(WEIGHT_DTYPES)}: take the checkpoint whose weights "
-        "are not quantised, TPU-MLIR quantises them."
-    )
+            raise
+        held, reason = None, next(line.strip() for line in str(error).splitlines() if "Unsupported global" in line)
+    # A parameter that was saved as one is a plain tensor here.
+    tensors = {
+        name: tensor.detach()
+        for name, tensor in (held.items() if isinstance(held, dict) else ())
+        if isinstance(tensor, torch.Tensor)
+    }
+    if not tensors:
+        raise UserError(
+            f"{file} holds something else than tensors by name ({reason}): write it again with "
+            "torch.save(model.state_dict(), FILE), or as safetensors."
+        )
+    return tensors
 
 
 def _damaged(file: Path, error: object) -> UserError:
     """What to say of a weight file that cannot be read: what it is instead, or that it is damaged, and how."""
-    if not os.access(file, os.R_OK):
-        return UserError(f"{file} may not be read: give yourself the right to read it.")
     with open(file, "rb") as data:
         start = data.read(40)
     if start.startswith(b"version https://git-lfs"):

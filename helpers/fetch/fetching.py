@@ -15,19 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers import artefacts, machine
-from helpers.checkpoint.vocabulary import VOCABULARY, cut_vocabulary, read_vocabulary
-from helpers.checkpoint.weights import Checkpoint, open_safetensors
+from helpers.checkpoint.vocabulary import read_vocabulary
+from helpers.checkpoint.weights import Checkpoint, opened
 from helpers.errors import UserError
 from helpers.fetch import prepared
-from helpers.fetch.hubs import HUBS, RemoteFile
-from helpers.fetch.places import earlier_fetch, make_folder
+from helpers.fetch.hubs import HUBS, RemoteFile, download
+from helpers.fetch.places import earlier_fetch
 from helpers.files import digest_of, locked, sha256_file
 from helpers.patching import patching
 
 KIND = "checkpoint"
 DEFAULT_FOLDER = Path("out/checkpoints")
-# What a chat needs beside the weights; all revisions of the four models have these.
-NEEDED = ("modeling_qwen.py", "configuration_qwen.py", VOCABULARY)
+# What an export needs beside the weights; all revisions of the four models have these.
+CODE = ("modeling_qwen.py", "configuration_qwen.py")
 # Pictures and examples of the model card: 5 MB that nothing here reads.
 NOT_NEEDED = ("assets/", "examples/", ".gitattributes")
 
@@ -80,7 +80,8 @@ def fetch(
     Raises UserError for everything a user can cause: no answer, no space, wrong bytes, not the model that was asked.
     """
     if artefact is not None or source == "dfss":
-        _refuse_where(revision, "a revision", "Sophgo's prepared artefacts have none")
+        if revision is not None:
+            raise UserError(f"--revision {revision} is of a hub, Sophgo's prepared artefacts have none: leave it out.")
         if source not in ("huggingface", "dfss"):
             raise UserError(f"--artefact comes by dfss, not from {source}: leave --source out.")
         if name not in (None, prepared.MODEL):
@@ -89,16 +90,12 @@ def fetch(
     if name is not None and name not in MODELS:
         raise UserError(f"No model is called {name!r} here: take one of {', '.join(MODELS)}.")
     if source not in HUBS:
-        _refuse_where(revision, "a revision", "a folder has none")
+        if revision is not None:
+            raise UserError(f"--revision {revision} is of a hub, a folder has none: leave it out.")
         return _from_folder(Path(source), name, None if out is None else Path(out))
     if name is None:
         raise UserError(f"Which model? Give --name, one of {', '.join(MODELS)}.")
     return _from_hub(name, str(source), Path(out or DEFAULT_FOLDER / name), revision)
-
-
-def _refuse_where(value: object, what: str, why: str) -> None:
-    if value is not None:
-        raise UserError(f"{what.capitalize()} was given ({value}), but {why}: leave it out.")
 
 
 # From a hub
@@ -118,23 +115,25 @@ def _from_hub(name: str, source: str, out: Path, revision: str | None) -> Path:
     present = sum(path.stat().st_size for path in downloads.rglob("*") if path.is_file())
     reusable = sum(described["bytes"] for described in previous.get("outputs", {}).values())
     _require_space(out, model.weight_bytes - present - reusable, name)
-    hub = HUBS[source]()
-    listing = hub.look_up(model.repo, revision)
+    listing = HUBS[source](model.repo, revision)
     files = choose(listing.files)
-    make_folder(downloads)
+    downloads.mkdir(parents=True, exist_ok=True)
     busy = f"Another fetch is writing to {downloads}: wait for it, or give another --out."
     with locked(downloads / "lock", busy):
         # Files are named as in the repository: those of another hub or commit are others.
         folder = downloads / f"{source}-{digest_of(listing.commit)[:12]}"
-        _reuse(out, previous, files, folder)
+        for file in files:
+            # What an earlier fetch brought, and is still whole.
+            if not (folder / file.path).exists() and file.is_in(out) and sha256_file(out / file.path) == file.sha256:
+                _place(out / file.path, folder / file.path)
         _require_space(out, sum(file.size - file.bytes_in(folder) for file in files), name)
-        hub.download(listing, files, folder)
+        download(listing, files, folder)
         with artefacts.building(
             out,
             kind=KIND,
             inputs={file.path: file.sha256 or file.git_blob or str(file.size) for file in files},
             settings=settings,
-            extra={"revision": listing.commit, "host": hub.host},
+            extra={"revision": listing.commit, "host": listing.host},
         ) as partial:
             for file in files:
                 _place(folder / file.path, partial / file.path)
@@ -151,7 +150,6 @@ def choose(files: list[RemoteFile]) -> list[RemoteFile]:
         for file in files
         if not file.path.startswith(NOT_NEEDED)
         and not (safetensors and file.path.startswith("pytorch_model"))
-        and not file.path.endswith((".png", ".jpg", ".jpeg", ".gif"))
         and file.path != artefacts.MANIFEST
     ]
 
@@ -160,14 +158,12 @@ def _is_there(out: Path, manifest: dict, name: str | None) -> bool:
     """Whether all that was fetched is still there, and is a whole checkpoint; files that were patched since count by
     their kept originals.
 
-    Raises UserError where the record of patches may not be read: it is not for want of it that files are replaced.
+    Raises OSError where the record of patches cannot be read: it is not for want of it that files are replaced.
     """
     try:
         record = json.loads((out / patching.RECORD).read_bytes())
         kept = {name: entry["original"].encode() for name, entry in record["files"].items()}
-    except PermissionError:
-        raise UserError(f"{out / patching.RECORD} may not be read: give yourself the right to read it.") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         kept = {}
     rest = {
         name: described
@@ -181,16 +177,6 @@ def _is_there(out: Path, manifest: dict, name: str | None) -> bool:
     except UserError:
         return False
     return True
-
-
-def _reuse(out: Path, previous: dict, files: list[RemoteFile], folder: Path) -> None:
-    """Take over from an earlier fetch at `out` what is still whole and wanted."""
-    recorded = previous.get("outputs", {})
-    for file in files:
-        there, target = out / file.path, folder / file.path
-        same = file.sha256 and recorded.get(file.path, {}).get("sha256") == file.sha256
-        if same and not target.exists() and there.is_file() and sha256_file(there) == file.sha256:
-            _place(there, target)
 
 
 def _place(content: Path, target: Path) -> None:
@@ -233,7 +219,6 @@ def _from_folder(source: Path, name: str | None, out: Path | None) -> Path:
     if previous.get("inputs") == inputs and _is_there(out, previous, name):
         return out
     _require_space(out, sum((source / path).stat().st_size for path in files), name or source.name)
-    make_folder(out.parent)
     with artefacts.building(out, kind=KIND, inputs=inputs, settings=settings) as partial:
         for path in files:
             target = partial / path
@@ -266,8 +251,8 @@ def _files_in(folder: Path, above: tuple[Path, ...], prefix: str = "") -> Iterat
 # Whole, and the right one
 
 
-def verify(folder: str | Path, name: str | None = None, as_folder: Path | None = None) -> Checkpoint:
-    """Open a checkpoint and see that it is whole without reading a weight; return it.
+def verify(folder: str | Path, name: str | None = None, as_folder: Path | None = None) -> None:
+    """See that a checkpoint is whole, without reading a weight.
 
     Every shard of the index is there, each safetensors header fits the file's size and the configuration's shapes,
     code and vocabulary are there; with `name`, its sizes are that model's. as_folder: the folder to name in errors.
@@ -277,29 +262,19 @@ def verify(folder: str | Path, name: str | None = None, as_folder: Path | None =
     try:
         if (single := folder / "model.safetensors").is_file():
             # One that was cut off is not passed over for older shards beside it. Other files that no index names are.
-            open_safetensors(single, "np")
+            with opened(single, "np"):
+                pass
         checkpoint = Checkpoint.open(folder)
         checkpoint.check_files()
-        if not (folder / VOCABULARY).is_file() and cut_vocabulary(folder) is not None:
-            # As the embedded checkpoint has it: the vocabulary is cut from a package on first use.
-            read_vocabulary(folder)
-        elif missing := [needed for needed in NEEDED if not (folder / needed).is_file()]:
+        read_vocabulary(folder)  # of the embedded checkpoint it is cut from a package on first use
+        if missing := [needed for needed in CODE if not (folder / needed).is_file()]:
             raise UserError(f"{folder} lacks {', '.join(missing)}: take them from the checkpoint's own repository.")
-        if name is not None:
-            _check_model(checkpoint, name)
+        model = MODELS.get(name, checkpoint)
+        sizes = ("layers", "hidden_size", "heads", "intermediate_size", "vocab_size")
+        found = {key: (getattr(checkpoint, key), getattr(model, key)) for key in sizes}
+        if wrong := [f"{key} {has} instead of {needed}" for key, (has, needed) in found.items() if has != needed]:
+            raise UserError(f"{folder} is not {name}: it has {', '.join(wrong)}. Give the --name that it is.")
     except UserError as error:
         if as_folder is None:
             raise
         raise UserError(str(error).replace(str(folder), str(as_folder))) from None
-    return checkpoint
-
-
-def _check_model(checkpoint: Checkpoint, name: str) -> None:
-    model = MODELS[name]
-    wrong = [
-        f"{key} {getattr(checkpoint, key)} instead of {getattr(model, key)}"
-        for key in ("layers", "hidden_size", "heads", "intermediate_size", "vocab_size")
-        if getattr(checkpoint, key) != getattr(model, key)
-    ]
-    if wrong:
-        raise UserError(f"{checkpoint.path} is not {name}: it has {', '.join(wrong)}. Give the --name that it is.")

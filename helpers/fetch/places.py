@@ -6,14 +6,6 @@ from helpers import artefacts
 from helpers.errors import UserError
 
 
-def make_folder(folder: Path) -> None:
-    """Create a folder and those above it. Raises UserError where that is not allowed."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder.parent} cannot be written ({error.strerror}): give another --out.") from None
-
-
 def earlier_fetch(out: Path, kind: str) -> dict:
     """The manifest of what an earlier fetch left at `out`, {} where nothing is there.
 

@@ -134,10 +134,9 @@ def test_what_a_config_leaves_out_is_what_the_checkpoints_own_code_takes(tmp_pat
 
 
 def test_not_a_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="not a folder"):
-        Checkpoint.open(tmp_path / "absent")
-    with pytest.raises(UserError, match="no config.json"):
-        Checkpoint.open(tmp_path)
+    for folder in (tmp_path / "absent", tmp_path):
+        with pytest.raises(UserError, match="no config.json"):
+            Checkpoint.open(folder)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="not readable JSON"):
         Checkpoint.open(tmp_path)
@@ -303,7 +302,7 @@ def test_a_tensor_that_only_the_index_has_is_named(tmp_path, weights):
     first, _ = halves(weights)
     name = next(iter(first))
     save_file({k: v for k, v in first.items() if k != name}, folder / "model-00001-of-00002.safetensors")
-    with pytest.raises(UserError, match=f"lacks {name}"):
+    with pytest.raises(UserError, match=f"model-00001-of-00002.safetensors .* does not contain tensor {name}"):
         Checkpoint.open(folder).load(name)
 
 
@@ -369,7 +368,7 @@ def test_weights_that_are_quantised_without_saying_so_are_refused(tmp_path, weig
     name = f"{BLOCK}.mlp.w1.weight"
     changed = weights | {name: weights[name].to(getattr(torch, dtype))}
     checkpoint = Checkpoint.open(write(tmp_path / "c", changed, "safetensors"))
-    with pytest.raises(UserError, match=f"{name} as torch.{dtype}.*not quantised"):
+    with pytest.raises(UserError, match=f"{name} as {dtype}.*not quantised"):
         checkpoint.load(BLOCK)
 
 

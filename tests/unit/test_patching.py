@@ -97,14 +97,13 @@ def test_the_embedded_models_logits_before_and_after_agree(tmp_path, tokens):
     """The whole model: its own forward before, the chain of patched blocks with explicit masks after."""
     import torch
 
-    from helpers.checkpoint.modeling import build_block, build_model, load_modeling
+    from helpers.checkpoint.modeling import build_model
     from helpers.checkpoint.weights import Checkpoint
 
     rows, steps = 24, 3
     patching.apply(TINY, out=tmp_path / "patched", seq_length=rows)
     model, checkpoint = build_model(TINY), Checkpoint.open(tmp_path / "patched")
-    module = load_modeling(tmp_path / "patched")
-    layers = [build_block(module, checkpoint, i) for i in range(checkpoint.layers)]
+    layers = build_model(tmp_path / "patched").transformer.h
     heads, width, base = checkpoint.heads, checkpoint.head_dim, checkpoint.rotary_base
     caches = [[torch.randn(1, rows, heads, width) for _ in range(2)] for _ in layers]
 
