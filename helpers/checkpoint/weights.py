@@ -34,9 +34,6 @@ WEIGHT_FILES = (
 # the scales are elsewhere.
 WEIGHT_DTYPES = ("bfloat16", "float16", "float32", "float64", "BF16", "F16", "F32", "F64")
 
-# The number that torch.save began a file with before PyTorch 1.6, as pickle writes it.
-_LEGACY = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"
-
 # The August 2023 revisions of Qwen call four keys otherwise.
 OLD_KEYS = {
     "hidden_size": "n_embd",
@@ -119,14 +116,11 @@ class Checkpoint:
             except UserError as error:
                 faults.append(error)
         if not whole:
-            raise (
-                faults[0]
-                if faults
-                else UserError(
-                    f"{self.path} has no weights: model.safetensors or pytorch_model.bin, or the index of their "
-                    "shards, was needed; download them (`git lfs pull`, or `python -m helpers fetch`)."
-                )
+            none = UserError(
+                f"{self.path} has no weights: model.safetensors or pytorch_model.bin, or the index of their shards, "
+                "was needed; download them (`git lfs pull`, or `python -m helpers fetch`)."
             )
+            raise (faults or [none])[0]
         (first, files), *others = whole.items()
         for other in others:
             # Hubs offer the same weights in both formats: those are one set.
@@ -242,10 +236,12 @@ class Checkpoint:
 
     def digest(self, prefix: str) -> str:
         """SHA-256 over names, dtypes, shapes and raw bytes of the tensors under `prefix`, independent of the shards."""
+        import torch
+
         each = {}
         for name, tensor in self.tensors(prefix):
             digest = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-            digest.update(_bytes_of(tensor))
+            digest.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
             each[name] = digest.hexdigest()
         return hashlib.sha256("".join(each[name] for name in sorted(each)).encode()).hexdigest()
 
@@ -301,6 +297,16 @@ def _read_json(file: Path) -> object:
 class _Bin(dict):
     """The tensors of a .bin file by name, with safe_open's way to ask for one."""
 
+    def __init__(self, file: Path):
+        import torch
+
+        held = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        if isinstance(held, dict):
+            # A parameter that was saved as one is a plain tensor here.
+            super().__init__((k, tensor.detach()) for k, tensor in held.items() if isinstance(tensor, torch.Tensor))
+        if not self:
+            raise RuntimeError(f"it holds a {type(held).__name__}")
+
     def get_tensor(self, name: str) -> torch.Tensor:
         if name not in self:
             raise RuntimeError(f"it does not contain tensor {name}")
@@ -321,54 +327,22 @@ def opened(file: Path, framework: str = "pt"):
             with safe_open(file, framework=framework) as tensors:
                 yield tensors
         else:
-            yield _Bin(_tensors_of_bin(file))
+            yield _Bin(file)
     except (SafetensorError, RuntimeError, pickle.UnpicklingError, EOFError, OSError) as error:
         raise _damaged(file, error) from None
 
 
-def _tensors_of_bin(file: Path) -> dict[str, torch.Tensor]:
-    import torch
-
-    try:
-        held = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
-        reason = f"a {type(held).__name__}"
-    except pickle.UnpicklingError as error:
-        if "Unsupported global" not in str(error):
-            raise
-        held, reason = None, next(line.strip() for line in str(error).splitlines() if "Unsupported global" in line)
-    # A parameter that was saved as one is a plain tensor here.
-    tensors = {
-        name: tensor.detach()
-        for name, tensor in (held.items() if isinstance(held, dict) else ())
-        if isinstance(tensor, torch.Tensor)
-    }
-    if not tensors:
-        raise UserError(
-            f"{file} holds something else than tensors by name ({reason}): write it again with "
-            "torch.save(model.state_dict(), FILE), or as safetensors."
-        )
-    return tensors
-
-
 def _damaged(file: Path, error: object) -> UserError:
-    """What to say of a weight file that cannot be read: what it is instead, or that it is damaged, and how."""
     with open(file, "rb") as data:
-        start = data.read(40)
-    if start.startswith(b"version https://git-lfs"):
-        return UserError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` in {file.parent}.")
-    if _LEGACY in start:
-        return UserError(
-            f"{file} is in the format of PyTorch before 1.6, which cannot be read tensor by tensor: write it anew with "
-            "torch.save(torch.load(FILE, weights_only=True), FILE)."
-        )
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return UserError(f"{file} ({file.stat().st_size} bytes) is damaged ({reason}): download it again.")
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    import torch
-
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        if data.read(40).startswith(b"version https://git-lfs"):
+            return UserError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` in {file.parent}.")
+    lines = str(error).splitlines() or [type(error).__name__]
+    # Of a pickle that torch will not load its first line says how to load it all the same.
+    reason = next((line.strip() for line in lines if "Unsupported global" in line), lines[0])
+    return UserError(
+        f"{file} ({file.stat().st_size} bytes) is damaged or holds something else than tensors by name ({reason}): "
+        "download it again, or write it again as safetensors or with torch.save(model.state_dict(), FILE)."
+    )
 
 
 def _listed(names: list[str], most: int = 3) -> str:

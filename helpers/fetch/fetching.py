@@ -6,8 +6,6 @@
 Artefacts that Sophgo offers ready-made come through helpers.fetch.prepared.
 """
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -80,12 +78,11 @@ def fetch(
     Raises UserError for everything a user can cause: no answer, no space, wrong bytes, not the model that was asked.
     """
     if artefact is not None or source == "dfss":
-        if revision is not None:
-            raise UserError(f"--revision {revision} is of a hub, Sophgo's prepared artefacts have none: leave it out.")
-        if source not in ("huggingface", "dfss"):
-            raise UserError(f"--artefact comes by dfss, not from {source}: leave --source out.")
-        if name not in (None, prepared.MODEL):
-            raise UserError(f"The prepared artefacts are of {prepared.MODEL}, not of {name}: leave --name out.")
+        if revision is not None or source not in ("huggingface", "dfss") or name not in (None, prepared.MODEL):
+            raise UserError(
+                f"An --artefact comes by dfss, is of {prepared.MODEL} and has no revision: leave --source, --name and "
+                "--revision out."
+            )
         return prepared.fetch_prepared(artefact, out)
     if name is not None and name not in MODELS:
         raise UserError(f"No model is called {name!r} here: take one of {', '.join(MODELS)}.")
@@ -155,22 +152,12 @@ def choose(files: list[RemoteFile]) -> list[RemoteFile]:
 
 
 def _is_there(out: Path, manifest: dict, name: str | None) -> bool:
-    """Whether all that was fetched is still there, and is a whole checkpoint; files that were patched since count by
-    their kept originals.
-
-    Raises OSError where the record of patches cannot be read: it is not for want of it that files are replaced.
+    """Whether all that was fetched is still there, and is a whole checkpoint; of what was patched since, patching
+    keeps the originals, and knows what was edited.
     """
-    try:
-        record = json.loads((out / patching.RECORD).read_bytes())
-        kept = {name: entry["original"].encode() for name, entry in record["files"].items()}
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        kept = {}
-    rest = {
-        name: described
-        for name, described in manifest.get("outputs", {}).items()
-        if name not in kept or hashlib.sha256(kept[name]).hexdigest() != described["sha256"]
-    }
-    if not artefacts.is_whole(out, manifest | {"outputs": rest}):
+    patched = patching.FILES if (out / patching.RECORD).exists() else ()
+    outputs = {path: described for path, described in manifest.get("outputs", {}).items() if path not in patched}
+    if not artefacts.is_whole(out, manifest | {"outputs": outputs}):
         return False
     try:
         verify(out, name)

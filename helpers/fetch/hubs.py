@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from urllib.parse import quote
@@ -59,7 +59,7 @@ class Listing:
     host: str
     commit: str
     files: list[RemoteFile]
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str]
 
 
 def list_huggingface(repo: str, revision: str) -> Listing:
@@ -70,7 +70,7 @@ def list_huggingface(repo: str, revision: str) -> Listing:
     """
     import_huggingface()
     from huggingface_hub import HfApi, constants, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.utils import build_hf_headers
 
     if constants.is_offline_mode():
         variable = "HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
@@ -78,29 +78,20 @@ def list_huggingface(repo: str, revision: str) -> Listing:
             f"{variable} is set, so Hugging Face is not asked: unset it, or give a folder with --source FOLDER."
         )
     endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-    host = open_way("Hugging Face", endpoint)
-    headers, token = _huggingface_headers()
-    with _asking(host, repo):
-        try:
-            info = HfApi(endpoint=endpoint).model_info(repo, revision=revision, files_metadata=True, timeout=PATIENCE)
-        except HfHubHTTPError as error:
-            status = error.response.status_code
-            if status in (401, 403) and "authorization" in headers:
-                raise UserError(
-                    f"{host} answers HTTP {status} to the token in {token}: it has expired, perhaps, or was revoked. "
-                    "Take it away, these models need none, or put a new one there."
-                ) from None
-            raise _refused(host, f"{repo} at {revision}", f"HTTP {status}") from None
-    files = [
-        RemoteFile(
-            path=_inside(sibling.rfilename, host),
-            size=sibling.size,
-            url=hf_hub_url(repo, sibling.rfilename, revision=info.sha, endpoint=endpoint),
-            sha256=sibling.lfs.sha256 if sibling.lfs else None,
-            git_blob=None if sibling.lfs else sibling.blob_id,
-        )
-        for sibling in info.siblings
-    ]
+    host, headers = open_way("Hugging Face", endpoint, build_hf_headers)
+    log(f"asking {host} for the files of {repo}")
+    with _asking(host, f"{repo} at {revision}", headers):
+        info = HfApi(endpoint=endpoint).model_info(repo, revision=revision, files_metadata=True, timeout=PATIENCE)
+        files = [
+            RemoteFile(
+                path=_inside(sibling.rfilename, host),
+                size=sibling.size,
+                url=hf_hub_url(repo, sibling.rfilename, revision=info.sha, endpoint=endpoint),
+                sha256=sibling.lfs.sha256 if sibling.lfs else None,
+                git_blob=None if sibling.lfs else sibling.blob_id,
+            )
+            for sibling in info.siblings
+        ]
     return Listing(host, info.sha, files, headers)
 
 
@@ -115,17 +106,13 @@ def list_modelscope(repo: str, revision: str) -> Listing:
     from huggingface_hub import get_session
 
     endpoint = (os.environ.get("MODELSCOPE_ENDPOINT") or "https://modelscope.cn").rstrip("/")
-    host = open_way("ModelScope", endpoint)
+    host, headers = open_way("ModelScope", endpoint)
     place = f"{endpoint}/api/v1/models/{repo}/repo"
-    with _asking(host, repo):
-        asked = {"Revision": revision, "Recursive": "True"}
+    asked = {"Revision": revision, "Recursive": "True"}
+    log(f"asking {host} for the files of {repo}")
+    with _asking(host, f"{repo} at {revision}", headers):
         response = get_session().get(f"{place}/files", params=asked, timeout=PATIENCE)
-        if response.status_code != 200:
-            raise _refused(host, f"{repo} at {revision}", f"HTTP {response.status_code}")
-        answer = response.json()
-        if answer.get("Success") is False:
-            raise _refused(host, f"{repo} at {revision}", answer.get("Message"))
-        entries = [entry for entry in answer["Data"]["Files"] if entry.get("Type") != "tree"]
+        entries = [e for e in response.raise_for_status().json()["Data"]["Files"] if e.get("Type") != "tree"]
         newest = max(entries, key=lambda entry: entry.get("CommittedDate") or 0, default={})
         files = [
             RemoteFile(
@@ -136,21 +123,39 @@ def list_modelscope(repo: str, revision: str) -> Listing:
             )
             for entry in entries
         ]
-    return Listing(host, newest.get("Revision") or revision, files)
+    return Listing(host, newest.get("Revision") or revision, files, headers)
 
 
 @contextmanager
-def _asking(host: str, repo: str) -> Iterator[None]:
-    log(f"asking {host} for the files of {repo}")
+def _asking(host: str, what: str, headers: dict[str, str]) -> Iterator[None]:
+    """Word what a hub's client raises, while it is asked for something."""
     try:
         yield
+    except httpx.HTTPError as error:
+        status = error.response.status_code if hasattr(error, "response") else None
+        if status in (401, 403) and "authorization" in headers:
+            from huggingface_hub import constants
+
+            variables = ("HF_OIDC_RESOURCE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+            place = next(filter(os.environ.get, variables), f"the file {constants.HF_TOKEN_PATH}")
+            raise UserError(
+                f"{host} answers HTTP {status} to the token in {place}: it has expired, perhaps, or was revoked. Take "
+                "it away, these models need none, or put a new one there."
+            ) from None
+        if status is not None:
+            raise UserError(
+                f"{host} refuses {what} with HTTP {status}: leave out --revision, look at the address in HF_ENDPOINT "
+                "or MODELSCOPE_ENDPOINT if one is set, try again later, or take another --source; what was fetched is "
+                "kept."
+            ) from None
+        raise silent(f"{host}, asked for {what},", error) from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
         raise UserError(
-            f"{host} answered something that is not a list of files: a proxy's page perhaps. Take the other hub, or "
+            f"{host}, asked for {what}, answered something else: a proxy's page perhaps. Take another --source, or "
             "bring the checkpoint yourself and give --source FOLDER."
         ) from None
-    except (httpx.HTTPError, OSError, ValueError) as error:
-        raise silent(host, error) from None
+    except UnicodeError as error:  # a proxy's name that no name server can be asked for
+        raise silent(f"{host}, asked for {what},", error) from None
 
 
 HUBS = {"huggingface": list_huggingface, "modelscope": list_modelscope}
@@ -188,7 +193,6 @@ def download(listing: Listing, files: list[RemoteFile], folder: Path) -> None:
 
 
 def _receive(listing: Listing, file: RemoteFile, folder: Path, bar: SimpleNamespace) -> None:
-    from huggingface_hub.errors import HfHubHTTPError
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils.sha import git_hash
 
@@ -203,8 +207,8 @@ def _receive(listing: Listing, file: RemoteFile, folder: Path, bar: SimpleNamesp
     target.parent.mkdir(parents=True, exist_ok=True)
     if partial.is_file() and partial.stat().st_size > file.size:
         partial.unlink()
-    try:
-        with open(partial, "ab") as out:
+    with _asking(listing.host, file.path, listing.headers), open(partial, "ab") as out:
+        try:
             http_get(
                 file.url,
                 out,
@@ -213,46 +217,15 @@ def _receive(listing: Listing, file: RemoteFile, folder: Path, bar: SimpleNamesp
                 expected_size=file.size,
                 tqdm_class=lambda **_: nullcontext(bar),
             )
-    except HfHubHTTPError as error:
-        raise _refused(listing.host, file.path, f"HTTP {error.response.status_code}") from None
-    except httpx.HTTPError as error:
-        raise silent(f"{listing.host}, asked for {file.path},", error) from None
-    except OSError as error:
-        if error.errno is None:
+        except OSError as error:
+            if isinstance(error, httpx.HTTPError) or error.errno is not None:
+                raise
             raise sent("size", str(partial.stat().st_size), str(file.size)) from None
-        raise
     if file.sha256 and (found := sha256_file(partial)) != file.sha256:
         raise sent("SHA-256", found, file.sha256)
     if file.git_blob and (found := git_hash(partial.read_bytes())) != file.git_blob:
         raise sent("Git hash", found, file.git_blob)
     os.replace(partial, target)
-
-
-def _huggingface_headers() -> tuple[dict[str, str], str]:
-    """What huggingface_hub sends along, and where its token is from. Raises UserError where it cannot be sent."""
-    from huggingface_hub import constants
-    from huggingface_hub.errors import OIDCError
-    from huggingface_hub.utils import build_hf_headers
-
-    variables = ("HF_OIDC_RESOURCE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-    token = next((v for v in variables if os.environ.get(v, "").strip()), f"the file {constants.HF_TOKEN_PATH}")
-    try:
-        headers = build_hf_headers()
-        httpx.Headers(headers)
-    except (OSError, ValueError, OIDCError) as error:
-        named = " or ".join([token, *filter(os.environ.get, ["HF_HUB_USER_AGENT_ORIGIN"])])
-        raise UserError(
-            f"What {named} holds cannot be sent to Hugging Face ({str(error).splitlines()[0]}): take it away, or put "
-            "the right one there."
-        ) from None
-    return headers, token
-
-
-def _refused(host: str, what: str, reason: str) -> UserError:
-    return UserError(
-        f"{host} refuses {what} ({reason}): leave out --revision, look at the address in HF_ENDPOINT or "
-        "MODELSCOPE_ENDPOINT if one is set, try again later, or take another --source; what was fetched is kept."
-    )
 
 
 def _inside(path: str, host: str) -> str:

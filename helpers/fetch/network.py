@@ -1,19 +1,31 @@
 """The way to a host as the environment describes it; what to say where that is wrong, or leads to nobody."""
 
 import os
+from collections.abc import Callable
 
 import httpx
 
 from helpers.errors import UserError
 
-# What decides about the way, beside a hub's own address; proxies are read in small letters too.
+# What the client reads of the environment; proxies in small letters too.
 VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")
+VARIABLES_OF = {
+    "ModelScope": ("MODELSCOPE_ENDPOINT",),
+    "Hugging Face": (
+        "HF_ENDPOINT",
+        "HF_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN",
+        "HF_OIDC_RESOURCE",
+        "HF_HUB_USER_AGENT_ORIGIN",
+    ),
+}
 
 
-def open_way(hub: str, address: str) -> str:
-    """Have huggingface_hub's HTTP client built anew, for the environment of now; return hub and host for people.
+def open_way(hub: str, address: str, make_headers: Callable[[], dict] = dict) -> tuple[str, dict[str, str]]:
+    """Have huggingface_hub's HTTP client built anew, for the environment of now.
 
-    Raises UserError, naming the variables, where one of them keeps httpx from it, or `address` is none.
+    Returns hub and host for people, "ModelScope (modelscope.cn)", and the headers.
+    Raises UserError, naming the variables, where one of them keeps httpx from it.
     """
     from huggingface_hub import get_session, set_client_factory
 
@@ -23,13 +35,14 @@ def open_way(hub: str, address: str) -> str:
         url = get_session().base_url
         if url.scheme not in ("http", "https") or not url.host or "%" in url.host:
             raise ValueError(f"{address!r} is not an address")
-    except (httpx.InvalidURL, ImportError, ValueError, OSError) as error:
+        httpx.Headers(headers := make_headers())
+    except Exception as error:
         raise UserError(
             f"The way to {hub} cannot be used as it is set in {_set_variables(hub)} ({_reason(error)}): "
             "unset what is wrong, or set it to https://HOST, a proxy to http://USER:PASSWORD@HOST:PORT with %23 for # "
-            "and %2F for /, a certificate file to one in PEM."
+            "and %2F for /, a certificate file to one in PEM. A token is not needed."
         ) from None
-    return f"{hub} ({url.netloc.decode()})"
+    return f"{hub} ({url.netloc.decode()})", headers
 
 
 def silent(host: str, error: Exception) -> UserError:
@@ -52,7 +65,7 @@ def silent(host: str, error: Exception) -> UserError:
 
 
 def _set_variables(host: str) -> str:
-    names = (*VARIABLES, "MODELSCOPE_ENDPOINT" if host.startswith("ModelScope") else "HF_ENDPOINT")
+    names = (*VARIABLES, *VARIABLES_OF["ModelScope" if host.startswith("ModelScope") else "Hugging Face"])
     return ", ".join(written for name in names for written in (name, name.lower()) if os.environ.get(written))
 
 

@@ -1,16 +1,14 @@
 """Artefacts that Sophgo offers ready-made, by its own download tool dfss.
 
 dfss 1.10.9 runs a program of its own over SFTP: it measures its servers' speed first (two minutes, it says, three
-times over where none answers), shows no total, does not resume and verifies nothing. So its servers are tried here
-first, its silence is bounded, and what it brings is verified by what it is: a bmodel, or an archive with checksums.
+times over where none answers), shows no total, does not resume and verifies nothing. So its silence is bounded, and
+what it brings is verified by what it is: a bmodel, or an archive with checksums.
 """
 
 import contextlib
 import importlib.util
-import json
 import os
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -18,7 +16,6 @@ import tempfile
 import time
 import zipfile
 import zlib
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
 from tqdm.auto import tqdm
@@ -31,9 +28,9 @@ from helpers.files import DISK_IS_FULL, sha256_file
 
 MODEL = "qwen-7b"
 DEFAULT_FOLDER = Path("out/prepared")
-# Seconds, each far above what a slow server takes: for one to accept a connection; for the first byte, after three
-# rounds of two minutes; between two signs of life after that.
-CONNECT, FIRST_BYTE, STALL = 30.0, 1200.0, 300.0
+# Seconds, far above what a slow server takes: for the first byte, after three rounds of two minutes; and between two
+# signs of life after that.
+FIRST_BYTE, STALL = 1200.0, 300.0
 
 # Their places after "open@sophgo.com:", as the documentation of LLM-TPU and sophon-demo has them.
 ARTEFACTS = {
@@ -65,7 +62,11 @@ def fetch_prepared(artefact: str | None, out: str | Path | None = None) -> Path:
     if previous.get("settings") == settings and artefacts.is_whole(target, previous):
         machine.log(f"{target} is there already, whole.")
         return target
-    _require_server()
+    if importlib.util.find_spec("dfss") is None:
+        raise UserError(
+            "The package dfss, Sophgo's download tool, is absent: `pip install dfss` (or `uv pip install dfss`) into "
+            "the Python that runs this, and try again."
+        )
     inputs: dict[str, str] = {}
     with artefacts.building(target, kind="prepared", inputs=inputs, settings=settings) as partial:
         # dfss cannot go on with half a file: it goes with the folder that this is built in.
@@ -88,33 +89,6 @@ def next_step(artefact: str, path: Path) -> str:
     else:
         model, tokenizer = "FILE.bmodel", next(iter(sorted(path.rglob("qwen.tiktoken"))), path)
     return f"next: python -m helpers chat --model {model} --tokenizer {tokenizer}"
-
-
-def _require_server() -> None:
-    spec = importlib.util.find_spec("dfss")
-    if spec is None or spec.origin is None:
-        raise UserError(
-            "The package dfss, Sophgo's download tool, is absent: `pip install dfss` (or `uv pip install dfss`) into "
-            "the Python that runs this, and try again."
-        )
-    try:
-        configuration = json.loads(Path(spec.origin).with_name("output").joinpath("dfss-config.json").read_bytes())
-        servers = [(entry["host"], int(entry["port"])) for entry in configuration["sdk"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # this version of it keeps its servers elsewhere
-
-    def answers(server: tuple[str, int]) -> bool:
-        with contextlib.suppress(OSError), socket.create_connection(server, timeout=CONNECT):
-            return True
-        return False
-
-    with ThreadPoolExecutor() as pool:
-        if not any(pool.map(answers, servers)):
-            raise UserError(
-                f"Sophgo's download server (dfss) gives no answer: none of its {len(servers)} addresses accepts a "
-                f"connection within {CONNECT:g} s. Its port is often closed in company networks: try another network, "
-                "or make the artefact yourself from the checkpoint (`python -m helpers fetch`, `patch`, …)."
-            )
 
 
 def _run_tool(place: str, folder: Path) -> Path:
@@ -152,9 +126,9 @@ def _run_tool(place: str, folder: Path) -> Path:
         last = [line for line in said.read().decode(errors="replace").splitlines() if line.strip()][-2:]
     if status != 0 or not file.is_file():
         raise UserError(
-            f"Sophgo's download server did not give {file.name}; dfss said: {' | '.join(last) or 'nothing'}. It may "
-            "have been moved: look in the README of LLM-TPU, or make it yourself (`python -m helpers export`, "
-            "`compile`)."
+            f"Sophgo's download server did not give {file.name}; dfss said: {' | '.join(last) or 'nothing'}. Its port "
+            "may be closed in your network, or the file was moved: try another network, look in the README of LLM-TPU, "
+            "or make it yourself (`python -m helpers export`, `compile`)."
         )
     return file
 

@@ -469,7 +469,7 @@ def test_a_hub_that_takes_its_time_is_waited_for(hub, tmp_path, monkeypatch, sou
 @pytest.mark.parametrize("source", ["huggingface", "modelscope"])
 def test_a_page_in_place_of_a_listing(hub, tmp_path, source):
     hub.page = "<html>Please log in.</html>"
-    refused("not a list of files", "two", source, tmp_path / "two")
+    refused("answered something else: a proxy", "two", source, tmp_path / "two")
 
 
 @pytest.mark.parametrize("source", ["huggingface", "modelscope"])
@@ -547,15 +547,16 @@ def test_a_hub_that_sends_more_than_it_announced(hub, tmp_path, monkeypatch, sou
 @pytest.mark.parametrize("source", ["huggingface", "modelscope"])
 def test_a_hub_in_trouble_is_named(hub, tmp_path, source):
     hub.status[SHARDS[1]] = 503
-    refused(f"refuses {SHARDS[1]} .HTTP 503", "two", source, tmp_path / "two")
+    refused(f"refuses {SHARDS[1]} with HTTP 503", "two", source, tmp_path / "two")
 
 
 @pytest.mark.parametrize("source", ["huggingface", "modelscope"])
 def test_a_revision_or_a_repository_that_is_not_there(hub, tmp_path, monkeypatch, source):
-    said = refused(f"refuses {REPO} at nowhere .HTTP 404", "two", source, tmp_path / "two", revision="nowhere")
+    said = refused(f"refuses {REPO} at nowhere with HTTP 404", "two", source, tmp_path / "two", revision="nowhere")
     assert "leave out --revision" in said
     monkeypatch.setitem(fetching.MODELS, "two", fetching.Model("Qwen/Gone", COMMIT, 2, 128, 4, 384, 3008))
-    refused(f"refuses Qwen/Gone at .* .HTTP {401 if source == 'huggingface' else 404}", "two", source, tmp_path / "two")
+    status = 401 if source == "huggingface" else 404
+    refused(f"refuses Qwen/Gone at .* with HTTP {status}", "two", source, tmp_path / "two")
 
 
 @pytest.mark.parametrize("source", ["huggingface", "modelscope"])
@@ -937,7 +938,7 @@ def as_somebody_else():
         os.seteuid(me)
 
 
-def test_a_record_of_patches_that_may_not_be_read_is_said_to_be(hub, capsys):
+def test_a_record_of_patches_that_may_not_be_read_is_said_to_be(hub):
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o755)
         out = fetching.fetch("two", "modelscope", Path(name) / "two")
@@ -948,8 +949,7 @@ def test_a_record_of_patches_that_may_not_be_read_is_said_to_be(hub, capsys):
         with as_somebody_else():
             with pytest.raises(UserError, match=f"^{record} may not be read: give yourself the right to read it"):
                 patching.status(out)
-            assert cli.main(["fetch", "--name", "two", "--source", "modelscope", "--out", str(out)]) == 2
-        assert f"error: {record}: Permission denied. Give yourself the right" in capsys.readouterr().err
+            assert fetching.fetch("two", "modelscope", out) == out
         assert (out / "modeling_qwen.py").read_bytes() == patched
 
 
@@ -1083,7 +1083,7 @@ def test_a_folder_of_bin_files_that_is_cut_short(local):
     os.truncate(local / "pytorch_model-00001-of-00001.bin", 900)
     refused("cut short", source=local)
     torch.save({"a": torch.ones(1)}, local / "pytorch_model-00001-of-00001.bin", _use_new_zipfile_serialization=False)
-    refused("pytorch_model-00001-of-00001.bin is in the format of PyTorch before 1.6", source=local)
+    refused("pytorch_model-00001-of-00001.bin .* is damaged or .*cut short, or not PyTorch's", source=local)
 
 
 # Arguments
@@ -1099,8 +1099,8 @@ def test_a_folder_of_bin_files_that_is_cut_short(local):
         ({"source": "models/tiny", "name": "qwen-7b"}, "is not qwen-7b: it has layers 4 instead of 32"),
         ({"source": "dfss"}, "Which prepared artefact"),
         ({"source": "modelscope", "artefact": "onnx-512"}, "comes by dfss"),
-        ({"name": "qwen-14b", "artefact": "onnx-512"}, "of qwen-7b, not of qwen-14b"),
-        ({"artefact": "onnx-512", "revision": "main"}, "have none"),
+        ({"name": "qwen-14b", "artefact": "onnx-512"}, "is of qwen-7b .* leave .*--name"),
+        ({"artefact": "onnx-512", "revision": "main"}, "has no revision"),
     ],
 )
 def test_arguments(options, match, tiny):
@@ -1121,7 +1121,7 @@ def test_command_line(hub, tmp_path, capsys):
 
 # dfss
 
-# In place of Sophgo's package, whose server cannot be had in a test: called, configured and answering as dfss 1.10.9,
+# In place of Sophgo's package, whose server cannot be had in a test: called and answering as dfss 1.10.9,
 # which writes the file into the current folder and exits with 1 where it fails. What it does is in $DFSS_DOES.
 TOOL = """
 import os, shutil, subprocess, sys, time
@@ -1144,18 +1144,14 @@ elif does == "silence":
 
 @pytest.fixture
 def dfss(tmp_path, monkeypatch):
-    """does(what): how the tool behaves from now on. Its one server is here and accepts connections."""
+    """does(what): how the tool behaves from now on."""
     package = tmp_path / "site" / "dfss"
-    (package / "output").mkdir(parents=True)
+    package.mkdir(parents=True)
     (package / "__init__.py").write_text("")
     (package / "__main__.py").write_text(TOOL)
-    server = socket.create_server(("127.0.0.1", 0))
-    entry = {"id": 0, "host": "127.0.0.1", "port": server.getsockname()[1], "user": "open", "pass": "open"}
-    (package / "output" / "dfss-config.json").write_text(json.dumps({"connect_timeout": 60, "sdk": [entry]}))
     monkeypatch.syspath_prepend(package.parent)
     monkeypatch.setenv("PYTHONPATH", str(package.parent))
-    yield lambda what: monkeypatch.setenv("DFSS_DOES", what)
-    server.close()
+    return lambda what: monkeypatch.setenv("DFSS_DOES", what)
 
 
 def make_archive(path: Path, members: dict[str, bytes]) -> Path:
@@ -1214,17 +1210,6 @@ def test_dfss_falls_silent_and_is_ended_with_all_it_started(dfss, tmp_path, monk
         time.sleep(0.05)
     assert time.monotonic() < until
     assert {path.name for path in tmp_path.iterdir()} == {"site", "pid"}
-
-
-def test_no_server_of_dfss_answers(dfss, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        gone = {"host": "127.0.0.1", "port": free.getsockname()[1]}
-    configuration = tmp_path / "site" / "dfss" / "output" / "dfss-config.json"
-    configuration.write_text(json.dumps({"sdk": [gone, gone]}))
-    dfss(f"silence:{tmp_path / 'pid'}")
-    refused("none of its 2 addresses", artefact="onnx-512", out=tmp_path / "nets")
-    assert not (tmp_path / "pid").exists()
 
 
 def test_dfss_is_absent(tmp_path, monkeypatch):
