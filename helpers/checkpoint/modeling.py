@@ -152,11 +152,19 @@ def build_streamed_model(folder: str | Path, device: torch.device | str = "cpu")
 
 
 def _empty_model(checkpoint: Checkpoint) -> torch.nn.Module:
-    """The checkpoint's QWenLMHeadModel, its weights not filled in."""
+    """The checkpoint's QWenLMHeadModel, its weights as allocated: memory that nothing touches is not taken."""
+    from transformers.initialization import no_init_weights
+    from transformers.utils import logging
+
     module = load_modeling(checkpoint.path)
-    config = make_config(module, checkpoint)
-    with _uninitialised():
-        return module.QWenLMHeadModel(config)
+    verbosity = logging.get_verbosity()
+    # Old revisions warn of flash attention and of generate(): neither is used here.
+    logging.set_verbosity_error()
+    try:
+        with no_init_weights():
+            return module.QWenLMHeadModel(make_config(module, checkpoint))
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 @contextlib.contextmanager
@@ -181,22 +189,6 @@ def _importing() -> Iterator[None]:
 
 def _get_head_mask(self: object, head_mask: object, num_hidden_layers: int) -> list:
     return [None] * num_hidden_layers if head_mask is None else list(head_mask)
-
-
-@contextlib.contextmanager
-def _uninitialised() -> Iterator[None]:
-    """Leave weights as they were allocated: memory that nothing touches is never taken from the machine."""
-    from transformers.initialization import no_init_weights
-    from transformers.utils import logging
-
-    verbosity = logging.get_verbosity()
-    # Old revisions warn of flash attention and of generate(): neither is used here.
-    logging.set_verbosity_error()
-    try:
-        with no_init_weights():
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def _fill(

@@ -82,11 +82,11 @@ class QwenTokenizer:
         except KeyError:
             return REPLACEMENT.encode()
 
-    def chatml(self, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
-        """Ids of a conversation, exactly as Qwen's make_context builds them.
+    def chatml(self, messages: list[dict[str, str]]) -> list[int]:
+        """Ids of a conversation and the prompt for its answer, exactly as Qwen's make_context builds them.
 
         messages: {"role": "system" | "user" | "assistant", "content": str}, in order. Role and content are encoded
-        apart, so no pair is merged across them. The prompt for the answer follows unless it is declined.
+        apart, so no pair is merged across them.
         """
         newline = self.encode("\n")
         ids: list[int] = []
@@ -94,9 +94,7 @@ class QwenTokenizer:
             ids += newline if ids else []
             ids += [self.im_start, *self.encode(message["role"]), *newline]
             ids += [*self.encode(message["content"]), self.im_end]
-        if add_generation_prompt:
-            ids += [*newline, self.im_start, *self.encode("assistant"), *newline]
-        return ids
+        return [*ids, *newline, self.im_start, *self.encode("assistant"), *newline]
 
     def prompt(self, question: str) -> list[int]:
         """Ids of one question with the usual system prompt, ready for the answer."""

@@ -82,26 +82,24 @@ class Checkpoint:
                 )
             return value
 
-        sizes = {
-            "layers": positive("num_hidden_layers"),
-            "hidden_size": positive("hidden_size"),
-            "heads": positive("num_attention_heads"),
-            "intermediate_size": positive("intermediate_size") // 2,
-            "vocab_size": positive("vocab_size"),
-        }
         if (part := config.get("rotary_pct", 1.0)) != 1.0:
             raise UserError(
                 f"{path / 'config.json'} says rotary_pct = {part!r}: these nets rotate whole heads (1.0), as every "
                 "published Qwen does."
             )
+        hidden, heads = positive("hidden_size"), positive("num_attention_heads")
         checkpoint = cls(
             path=path,
             config=config,
             files={},
-            head_dim=positive("kv_channels", sizes["hidden_size"] // sizes["heads"]),
+            layers=positive("num_hidden_layers"),
+            hidden_size=hidden,
+            heads=heads,
+            head_dim=positive("kv_channels", hidden // heads),
+            intermediate_size=positive("intermediate_size") // 2,
+            vocab_size=positive("vocab_size"),
             eps=positive("layer_norm_epsilon", 1e-6, (int, float)),
             rotary_base=positive("rotary_emb_base", 10000, (int, float)),
-            **sizes,
         )
         return replace(checkpoint, files=checkpoint._find_weights())
 

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers import artefacts, machine
+from helpers.checkpoint.modeling import import_huggingface
 from helpers.checkpoint.vocabulary import read_vocabulary
 from helpers.checkpoint.weights import Checkpoint, opened
 from helpers.errors import UserError
 from helpers.fetch import prepared
-from helpers.fetch.hubs import HUBS, RemoteFile, download
+from helpers.fetch.hubs import HUBS, download
 from helpers.fetch.places import earlier_fetch
 from helpers.files import digest_of, locked, sha256_file
 from helpers.patching import patching
@@ -26,8 +27,8 @@ KIND = "checkpoint"
 DEFAULT_FOLDER = Path("out/checkpoints")
 # What an export needs beside the weights; all revisions of the four models have these.
 CODE = ("modeling_qwen.py", "configuration_qwen.py")
-# Pictures and examples of the model card: 5 MB that nothing here reads.
-NOT_NEEDED = ("assets/", "examples/", ".gitattributes")
+# Pictures and examples of the model card, 5 MB that nothing here reads; and the name of our own manifest.
+NOT_NEEDED = ["assets/*", "examples/*", ".gitattributes", artefacts.MANIFEST]
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,9 @@ def fetch(
 
 
 def _from_hub(name: str, source: str, out: Path, revision: str | None) -> Path:
+    import_huggingface()
+    from huggingface_hub.utils import filter_repo_objects
+
     model = MODELS[name]
     revision = revision or (model.commit if source == "huggingface" else "master")
     settings = {"name": name, "source": source, "repo": model.repo, "revision": revision}
@@ -113,7 +117,8 @@ def _from_hub(name: str, source: str, out: Path, revision: str | None) -> Path:
     reusable = sum(described["bytes"] for described in previous.get("outputs", {}).values())
     _require_space(out, model.weight_bytes - present - reusable, name)
     listing = HUBS[source](model.repo, revision)
-    files = choose(listing.files)
+    twice = ["pytorch_model*"] if any(file.path.endswith(".safetensors") for file in listing.files) else []
+    files = list(filter_repo_objects(listing.files, ignore_patterns=NOT_NEEDED + twice, key=lambda file: file.path))
     downloads.mkdir(parents=True, exist_ok=True)
     busy = f"Another fetch is writing to {downloads}: wait for it, or give another --out."
     with locked(downloads / "lock", busy):
@@ -137,18 +142,6 @@ def _from_hub(name: str, source: str, out: Path, revision: str | None) -> Path:
             verify(partial, name, as_folder=out)
         shutil.rmtree(downloads)
     return out
-
-
-def choose(files: list[RemoteFile]) -> list[RemoteFile]:
-    """The files of a repository that are of use: weights of one kind (safetensors first), code, vocabulary."""
-    safetensors = any(file.path.endswith(".safetensors") for file in files)
-    return [
-        file
-        for file in files
-        if not file.path.startswith(NOT_NEEDED)
-        and not (safetensors and file.path.startswith("pytorch_model"))
-        and file.path != artefacts.MANIFEST
-    ]
 
 
 def _is_there(out: Path, manifest: dict, name: str | None) -> bool:

@@ -21,7 +21,6 @@ from urllib.parse import quote
 import httpx
 from tqdm.auto import tqdm
 
-from helpers.checkpoint.modeling import import_huggingface
 from helpers.errors import UserError
 from helpers.fetch.network import open_way, silent
 from helpers.files import sha256_file
@@ -68,15 +67,9 @@ def list_huggingface(repo: str, revision: str) -> Listing:
     Raises UserError where the hub is silent for PATIENCE or does not have it, and where a variable of the environment
     cannot be used.
     """
-    import_huggingface()
     from huggingface_hub import HfApi, constants, hf_hub_url
     from huggingface_hub.utils import build_hf_headers
 
-    if constants.is_offline_mode():
-        variable = "HF_HUB_OFFLINE" if os.environ.get("HF_HUB_OFFLINE") else "TRANSFORMERS_OFFLINE"
-        raise UserError(
-            f"{variable} is set, so Hugging Face is not asked: unset it, or give a folder with --source FOLDER."
-        )
     endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
     host, headers = open_way("Hugging Face", endpoint, build_hf_headers)
     log(f"asking {host} for the files of {repo}")
@@ -102,7 +95,6 @@ def list_modelscope(repo: str, revision: str) -> Listing:
     Raises UserError where the hub is silent for PATIENCE or does not have it, and where a variable of the environment
     cannot be used.
     """
-    import_huggingface()
     from huggingface_hub import get_session
 
     endpoint = (os.environ.get("MODELSCOPE_ENDPOINT") or "https://modelscope.cn").rstrip("/")

@@ -8,17 +8,11 @@ import httpx
 from helpers.errors import UserError
 
 # What the client reads of the environment; proxies in small letters too.
-VARIABLES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE")
-VARIABLES_OF = {
-    "ModelScope": ("MODELSCOPE_ENDPOINT",),
-    "Hugging Face": (
-        "HF_ENDPOINT",
-        "HF_TOKEN",
-        "HUGGING_FACE_HUB_TOKEN",
-        "HF_OIDC_RESOURCE",
-        "HF_HUB_USER_AGENT_ORIGIN",
-    ),
-}
+VARIABLES = (
+    *("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR", "SSLKEYLOGFILE"),
+    *("MODELSCOPE_ENDPOINT", "HF_ENDPOINT", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"),
+    *("HF_HUB_USER_AGENT_ORIGIN", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"),
+)
 
 
 def open_way(hub: str, address: str, make_headers: Callable[[], dict] = dict) -> tuple[str, dict[str, str]]:
@@ -27,10 +21,12 @@ def open_way(hub: str, address: str, make_headers: Callable[[], dict] = dict) ->
     Returns hub and host for people, "ModelScope (modelscope.cn)", and the headers.
     Raises UserError, naming the variables, where one of them keeps httpx from it.
     """
-    from huggingface_hub import get_session, set_client_factory
+    from huggingface_hub import constants, get_session, set_client_factory
 
     try:
-        # Its own factory has a hook that knows one hub: HF_HUB_OFFLINE would keep it from ModelScope.
+        if hub == "Hugging Face" and constants.is_offline_mode():
+            raise ValueError("it is switched off")
+        # Its own factory knows one hub: HF_HUB_OFFLINE would keep it from ModelScope.
         set_client_factory(lambda: httpx.Client(base_url=address, follow_redirects=True, timeout=None))
         url = get_session().base_url
         if url.scheme not in ("http", "https") or not url.host or "%" in url.host:
@@ -38,9 +34,10 @@ def open_way(hub: str, address: str, make_headers: Callable[[], dict] = dict) ->
         httpx.Headers(headers := make_headers())
     except Exception as error:
         raise UserError(
-            f"The way to {hub} cannot be used as it is set in {_set_variables(hub)} ({_reason(error)}): "
-            "unset what is wrong, or set it to https://HOST, a proxy to http://USER:PASSWORD@HOST:PORT with %23 for # "
-            "and %2F for /, a certificate file to one in PEM. A token is not needed."
+            f"The way to {hub} cannot be used as it is set in {_set_variables(hub) or 'the token file'} "
+            f"({_reason(error)}): unset what is wrong, or set an address to https://HOST, a proxy to "
+            "http://USER:PASSWORD@HOST:PORT with %23 for # and %2F for /, a certificate file to one in PEM (a token is "
+            "not needed); or bring the checkpoint here by other means and give its folder with --source FOLDER."
         ) from None
     return f"{hub} ({url.netloc.decode()})", headers
 
@@ -65,8 +62,9 @@ def silent(host: str, error: Exception) -> UserError:
 
 
 def _set_variables(host: str) -> str:
-    names = (*VARIABLES, *VARIABLES_OF["ModelScope" if host.startswith("ModelScope") else "Hugging Face"])
-    return ", ".join(written for name in names for written in (name, name.lower()) if os.environ.get(written))
+    others = ("HF_", "HUGGING_FACE_", "TRANSFORMERS_") if host.startswith("ModelScope") else "MODELSCOPE_"
+    names = (written for name in VARIABLES if not name.startswith(others) for written in (name, name.lower()))
+    return ", ".join(filter(os.environ.get, names))
 
 
 def _reason(error: Exception) -> str:
