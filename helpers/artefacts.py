@@ -132,8 +132,8 @@ def building(
 
     Yields the path to create, a file or a folder, in a staging folder of its own. Files made beside a file artefact
     there (its external weights, say) are companions: they are listed in its manifest and moved in with it.
-    `extra` may be filled while building: it is read at the end. What was at `artefact` before stays until the new
-    one is whole.
+    `inputs` and `extra` may be filled while building: they are read at the end. What was at `artefact` before stays
+    until the new one is whole.
     Raises UserError where the disk is full.
     """
     artefact = Path(artefact)

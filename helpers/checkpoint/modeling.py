@@ -25,8 +25,6 @@ from helpers.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-MODELING = "modeling_qwen"
-
 
 def load_modeling(folder: str | Path) -> types.ModuleType:
     """The checkpoint's modeling_qwen.py as a module (QWenLMHeadModel, QWenBlock, RMSNorm, …).
@@ -37,17 +35,16 @@ def load_modeling(folder: str | Path) -> types.ModuleType:
     """
     import_huggingface()
     folder = Path(folder).resolve()
-    file = folder / f"{MODELING}.py"
+    file = folder / "modeling_qwen.py"
     if not file.is_file():
         raise UserError(
-            f"{folder} has no {file.name}: the code that came with the checkpoint was needed; download it beside the "
-            "weights."
+            f"{folder} has no {file.name}, the code that comes with the checkpoint: download it beside the weights."
         )
     digest = hashlib.sha256(str(folder).encode())
     for source in sorted(folder.glob("*.py")):
         digest.update(source.name.encode() + source.read_bytes())
     package = f"qwen_checkpoint_{digest.hexdigest()[:16]}"
-    name = f"{package}.{MODELING}"
+    name = f"{package}.modeling_qwen"
     if name in sys.modules:
         return sys.modules[name]
     parent = types.ModuleType(package)

@@ -29,8 +29,6 @@ MAX_CHARACTERS = 500_000
 # Qwen's own demonstrations and the tutorial's embedded model are prompted with this.
 SYSTEM_PROMPT = "You are a helpful assistant."
 
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-
 
 class QwenTokenizer:
     """Text to ids and back. Make it with `QwenTokenizer.open`.
@@ -80,7 +78,7 @@ class QwenTokenizer:
         try:
             return self._encoding.decode_single_token_bytes(token)
         except KeyError:
-            return REPLACEMENT.encode()
+            return "\N{REPLACEMENT CHARACTER}".encode()
 
     def chatml(self, messages: list[dict[str, str]]) -> list[int]:
         """Ids of a conversation and the prompt for its answer, exactly as Qwen's make_context builds them.

@@ -52,8 +52,7 @@ def parse_ranks(contents: bytes, file: Path) -> dict[bytes, int]:
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except (ValueError, binascii.Error):
         ranks = {}
-    whole = sorted(ranks.values()) == list(range(len(ranks))) and all(bytes([byte]) in ranks for byte in range(256))
-    if not whole:
+    if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([byte]) in ranks for byte in range(256)):
         raise UserError(
             f"{file} is not a whole vocabulary: lines of `base64 rank` with ranks from 0 up and all 256 bytes were "
             "needed; download it again."

@@ -164,12 +164,8 @@ class Checkpoint:
             "mlp.c_proj.weight": (hidden, inner),
         }
         if not self.config.get("no_bias", True):
-            block |= {
-                "attn.c_proj.bias": (projection,),
-                "mlp.w1.bias": (inner,),
-                "mlp.w2.bias": (inner,),
-                "mlp.c_proj.bias": (hidden,),
-            }
+            matrices = {name: shape for name, shape in block.items() if name.startswith(("attn.c_proj.", "mlp."))}
+            block |= {name.replace("weight", "bias"): shape[:1] for name, shape in matrices.items()}
         return {
             "transformer.wte.weight": (self.vocab_size, hidden),
             **{f"transformer.h.{i}.{name}": shape for i in range(self.layers) for name, shape in block.items()},

@@ -19,7 +19,7 @@ from helpers.checkpoint.weights import Checkpoint, opened
 from helpers.errors import UserError
 from helpers.fetch import prepared
 from helpers.fetch.hubs import HUBS, download
-from helpers.fetch.places import earlier_fetch
+from helpers.fetch.places import earlier_fetch, require_space
 from helpers.files import digest_of, locked, sha256_file
 from helpers.patching import patching
 
@@ -85,14 +85,12 @@ def fetch(
                 "--revision out."
             )
         return prepared.fetch_prepared(artefact, out)
-    if name is not None and name not in MODELS:
-        raise UserError(f"No model is called {name!r} here: take one of {', '.join(MODELS)}.")
+    if name not in MODELS and (name is not None or source in HUBS):
+        raise UserError(f"Which model? Give --name, one of {', '.join(MODELS)}.")
     if source not in HUBS:
         if revision is not None:
             raise UserError(f"--revision {revision} is of a hub, a folder has none: leave it out.")
         return _from_folder(Path(source), name, None if out is None else Path(out))
-    if name is None:
-        raise UserError(f"Which model? Give --name, one of {', '.join(MODELS)}.")
     return _from_hub(name, str(source), Path(out or DEFAULT_FOLDER / name), revision)
 
 
@@ -115,7 +113,7 @@ def _from_hub(name: str, source: str, out: Path, revision: str | None) -> Path:
     downloads = out.parent / f".{out.name}.download"
     present = sum(path.stat().st_size for path in downloads.rglob("*") if path.is_file())
     reusable = sum(described["bytes"] for described in previous.get("outputs", {}).values())
-    _require_space(out, model.weight_bytes - present - reusable, name)
+    require_space(out.parent, model.weight_bytes - present - reusable, name)
     listing = HUBS[source](model.repo, revision)
     twice = ["pytorch_model*"] if any(file.path.endswith(".safetensors") for file in listing.files) else []
     files = list(filter_repo_objects(listing.files, ignore_patterns=NOT_NEEDED + twice, key=lambda file: file.path))
@@ -128,7 +126,7 @@ def _from_hub(name: str, source: str, out: Path, revision: str | None) -> Path:
             # What an earlier fetch brought, and is still whole.
             if not (folder / file.path).exists() and file.is_in(out) and sha256_file(out / file.path) == file.sha256:
                 _place(out / file.path, folder / file.path)
-        _require_space(out, sum(file.size - file.bytes_in(folder) for file in files), name)
+        require_space(out.parent, sum(file.size - file.bytes_in(folder) for file in files), name)
         download(listing, files, folder)
         with artefacts.building(
             out,
@@ -145,9 +143,8 @@ def _from_hub(name: str, source: str, out: Path, revision: str | None) -> Path:
 
 
 def _is_there(out: Path, manifest: dict, name: str | None) -> bool:
-    """Whether all that was fetched is still there, and is a whole checkpoint; of what was patched since, patching
-    keeps the originals, and knows what was edited.
-    """
+    """Whether all that was fetched is still there, and is a whole checkpoint."""
+    # Of what was patched since, patching keeps the originals, and knows what was edited.
     patched = patching.FILES if (out / patching.RECORD).exists() else ()
     outputs = {path: described for path, described in manifest.get("outputs", {}).items() if path not in patched}
     if not artefacts.is_whole(out, manifest | {"outputs": outputs}):
@@ -169,23 +166,12 @@ def _place(content: Path, target: Path) -> None:
         shutil.copyfile(content, target)
 
 
-def _require_space(out: Path, needed: int, name: str) -> None:
-    free = machine.free_disk(out.parent)
-    if needed > free:
-        raise UserError(
-            f"{name} needs {needed / 1e9:.1f} GB more on the disk that holds {out.parent}, which has {free / 1e9:.1f} "
-            "GB free: free some, or give --out on another disk."
-        )
-
-
 # From a folder
 
 
 def _from_folder(source: Path, name: str | None, out: Path | None) -> Path:
     if not source.is_dir():
-        raise UserError(
-            f"{source} is neither a folder nor a source by name ({', '.join(HUBS)}, dfss): give one of these."
-        )
+        raise UserError(f"{source} is neither a folder nor a source by name: give one, or {', '.join(HUBS)} or dfss.")
     verify(source, name)
     place, there = (out or source).resolve(), source.resolve()
     if place == there:
@@ -194,12 +180,11 @@ def _from_folder(source: Path, name: str | None, out: Path | None) -> Path:
         raise UserError(f"{source} and {out} lie one in the other, so no copy is made: give an --out elsewhere.")
     files = sorted(_files_in(source, ()))
     inputs = {path: sha256_file(source / path) for path in files}
-    settings = {"name": name, "source": "folder"}
     previous = earlier_fetch(out, KIND)
     if previous.get("inputs") == inputs and _is_there(out, previous, name):
         return out
-    _require_space(out, sum((source / path).stat().st_size for path in files), name or source.name)
-    with artefacts.building(out, kind=KIND, inputs=inputs, settings=settings) as partial:
+    require_space(out.parent, sum((source / path).stat().st_size for path in files), name or source.name)
+    with artefacts.building(out, kind=KIND, inputs=inputs, settings={"name": name, "source": "folder"}) as partial:
         for path in files:
             target = partial / path
             target.parent.mkdir(parents=True, exist_ok=True)

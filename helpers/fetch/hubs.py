@@ -92,8 +92,7 @@ def list_modelscope(repo: str, revision: str) -> Listing:
     """The files of a ModelScope repository; revision: a branch, a tag or a commit.
 
     The answer names each file's own last commit; Listing.commit is the newest of these.
-    Raises UserError where the hub is silent for PATIENCE or does not have it, and where a variable of the environment
-    cannot be used.
+    Raises UserError as list_huggingface does.
     """
     from huggingface_hub import get_session
 

@@ -47,10 +47,9 @@ def silent(host: str, error: Exception) -> UserError:
     if "CERTIFICATE_VERIFY_FAILED" in str(error):
         variable = next(filter(os.environ.get, ("SSL_CERT_FILE", "SSL_CERT_DIR")), None)
         return UserError(
-            f"{host} shows a certificate that "
-            + (f"{variable} ({os.environ[variable]}) does not vouch for" if variable else "this Python does not trust")
-            + f" ({_reason(error)}): name your network's certificates in SSL_CERT_FILE, the one variable that is read "
-            "for this."
+            f"{host} shows a certificate that {f'{variable} ({os.environ[variable]})' if variable else 'this Python'} "
+            f"does not vouch for ({_reason(error)}): name your network's certificates in SSL_CERT_FILE, the one "
+            "variable that is read for this."
         )
     other = "huggingface" if host.startswith("ModelScope") else "modelscope"
     variables = _set_variables(host)

@@ -1,9 +1,19 @@
-"""Where a fetch puts what it brings, and what an earlier one left there."""
+"""Where a fetch puts what it brings: room for it, and what an earlier one left there."""
 
 from pathlib import Path
 
-from helpers import artefacts
+from helpers import artefacts, machine
 from helpers.errors import UserError
+
+
+def require_space(folder: Path, needed: int, what: str) -> None:
+    """Raise UserError where the disk that holds a folder has less than `needed` bytes free."""
+    free = machine.free_disk(folder)
+    if needed > free:
+        raise UserError(
+            f"{what} needs {needed / 1e9:.1f} GB more on the disk that holds {folder}, which has {free / 1e9:.1f} GB "
+            "free: free some, or give --out on another disk."
+        )
 
 
 def earlier_fetch(out: Path, kind: str) -> dict:

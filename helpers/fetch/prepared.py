@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from helpers import artefacts, machine
 from helpers.bmodel.bmodel import CHIP, read_bmodel
 from helpers.errors import UserError
-from helpers.fetch.places import earlier_fetch
+from helpers.fetch.places import earlier_fetch, require_space
 from helpers.files import DISK_IS_FULL, sha256_file
 
 MODEL = "qwen-7b"
@@ -64,8 +64,7 @@ def fetch_prepared(artefact: str | None, out: str | Path | None = None) -> Path:
         return target
     if importlib.util.find_spec("dfss") is None:
         raise UserError(
-            "The package dfss, Sophgo's download tool, is absent: `pip install dfss` (or `uv pip install dfss`) into "
-            "the Python that runs this, and try again."
+            "The package dfss, Sophgo's download tool, is absent: `pip install dfss` into this environment."
         )
     inputs: dict[str, str] = {}
     with artefacts.building(target, kind="prepared", inputs=inputs, settings=settings) as partial:
@@ -149,12 +148,7 @@ def unpack(archive: Path, folder: Path) -> None:
                 path = PurePosixPath(member.filename.replace("\\", "/"))
                 if path.is_absolute() or ".." in path.parts or stat.S_ISLNK(member.external_attr >> 16):
                     raise UserError(f"{archive.name} holds {path}, a link or a place outside its folder: refused.")
-            needed, free = sum(member.file_size for member in members), machine.free_disk(folder)
-            if needed > free:
-                raise UserError(
-                    f"{archive.name} unpacks to {needed / 1e9:.1f} GB and the disk that holds {folder.parent.parent} "
-                    f"has {free / 1e9:.1f} GB free: free some, or give --out on another disk."
-                )
+            require_space(folder.parent.parent, sum(member.file_size for member in members), archive.name)
             # Reading a member to its end checks its CRC-32.
             content.extractall(folder)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError, OSError) as error:
