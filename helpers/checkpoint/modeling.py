@@ -91,15 +91,22 @@ def make_config(module: types.ModuleType, checkpoint: Checkpoint) -> object:
     settings = checkpoint.config | dict.fromkeys(off, False) | {"fp32": True}
     for key in ("architectures", "auto_map", "model_type", "transformers_version"):
         settings.pop(key, None)
-    return module.QWenConfig(**settings)
+    with _of_one_revision(module):
+        return module.QWenConfig(**settings)
 
 
 def make_block(module: types.ModuleType, config: object) -> torch.nn.Module:
     """A QWenBlock of the module, its weights as torch makes them."""
     # The constructor of August 2023 does not work without the number of the layer, for which it has no use.
     wants_number = "layer_idx" in inspect.signature(module.QWenBlock).parameters
-    try:
+    with _of_one_revision(module):
         return module.QWenBlock(config, **({"layer_idx": 1} if wants_number else {}))
+
+
+@contextlib.contextmanager
+def _of_one_revision(module: types.ModuleType) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:
         raise UserError(
             f"{module.__file__} cannot build a block from its config.json ({type(error).__name__}: {error}): take both "

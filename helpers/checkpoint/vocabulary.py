@@ -35,9 +35,7 @@ def read_vocabulary(path: str | Path) -> tuple[bytes, Path]:
     file = path / VOCABULARY if path.is_dir() else path
     contents = _contents(file) if cut is None else cut
     if contents is None:
-        raise UserError(
-            f"There is no vocabulary at {file}: give a qwen.tiktoken, or the checkpoint folder that holds one."
-        )
+        raise UserError(f"There is no vocabulary at {file}: give a qwen.tiktoken, or the checkpoint folder with one.")
     if cut is not None:
         # What is cut can be cut again: a folder that may not be written to is as good.
         with contextlib.suppress(OSError):

@@ -77,15 +77,13 @@ class Checkpoint:
             value = config.get(key, config.get(OLD_KEYS.get(key), default))
             if type(value) not in kinds or not 0 < value < math.inf:
                 raise UserError(
-                    f"{path / 'config.json'} says {key} = {value!r} where a positive number ({kinds[-1].__name__}) was "
-                    "needed: take config.json from the checkpoint's own repository again."
+                    f"{path / 'config.json'} says {key} = {value!r}, a positive {kinds[-1].__name__} was needed: take Qwen's own."
                 )
             return value
 
         if (part := config.get("rotary_pct", 1.0)) != 1.0:
             raise UserError(
-                f"{path / 'config.json'} says rotary_pct = {part!r}: these nets rotate whole heads (1.0), as every "
-                "published Qwen does."
+                f"{path / 'config.json'} says rotary_pct = {part!r}: these nets rotate whole heads (1.0), as Qwen does."
             )
         hidden, heads = positive("hidden_size"), positive("num_attention_heads")
         checkpoint = cls(

@@ -81,8 +81,7 @@ def fetch(
     if artefact is not None or source == "dfss":
         if revision is not None or source not in ("huggingface", "dfss") or name not in (None, prepared.MODEL):
             raise UserError(
-                f"An --artefact comes by dfss, is of {prepared.MODEL} and has no revision: leave --source, --name and "
-                "--revision out."
+                f"An --artefact comes by dfss, is of {prepared.MODEL} and has no revision: give no more than --out."
             )
         return prepared.fetch_prepared(artefact, out)
     if name not in MODELS and (name is not None or source in HUBS):

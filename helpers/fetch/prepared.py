@@ -63,9 +63,7 @@ def fetch_prepared(artefact: str | None, out: str | Path | None = None) -> Path:
         machine.log(f"{target} is there already, whole.")
         return target
     if importlib.util.find_spec("dfss") is None:
-        raise UserError(
-            "The package dfss, Sophgo's download tool, is absent: `pip install dfss` into this environment."
-        )
+        raise UserError("The package dfss, Sophgo's download tool, is absent: `pip install dfss` into this Python.")
     inputs: dict[str, str] = {}
     with artefacts.building(target, kind="prepared", inputs=inputs, settings=settings) as partial:
         # dfss cannot go on with half a file: it goes with the folder that this is built in.

@@ -161,6 +161,12 @@ def test_precision_and_gpu_options_of_the_config_do_not_reach_the_model(copy):
     assert {p.dtype for p in build_model(copy).parameters()} == {torch.float32}
 
 
+def test_a_config_that_the_code_refuses_is_one_sentence(copy):
+    edit(copy / "config.json", '"bf16": false', '"bf16": false, "dtype": "nonsense"')
+    with pytest.raises(UserError, match="modeling_qwen.py cannot build a block from its config.json .*nonsense"):
+        make_config(load_modeling(copy), Checkpoint.open(copy))
+
+
 def test_it_runs_without_a_warning():
     code = """
         import torch
