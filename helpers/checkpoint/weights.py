@@ -77,7 +77,8 @@ class Checkpoint:
             value = config.get(key, config.get(OLD_KEYS.get(key), default))
             if type(value) not in kinds or not 0 < value < math.inf:
                 raise UserError(
-                    f"{path / 'config.json'} says {key} = {value!r}, a positive {kinds[-1].__name__} was needed: take Qwen's own."
+                    f"{path / 'config.json'} says {key} = {value!r}, a positive {kinds[-1].__name__} was needed: "
+                    "take config.json from the checkpoint's own repository again."
                 )
             return value
 

@@ -52,10 +52,9 @@ def silent(host: str, error: Exception) -> UserError:
             "variable that is read for this."
         )
     other = "huggingface" if host.startswith("ModelScope") else "modelscope"
-    variables = _set_variables(host)
-    way = f"look at {variables}" if variables else "set HTTPS_PROXY if there is a proxy"
     return UserError(
-        f"{host} gives no answer ({_reason(error)}): take --source {other}, or {way}, or bring the checkpoint here by "
+        f"{host} gives no answer ({_reason(error)}): take --source {other}, or look at "
+        f"{_set_variables(host) or 'your network'} (a proxy is named in HTTPS_PROXY), or bring the checkpoint here by "
         "other means and give its folder with --source FOLDER. What was fetched is kept."
     )
 
