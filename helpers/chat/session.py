@@ -1,9 +1,8 @@
 """A conversation with a bmodel: history, limits, stop strings, an answer piece by piece and its figures."""
 
-import bisect
-import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from helpers.checkpoint.tokenizer import SYSTEM_PROMPT, QwenTokenizer
@@ -27,11 +26,12 @@ class StopStrings:
         """The text that is certain by now; what may be the beginning of a stop string is held back."""
         text = self._held + piece
         places = [place for stop in self.stops if (place := text.find(stop)) >= 0]
-        if places:
-            self.found, self._held = True, ""
-            return text[: min(places)]
-        certain = len(text) - max((begun(stop, text) for stop in self.stops), default=0)
-        self._held = text[certain:]
+        self.found = bool(places)
+        # With 4 strings of 1000 characters, the service's limit, the search takes some milliseconds at worst.
+        held = range(max(0, len(text) + 1 - max(map(len, self.stops), default=0)), len(text))
+        begun = (place for place in held if any(stop.startswith(text[place:]) for stop in self.stops))
+        certain = min(places) if places else next(begun, len(text))
+        self._held = "" if places else text[certain:]
         return text[:certain]
 
     def end(self) -> str:
@@ -40,32 +40,18 @@ class StopStrings:
         return held
 
 
-def begun(stop: str, text: str) -> int:
-    """With how many of the first characters of `stop`, not all of them, `text` ends."""
-    # The most first: it is that where a long one nearly comes. With 1000 characters, the service's limit, this takes
-    # less than a millisecond at worst.
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
-
-
 class Answer:
     """One answer: iterate over it once for pieces of text without broken characters, then read its figures.
 
-    tokens: ids without the stop token. text: what was yielded; a character that the last token left unfinished
-    is not in it. prompt_tokens: count. finish_reason: "stop", "length" or "cancelled" (`should_stop` said so, or
-    the iteration was given up). timings: seconds on this engine; `Engine.kind_of_time` says of which kind.
+    settings: of QwenRunner.generate. tokens: ids without the stop token. text: what was yielded; a character that
+    the last token left unfinished is not in it. prompt_tokens: count. finish_reason: "stop", "length" or "cancelled"
+    (`should_stop` said so, or the iteration was given up). timings: seconds on this engine; `Engine.kind_of_time`
+    says of which kind.
     Iterating raises UserError where the engine fails.
     """
 
     def __init__(
-        self,
-        runner: QwenRunner,
-        tokenizer: QwenTokenizer,
-        ids: Sequence[int],
-        *,
-        max_new_tokens: int | None = None,
-        sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
-        should_stop: Callable[[], bool] = lambda: False,
+        self, runner: QwenRunner, tokenizer: QwenTokenizer, ids: Sequence[int], *, stop: Sequence[str] = (), **settings
     ):
         self.prompt_tokens = len(ids)
         self.tokens: list[int] = []
@@ -75,13 +61,7 @@ class Answer:
         self._runner = runner
         self._stops = StopStrings(stop)
         self._decoder = tokenizer.stream()
-        self._ids = runner.generate(
-            ids,
-            stop_ids=tokenizer.stop_ids,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            should_stop=should_stop,
-        )
+        self._ids = runner.generate(ids, stop_ids=tokenizer.stop_ids, **settings)
 
     def __iter__(self) -> Iterator[str]:
         try:
@@ -103,6 +83,17 @@ class Answer:
             yield piece
 
 
+def prompt_ids(tokenizer: QwenTokenizer, seq_length: int, messages: list[dict[str, str]]) -> list[int]:
+    """Ids of a conversation, ready for the answer. Raises UserError where they are more than S."""
+    ids = tokenizer.chatml(messages)
+    if len(ids) > seq_length:
+        raise UserError(
+            f"The question takes {len(ids)} tokens with what stands before it, this bmodel was compiled for "
+            f"{seq_length} (S), the answer among them: shorten it, or compile with a larger --seq_length."
+        )
+    return ids
+
+
 def fit_history(
     tokenizer: QwenTokenizer,
     seq_length: int,
@@ -121,68 +112,53 @@ def fit_history(
     if not question.strip():
         raise UserError("The question is empty: type one.")
 
-    def ids_without(dropped: int) -> list[int]:
+    def messages_without(dropped: int) -> list[dict[str, str]]:
         messages = [{"role": "system", "content": system}] if system else []
         for asked, answered in history[dropped:]:
             messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-        return tokenizer.chatml([*messages, {"role": "user", "content": question}])
+        return [*messages, {"role": "user", "content": question}]
 
-    alone = ids_without(len(history))
-    if len(alone) > seq_length:
-        raise UserError(
-            f"The question takes {len(alone)} tokens with the system prompt, this bmodel was compiled for "
-            f"{seq_length} (S), the answer among them: shorten it, or compile with a larger --seq_length."
-        )
-    # Every turn adds tokens, so the fewest turns to drop can be found by halving.
-    droppable = range(max(0, len(history) - max_turns), len(history))
-    dropped = droppable.start + bisect.bisect_left(
-        droppable, True, key=lambda dropped: len(ids_without(dropped)) + reserve <= seq_length
-    )
-    return ids_without(dropped), dropped
+    for dropped in range(max(0, len(history) - max_turns), len(history)):
+        ids = tokenizer.chatml(messages_without(dropped))
+        if len(ids) + reserve <= seq_length:
+            return ids, dropped
+    return prompt_ids(tokenizer, seq_length, messages_without(len(history))), len(history)
 
 
+@dataclass(eq=False)
 class ChatSession:
     """A conversation of several turns with one bmodel.
 
-    history: (question, answer) of the turns that are still remembered. dropped_turns: how many of the oldest the
-    last question had to drop, and `notice` says so in a sentence (else None). last: the last Answer with its
-    figures. max_turns: how many earlier turns are remembered at most; S tokens limit them too.
+    max_turns: how many earlier turns are remembered at most; S tokens limit them too. history: (question, answer) of
+    those that still are. dropped_turns: how many of the oldest the last question had to drop, and `notice` says so in
+    a sentence (else None). last: the last Answer with its figures.
     """
 
-    def __init__(
-        self,
-        runner: QwenRunner,
-        tokenizer: QwenTokenizer,
-        *,
-        system: str = SYSTEM_PROMPT,
-        max_turns: int = MAX_TURNS,
-        sampling: Sampling | None = None,
-        max_new_tokens: int | None = None,
-    ):
-        if max_turns < 0:
-            raise UserError(f"The number of turns to remember is {max_turns}, it must be 0 or more.")
-        if max_new_tokens is not None and max_new_tokens < 1:
-            raise UserError(f"The number of new tokens is {max_new_tokens}, it must be 1 or more.")
-        self.runner = runner
-        self.tokenizer = tokenizer
-        self.system = system
-        self.max_turns = max_turns
-        self.sampling = sampling
-        self.max_new_tokens = max_new_tokens
+    runner: QwenRunner
+    tokenizer: QwenTokenizer
+    _: KW_ONLY
+    system: str = SYSTEM_PROMPT
+    max_turns: int = MAX_TURNS
+    sampling: Sampling | None = None
+    max_new_tokens: int | None = None
+
+    def __post_init__(self):
+        if self.max_turns < 0:
+            raise UserError(f"The number of turns to remember is {self.max_turns}, it must be 0 or more.")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise UserError(f"The number of new tokens is {self.max_new_tokens}, it must be 1 or more.")
         self.history: list[tuple[str, str]] = []
         self.dropped_turns = 0
         self.last: Answer | None = None
-        self._answering = False
-        self._stop = False
+        self._answering = self._stop = False
 
     @property
     def notice(self) -> str | None:
         if not self.dropped_turns:
             return None
-        turns = "turn is" if self.dropped_turns == 1 else f"{self.dropped_turns} turns are"
         return (
-            f"The oldest {turns} forgotten: at most {self.max_turns} are remembered, and only what fits "
-            f"{self.runner.seq_length} tokens (S) with the answer."
+            f"The oldest turns are forgotten, {self.dropped_turns} this time: at most {self.max_turns} are remembered, "
+            f"and only what fits {self.runner.seq_length} tokens (S) with the answer."
         )
 
     def ask(self, question: str) -> Iterator[str]:
@@ -199,27 +175,20 @@ class ChatSession:
         )
         self.history = self.history[self.dropped_turns :]
         self._stop = False
-        self.last = Answer(
-            self.runner,
-            self.tokenizer,
-            ids,
-            max_new_tokens=self.max_new_tokens,
-            sampling=self.sampling,
-            should_stop=lambda: self._stop,
-        )
+        settings = {"max_new_tokens": self.max_new_tokens, "sampling": self.sampling}
+        self.last = Answer(self.runner, self.tokenizer, ids, should_stop=lambda: self._stop, **settings)
         return self._pieces(question, self.last)
 
     def _pieces(self, question: str, answer: Answer) -> Iterator[str]:
-        self._answering, failed = True, False
+        self._answering = True
         try:
             yield from answer
-        except Exception:
-            failed = True
-            raise
+        except GeneratorExit:
+            pass  # given up: what was said counts
         finally:
             self._answering = False
-            if answer.text and not failed:
-                self.history.append((question, answer.text))
+        if answer.text:
+            self.history.append((question, answer.text))
 
     def stop(self) -> None:
         """End the answer that is being given, from any thread, after the token that is being computed."""
@@ -230,22 +199,16 @@ class ChatSession:
         self.history, self.dropped_turns = [], 0
 
 
-def host_bytes() -> int:
-    """Memory this process holds now, in bytes (resident set); 0 where /proc does not tell."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return 0
-
-
 def figures(session: ChatSession) -> str:
     """First-token latency, speed and memory of the last answer in one line that names the kind of time."""
     answer, engine = session.last, session.runner.engine
-    parts = [f"{len(answer.tokens)} tokens", f"first token {answer.timings.first_token_s:.2f} s"]
-    if answer.timings.decode_s:
-        parts.append(f"{answer.timings.tokens_per_s:.2f} token/s")
-    parts[-1] += f" ({KINDS[engine.kind_of_time]})"
-    parts.append(f"memory: {engine.device_bytes / 1e6:.0f} MB on the device, {host_bytes() / 1e6:.0f} MB on the host")
-    return " · ".join(parts)
+    speed = f" · {answer.timings.tokens_per_s:.2f} token/s" if answer.timings.decode_s else ""
+    host_bytes = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")  # resident
+    return (
+        f"{len(answer.tokens)} tokens · first token {answer.timings.first_token_s:.2f} s{speed} "
+        f"({KINDS[engine.kind_of_time]}) · memory: {engine.device_bytes / 1e6:.0f} MB on the device, "
+        f"{host_bytes / 1e6:.0f} MB on the host"
+    )
 
 
 def figures_object(answer: Answer, engine: Engine) -> dict:

@@ -1,16 +1,9 @@
 """Who may ask the service: under which names it is reached, from the pages of which sites, behind which proxies."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_address
-
-
-class Refused(Exception):
-    """One sentence with the remedy; code: for programs."""
-
-    def __init__(self, message: str, code: str):
-        super().__init__(message)
-        self.code = code
 
 
 def short(text: str) -> str:
@@ -24,6 +17,11 @@ def host_name(host: str) -> str:
     if host.startswith("["):
         return host.partition("]")[0] + "]"
     return f"[{host}]" if host.count(":") > 1 else host.partition(":")[0].rstrip(".")
+
+
+def origin_of(scheme: str, host: str) -> str:
+    """The origin of a page, as browsers name it: without the scheme's usual port."""
+    return f"{scheme}://{host.lower().removesuffix({'http': ':80', 'https': ':443'}.get(scheme, ''))}"
 
 
 @dataclass(frozen=True)
@@ -40,35 +38,30 @@ class Access:
     origins: tuple[str, ...] = ()
     proxies: tuple[IPv4Network | IPv6Network, ...] = ()
 
-    def check(self, headers: Mapping[str, str], client: str | None) -> None:
-        """Raise Refused where a request is for a name, or from a page, that is not served. client: its address."""
+    def refusal(self, headers: Mapping[str, str], client: str | None) -> tuple[str, str] | None:
+        """Why a request is not served, in a sentence with the remedy, and the code for programs; else None.
+
+        client: its address.
+        """
         host, origin = headers.get("host", ""), headers.get("origin", "")
-        named, own = [host], {f"http://{host}", f"https://{host}"} if host else set()
+        named, own = [host], {origin_of(scheme, host) for scheme in ("http", "https")}
         address = ip_address(client) if client else None
         address = getattr(address, "ipv4_mapped", None) or address
         if address and any(address in network for network in self.proxies):
-
-            def forwarded(name: str) -> str:
-                # What a proxy adds to what it was sent stands last.
-                return headers.get(f"x-forwarded-{name}", "").rpartition(",")[2].strip()
-
-            public, port = forwarded("host") or host, forwarded("port")
-            named.append(public)
-            bare = host_name(public)
-            port = public[len(bare) + 1 :] or port
-            for scheme in [forwarded("proto")] if forwarded("proto") else ["http", "https"]:
-                usual = port in ("", {"http": "80", "https": "443"}.get(scheme))
-                own.add(f"{scheme}://{bare}" if usual else f"{scheme}://{bare}:{port}")
-        for name in filter(None, named):
-            if self.hosts is not None and host_name(name) not in self.hosts:
-                raise Refused(
-                    f"Requests for the host {short(name)} are not served: `serve --allow-host {short(host_name(name))}`"
-                    " allows them.",
-                    "foreign_host",
-                )
-        if origin and not {origin, "*"} & set(self.origins) and origin.lower() not in {page.lower() for page in own}:
-            raise Refused(
-                f"Requests from the pages of {short(origin)} are not served: `serve --allow-origin {short(origin)}` "
-                "allows them.",
-                "foreign_origin",
+            # What a proxy adds to what it was sent stands last.
+            public, scheme, port = (
+                headers.get(f"x-forwarded-{name}", "").rpartition(",")[2].strip().lower()
+                for name in ("host", "proto", "port")
             )
+            named.append(public := public or host)
+            if port and not re.search(r":\d+$", public):
+                public = f"{public}:{port}"
+            own |= {origin_of(scheme, public) for scheme in ([scheme] if scheme else ["http", "https"])}
+        for name in map(host_name, filter(None, named)):
+            if self.hosts is not None and name not in self.hosts:
+                remedy = f"`serve --allow-host {short(name)}` allows them."
+                return f"Requests for the host {short(name)} are not served: {remedy}", "foreign_host"
+        if origin and not {origin, "*"} & set(self.origins) and origin.lower() not in own:
+            remedy = f"`serve --allow-origin {short(origin)}` allows them."
+            return f"Requests from the pages of {short(origin)} are not served: {remedy}", "foreign_origin"
+        return None

@@ -11,7 +11,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
 
 import anyio
 
@@ -19,60 +18,41 @@ from helpers.chat.session import Answer
 from helpers.checkpoint.tokenizer import QwenTokenizer
 from helpers.errors import UserError
 from helpers.machine import log
-from helpers.run.generation import QwenRunner, Sampling
+from helpers.run.generation import QwenRunner
+from helpers.serve.requests import ApiError
 
 # A prefill on the simulator takes minutes with a large model: nobody should wait for it to stop the service.
 CLOSE_WITHIN_S = 5.0
 CLOSING = "The service is shutting down."
 
 
-class NoAnswer(Exception):
-    """Why a request gets no answer, or no more of it."""
+class EngineFailed(ApiError):
+    """The engine died under this request, could not be opened again, or is being closed."""
+
+    def __init__(self, message: str):
+        super().__init__(503, message, "engine_failed", Retry_After="5")
 
 
-class QueueFull(NoAnswer):
-    """As many requests run and wait as may. retry_after_s: a fair guess, whole seconds."""
-
-    def __init__(self, waiting: int, retry_after_s: int):
-        super().__init__(f"One request is answered at a time and {waiting} are waiting: try again later.")
-        self.retry_after_s = retry_after_s
-
-
-class EngineFailed(NoAnswer):
-    """The engine died under this request, or could not be opened again."""
-
-    retry_after_s = 5
-
-
-class TimeLimit(NoAnswer):
-    """The time limit passed before the first piece of the answer."""
-
-
-@dataclass(eq=False)
 class Job:
-    """One request for an answer. Made on the event loop, run by the chip's thread, read on the event loop."""
+    """One request for an answer. Made on the event loop, run by the chip's thread, read on the event loop.
 
-    ids: Sequence[int]
-    time_limit_s: float
-    max_new_tokens: int | None = None
-    sampling: Sampling = field(default_factory=Sampling)
-    stop: Sequence[str] = ()
+    settings: of Answer. answer: from when the chip has begun with it. text: what has come so far.
+    """
 
-    def __post_init__(self):
-        self.deadline = time.monotonic() + self.time_limit_s
+    def __init__(self, ids: Sequence[int], time_limit_s: float, **settings):
+        self.ids, self.time_limit_s, self.settings = ids, time_limit_s, settings
+        self.deadline = time.monotonic() + time_limit_s
         self.answer: Answer | None = None
-        self.error: Exception | None = None
-        self.started = False
-        self.ended = False
-        self.cancelled = False
+        self.text = ""
+        self.error: ApiError | None = None
+        self.ended = self.cancelled = False
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
-        self._pieces: deque[str] = deque()
 
     @property
     def finish_reason(self) -> str:
         """As OpenAI names it: an answer cut by the time limit ends for "length" too."""
-        return "stop" if self.answer and self.answer.finish_reason == "stop" else "length"
+        return "stop" if self.answer.finish_reason == "stop" else "length"
 
     def over(self) -> bool:
         """Whether nobody waits for this answer any more."""
@@ -80,13 +60,14 @@ class Job:
 
     def push(self, piece: str) -> None:
         """From the chip's thread: hand over a piece of text."""
-        self._pieces.append(piece)
+        self.text += piece
         self._wake()
 
-    def end(self, error: Exception | None = None) -> None:
-        """From any thread: nothing more will come."""
-        self.error, self.ended = error, True
-        self._wake()
+    def end(self, error: ApiError | None = None) -> None:
+        """From any thread: nothing more will come. The first end counts."""
+        if not self.ended:
+            self.error, self.ended = error, True
+            self._wake()
 
     def _wake(self) -> None:
         # The loop may be closed while the last request is being computed.
@@ -94,33 +75,31 @@ class Job:
             self._loop.call_soon_threadsafe(self._changed.set)
 
     async def pieces(self) -> AsyncIterator[str]:
-        """Everything new since the last time, joined; a slow reader gets fewer and larger pieces.
+        """The answer from its beginning, as it comes; a slow reader gets fewer and larger pieces.
 
-        Raises EngineFailed, or TimeLimit where the limit passed before the first piece; past the limit later on,
-        the iteration just ends.
+        Raises ApiError: what the job ended with, or 504 where the time limit passed before the first piece; past the
+        limit later on, the iteration just ends.
         """
-        given = False
+        given = 0
         while True:
             self._changed.clear()
-            ended = self.ended
-            if new := "".join(self._pieces.popleft() for _ in range(len(self._pieces))):
-                given = True
-                yield new
+            ended, piece = self.ended, self.text[given:]
+            if piece:
+                given += len(piece)
+                yield piece
                 continue
             if ended and self.error:
                 raise self.error
-            remaining_s = self.deadline - time.monotonic()
-            if ended or (given and remaining_s <= 0):
+            late = time.monotonic() > self.deadline
+            if late and not given:
+                where = "the answer's first token" if self.answer else "its turn in the queue"
+                message = f"The time limit of {self.time_limit_s:g} s passed while waiting for {where}."
+                raise ApiError(504, message, "time_limit")
+            if ended or late:
                 return
-            if remaining_s <= 0:
-                raise self.too_late()
             # Not asyncio.wait_for: before Python 3.12 it forgets that it was cancelled where a piece comes meanwhile.
-            with anyio.move_on_after(remaining_s):
+            with anyio.move_on_after(self.deadline - time.monotonic()):
                 await self._changed.wait()
-
-    def too_late(self) -> TimeLimit:
-        where = "the answer's first token" if self.started else "its turn in the queue"
-        return TimeLimit(f"The time limit of {self.time_limit_s:g} s passed while waiting for {where}.")
 
 
 class ChipQueue:
@@ -128,14 +107,12 @@ class ChipQueue:
 
     open_runner: makes a QwenRunner on a fresh engine; called again after the engine died. waiting: how many
     requests may wait besides the one that runs.
-    `state` is "ok", "reopening" (the engine died and is being opened) or "failed" (opening it did not work;
-    `failure` says why, and the next request tries again).
+    failure: why opening it again did not work; the next request tries once more.
     """
 
     def __init__(self, open_runner: Callable[[], QwenRunner], tokenizer: QwenTokenizer, waiting: int):
         self.tokenizer = tokenizer
         self.waiting_limit = waiting
-        self.state = "reopening"
         self.failure: str | None = None
         self.answered = 0
         self._open_runner = open_runner
@@ -152,7 +129,7 @@ class ChipQueue:
 
         Raises what opening raised.
         """
-        self._open()
+        self._runner = self._open_runner()
         self._thread.start()
         return self._runner
 
@@ -160,7 +137,7 @@ class ChipQueue:
         """From now on nothing is answered: what waits, and what runs, ends with EngineFailed at once."""
         with self._changed:
             self._closing = True
-            for job in (*self._waiting, *([self._running] if self._running else [])):
+            for job in filter(None, (self._running, *self._waiting)):
                 job.end(EngineFailed(CLOSING))
             self._waiting.clear()
             self._changed.notify_all()
@@ -174,6 +151,11 @@ class ChipQueue:
             self._thread.join(CLOSE_WITHIN_S)
 
     @property
+    def state(self) -> str:
+        """One of "ok", "reopening" (the engine died and is being opened) and "failed" (that did not work)."""
+        return "ok" if self._runner else "failed" if self.failure else "reopening"
+
+    @property
     def waiting(self) -> int:
         return len(self._waiting)
 
@@ -182,14 +164,15 @@ class ChipQueue:
         return self._running is not None
 
     def check_room(self) -> None:
-        """Raise QueueFull where one more request would be too many, EngineFailed where the service ends."""
+        """Raise ApiError where one more request would be too many (429), or the service ends (503)."""
         with self._changed:
             if self._closing:
                 raise EngineFailed(CLOSING)
             # Counted together: before the thread has taken the first of a burst, all of it is waiting.
-            if len(self._waiting) + (self._running is not None) > self.waiting_limit:
-                retry = math.ceil(self._typical_s * (len(self._waiting) + 1))
-                raise QueueFull(len(self._waiting), min(3600, max(1, retry)))
+            if self.waiting + self.busy > self.waiting_limit:
+                message = f"One request is answered at a time and {self.waiting} are waiting: try again later."
+                retry_s = math.ceil(self._typical_s * (self.waiting + 1))
+                raise ApiError(429, message, "rate_limit_exceeded", Retry_After=str(retry_s))
 
     def submit(self, job: Job) -> None:
         """Queue a job. Raises as `check_room` does."""
@@ -205,83 +188,51 @@ class ChipQueue:
             self._waiting.remove(job)
 
     def _work(self) -> None:
-        while job := self._next():
-            self._answer(job)
+        while True:
             with self._changed:
                 self._running = None
-        with contextlib.suppress(Exception):
-            if self._runner:
-                self._runner.engine.close()
-
-    def _next(self) -> Job | None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._waiting or self._closing)
-            if self._closing:
-                return None
-            self._running = self._waiting.popleft()
-            return self._running
+                self._changed.wait_for(lambda: self._waiting or self._closing)
+                if self._closing:
+                    break
+                self._running = job = self._waiting.popleft()
+            if self._runner or self._reopen():
+                self._answer(job)
+            else:
+                job.end(EngineFailed(self.failure))
+        self._close_engine()
 
     def _answer(self, job: Job) -> None:
-        if job.over():
-            job.end(job.too_late())
-            return
-        if self._runner is None and not self._reopen():
-            job.end(EngineFailed(self.failure))
-            return
-        job.started = True
         began = time.monotonic()
         try:
             job.answer = Answer(
-                self._runner,
-                self.tokenizer,
-                job.ids,
-                max_new_tokens=job.max_new_tokens,
-                sampling=job.sampling,
-                stop=job.stop,
-                should_stop=lambda: job.over() or self._closing,
+                self._runner, self.tokenizer, job.ids, should_stop=lambda: job.over() or self._closing, **job.settings
             )
             for piece in job.answer:
                 job.push(piece)
         except Exception as error:
-            if self._closing:
-                job.end(EngineFailed(CLOSING))
-                return
             # Prompts and settings are checked before they are queued: what fails here is the engine.
-            log(f"the engine failed: {error!r}")
             reason = str(error) if isinstance(error, UserError) else repr(error)
             job.end(EngineFailed(f"The engine failed while answering, and is being opened again: {reason}"))
-            with contextlib.suppress(Exception):
-                self._runner.engine.close()
-            self._runner = None
-            self._reopen()
+            self._close_engine()
+            if not self._closing:
+                log(f"the engine failed: {reason}")
+                self._reopen()
             return
         self._typical_s += 0.2 * (time.monotonic() - began - self._typical_s)
-        if self._closing and job.answer.finish_reason == "cancelled":
-            job.end(EngineFailed(CLOSING))
-        elif job.answer.finish_reason == "cancelled" and not job.answer.text:
-            job.end(job.too_late())
-        else:
-            self.answered += 1
-            job.end()
-
-    def _open(self) -> None:
-        self._runner = self._open_runner()
-        self.state, self.failure = "ok", None
+        self.answered += bool(job.answer.tokens)
+        job.end()
 
     def _reopen(self) -> bool:
-        self.state = "reopening"
+        self.failure = None
         try:
-            self._open()
+            self._runner = self._open_runner()
         except Exception as error:
-            self.state = "failed"
             self.failure = f"The engine could not be opened again: {error}"
-            log(self.failure)
-            self._refuse_waiting()
-            return False
-        log("the engine is open again")
-        return True
+        log(self.failure or "the engine is open again")
+        return self._runner is not None
 
-    def _refuse_waiting(self) -> None:
-        with self._changed:
-            while self._waiting:
-                self._waiting.popleft().end(EngineFailed(self.failure))
+    def _close_engine(self) -> None:
+        runner, self._runner = self._runner, None
+        with contextlib.suppress(Exception):
+            if runner:
+                runner.engine.close()

@@ -8,9 +8,9 @@ from dataclasses import fields
 from typing import Annotated, Any, Literal, TypeVar
 
 import anyio
-from pydantic import BaseModel, ConfigDict, Field, RootModel, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 
 from helpers.errors import UserError
@@ -43,6 +43,12 @@ def refusal(scope: dict, error: ApiError) -> JSONResponse:
     if is_openai or (is_openai is None and scope["path"] == "/chat/completions"):
         body |= error.openai()
     return JSONResponse(body, error.status_code, error.headers)
+
+
+class AnyRequest(BaseModel):
+    """With `messages` it is OpenAI's dialect, wherever it was sent to."""
+
+    messages: Any = None
 
 
 class DocumentedRequest(BaseModel):
@@ -154,7 +160,7 @@ async def read_body(request: Request, limit: int, time_limit_s: float) -> bytes:
                     body += chunk
                 elif total > DISCARD_BYTES:
                     break
-    except TimeoutError:
+    except (TimeoutError, ClientDisconnect):
         raise ApiError(408, f"The request did not arrive within {time_limit_s:g} s.") from None
     if total > limit:
         raise ApiError(413, f"The request is longer than {limit} bytes: shorten it.", "request_too_large")
@@ -170,20 +176,11 @@ def parse(body: bytes, model: type[Model], invalid: int) -> Model:
         raise ApiError(400, f"The body is not valid JSON: {error}.", "invalid_json") from None
     except ValidationError as error:
         errors = error.errors(include_url=False, include_input=False)
-    first = errors[0]
-    if first["type"] == "json_invalid":
-        raise ApiError(400, f"The body is not valid JSON: {first['ctx']['error']}.", "invalid_json")
-    # Where a field may be of several types, each has its say: the one that the value is of tells more.
-    same = [e for e in errors if e["loc"][:1] == first["loc"][:1]]
-    told = next((e for e in same if not e["type"].endswith("_type")), first)
+    if errors[0]["type"] == "json_invalid":
+        raise ApiError(400, f"The body is not valid JSON: {errors[0]['ctx']['error']}.", "invalid_json")
+    # Of the first field that is wrong. Where it may be of several types, each has its say: the one that the value is
+    # of tells more.
+    told = min(errors, key=lambda e: (e["loc"][:1] != errors[0]["loc"][:1], e["type"].endswith("_type")))
     names = (str(part) for part in told["loc"])
     field = ".".join(name for name in names if name not in ("str", "constrained-str") and "[" not in name)
     raise ApiError(invalid, f"{field or 'The body'}: {told['msg']}.", "invalid_value", field)
-
-
-def has_messages(body: bytes) -> bool:
-    """Whether it is OpenAI's dialect, wherever it was sent to."""
-    try:
-        return "messages" in parse(body, RootModel[dict[str, Any]], 422).root
-    except ApiError:
-        return False
