@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import os
 import signal
 from collections.abc import Iterator
 
@@ -34,10 +33,8 @@ class Terminal:
         # With it input() has a history, and arrows move in the line instead of joining the question.
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401
-
-            # What does not take room is between \1 and \2: readline has to know where the line begins.
-            return input("\1\x1b[1;32m\2question ❯\1\x1b[0m\2 ")
-        return self.console.input("[bold green]question ❯[/] ")
+        # What does not take room is between \1 and \2: readline has to know where the line begins.
+        return input("\1\x1b[1;32m\2question ❯\1\x1b[0m\2 ")
 
     def answer(self, pieces: Iterator[str]) -> None:
         """Stream an answer; until its first piece, show that work is under way."""
@@ -69,9 +66,7 @@ def as_typed(text: str) -> str:
 
     Those bytes are UTF-8 on nearly every terminal, LC_ALL=C or not; U+FFFD where they are not.
     """
-    if any("\udc80" <= character <= "\udcff" for character in text):
-        text = os.fsencode(text).decode("utf-8", "replace")
-    return text.removeprefix("\ufeff")
+    return text.encode(errors="surrogateescape").decode(errors="replace").removeprefix("\ufeff")
 
 
 def talk(session: ChatSession, terminal: Terminal) -> None:

@@ -1,13 +1,10 @@
 """`python -m helpers chat`: talk with a bmodel, on the chip or on the simulator."""
 
 import argparse
-import atexit
-import contextlib
-import ctypes
 import json
 import os
 import sys
-from collections.abc import Iterator
+from typing import TextIO
 
 from helpers.chat.session import MAX_TURNS, Answer, ChatSession, figures, figures_object
 from helpers.chat.terminal import Terminal, as_typed, talk
@@ -43,60 +40,38 @@ def run(args: argparse.Namespace) -> None:
         args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.repetition_last_n, args.seed
     )
     tokenizer = open_tokenizer(args.model, args.tokenizer)
-    with contextlib.ExitStack() as quiet:
-        if args.json:
-            quiet.enter_context(stdout_to_stderr())
-        with open_engine(args.model, engine=args.engine, devid=args.devid) as engine:
-            log(engine.reason)
-            session = ChatSession(
-                QwenRunner(engine),
-                tokenizer,
-                system=as_typed(args.system),
-                max_turns=args.max_turns,
-                sampling=sampling,
-                max_new_tokens=args.max_new_tokens,
-            )
-            if args.question is None:
-                talk(session, Terminal())
-                return
-            pieces = session.ask(as_typed(args.question))
-            if not args.json:
-                Terminal().answer(pieces)
-                log(figures(session))
-                return
-            for _ in pieces:
+    settings = {"max_turns": args.max_turns, "sampling": sampling, "max_new_tokens": args.max_new_tokens}
+    out = take_stdout() if args.json else sys.stdout
+    with open_engine(args.model, engine=args.engine, devid=args.devid) as engine:
+        log(engine.reason)
+        session = ChatSession(QwenRunner(engine), tokenizer, system=as_typed(args.system), **settings)
+        if args.question is None:
+            talk(session, Terminal())
+        elif args.json:
+            for _ in session.ask(as_typed(args.question)):
                 pass
-    print_object(answer_object(session.last, engine))
+            print_object(answer_object(session.last, engine), out)
+        else:
+            Terminal().answer(session.ask(as_typed(args.question)))
+            log(figures(session))
 
 
-@contextlib.contextmanager
-def stdout_to_stderr() -> Iterator[None]:
-    """What libraries print meanwhile goes to standard error: standard output is for one JSON object."""
-    libc = ctypes.CDLL(None)
+def take_stdout() -> TextIO:
+    """Standard output for one JSON object: what libraries print from now on, to the end, goes to standard error."""
     sys.stdout.flush()
-    kept = os.dup(1)
+    out = open(os.dup(1), "w", encoding=sys.stdout.encoding)
     os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        libc.fflush(None)
-        os.dup2(kept, 1)
-        os.close(kept)
+    return out
 
 
-def print_object(value: dict) -> None:
-    """Print a JSON object, escaped where the terminal lacks a character.
-
-    What libraries print as the process ends goes to standard error.
-    """
+def print_object(value: dict, out: TextIO) -> None:
+    """Print a JSON object, escaped where the terminal lacks a character."""
     text = json.dumps(value, ensure_ascii=False)
     try:
-        text.encode(sys.stdout.encoding or "utf-8")
+        text.encode(out.encoding)
     except UnicodeEncodeError:
         text = json.dumps(value)
-    print(text, flush=True)
-    atexit.register(os.dup2, 2, 1)
+    print(text, file=out, flush=True)
 
 
 def answer_object(answer: Answer, engine: Engine) -> dict:

@@ -55,8 +55,7 @@ def run(args: argparse.Namespace) -> None:
     api_key = read_key(args)
     # A service is ended by SIGTERM, in the same order as by Ctrl-C.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    bound = listen(args.host, args.port)
-    with contextlib.closing(bound):
+    with listen(args.host, args.port) as bound:
         access = read_access(args, is_loopback(bound), api_key is not None)
         tokenizer = open_tokenizer(args.model, args.tokenizer)
 
@@ -65,24 +64,17 @@ def run(args: argparse.Namespace) -> None:
 
         queue = ChipQueue(open_runner, tokenizer, args.waiting)
         runner = queue.start()
-        settings = Settings(
-            model=args.name or Path(args.model).stem,
-            system=args.system,
-            api_key=api_key,
-            time_limit_s=args.time_limit,
-            max_body_bytes=args.max_body,
-            access=access,
-        )
+        name = args.name or Path(args.model).stem
+        settings = Settings(name, args.system, api_key, args.time_limit, args.max_body, access)
         app = create_app(queue, runner, settings)
         # Each connection is a file: a burst of a thousand must not be cut at the usual soft limit of 1024.
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         host, port = bound.getsockname()[:2]
-        engine = runner.engine
-        log(f"{settings.model} on the {engine.reason}\ntimes: {KINDS[engine.kind_of_time]}")
+        log(f"{name} on the {runner.engine.reason}\ntimes: {KINDS[runner.engine.kind_of_time]}")
         if api_key is None and not is_loopback(bound):
             log(f"warning: every machine that reaches {host} may use this service; {KEY_VARIABLE} sets a key.")
-        log(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
+        log(f"listening on http://{host_name(host)}:{port}")
         try:
             # After its own orderly end uvicorn raises the signal that it was ended by once more.
             with contextlib.suppress(KeyboardInterrupt):
@@ -106,16 +98,12 @@ def read_key(args: argparse.Namespace) -> str | None:
 def read_access(args: argparse.Namespace, loopback: bool, has_key: bool) -> Access:
     """Who may ask. Raises UserError where an option is none. loopback: whether it listens on this machine only."""
     for origin in args.allow_origin:
-        if origin in ("*", "null") and not has_key:
-            raise UserError(
-                f"--allow-origin {origin} lets every page on the web ask: set an API key ({KEY_VARIABLE}), or name the "
-                "pages' origin."
-            )
-        if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9._:\[\]-]+", origin):
-            raise UserError(
-                f"--allow-origin is {origin!r}, an origin as browsers send it is needed: https://chat.example.com, "
-                "perhaps with a port, nothing after it."
-            )
+        if origin in ("*", "null"):
+            if not has_key:
+                remedy = f"set an API key ({KEY_VARIABLE}), or name the pages' origin."
+                raise UserError(f"--allow-origin {origin} lets every page on the web ask: {remedy}")
+        elif not re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9._:\[\]-]+", origin):
+            raise UserError(f"--allow-origin is {origin!r}, an origin such as https://chat.example.com is needed.")
     for name in args.allow_host:
         if not re.fullmatch(r"[\w.-]+(:\d+)?|\[?[0-9a-fA-F:.]+\]?(:\d+)?", name, re.ASCII):
             raise UserError(f"--allow-host is {name!r}, a host name such as chat.example.com is needed.")
@@ -123,9 +111,7 @@ def read_access(args: argparse.Namespace, loopback: bool, has_key: bool) -> Acce
         names = ["0.0.0.0/0", "::/0"] if args.forwarded_allow_ips == "*" else args.forwarded_allow_ips.split(",")
         proxies = tuple(ipaddress.ip_network(name.strip(), strict=False) for name in names if name.strip())
     except ValueError as error:
-        raise UserError(
-            f"--forwarded-allow-ips: {error}; addresses such as 127.0.0.1 or 10.0.0.0/8 are needed."
-        ) from None
+        raise UserError(f"--forwarded-allow-ips: {error}; addresses such as 10.0.0.0/8 are needed.") from None
     hosts = None
     if loopback or args.allow_host:
         hosts = frozenset(map(host_name, ["localhost", "127.0.0.1", "::1", args.host, *args.allow_host]))

@@ -1,6 +1,7 @@
 """The HTTP interface over a ChipQueue: the documented route, the OpenAI-compatible ones, a page to chat in."""
 
 import asyncio
+import functools
 import hmac
 import json
 import time
@@ -34,6 +35,7 @@ WEB = Path(__file__).with_name("web")
 
 # An event as sse_starlette sends it: the data alone, or {"event": name, "data": data}.
 Events = AsyncIterator[str | dict[str, str]]
+EventStream = functools.partial(EventSourceResponse, sep="\n", shutdown_grace_period=FAREWELL_S)
 
 
 @dataclass(frozen=True)
@@ -80,16 +82,16 @@ class Front:
 
 
 class JobResponse(Response):
-    """What a job, submitted as this is sent, answers: what `whole()` is in the end, or server-sent events as they come.
+    """A job's answer: what `respond` makes once the job has ended or, with `stream`, once there is something of it.
 
-    Nothing is sent before the first piece: what fails until then (raises ApiError) has a status of its own. When this
+    The job is submitted as this is sent; what fails until then (raises ApiError) has a status of its own. When this
     ends for whatever reason, that the client leaves among them, nobody waits for the job any more.
     """
 
     background = None
 
-    def __init__(self, queue: ChipQueue, job: Job, whole: Callable[[], dict], events: Events | None, headers=None):
-        self.queue, self.job, self.whole, self.events, self.own_headers = queue, job, whole, events, headers
+    def __init__(self, queue: ChipQueue, job: Job, stream: bool | None, respond: Callable[[], Response]):
+        self.queue, self.job, self.stream, self.respond = queue, job, stream, respond
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def until_it_leaves() -> None:
@@ -97,19 +99,14 @@ class JobResponse(Response):
                 pass
             serving.cancel()
 
-        self.queue.submit(self.job)
         with anyio.CancelScope() as serving:
             watcher = asyncio.create_task(until_it_leaves())
             try:
+                self.queue.submit(self.job)
                 async for _ in self.job.pieces():
-                    if self.events:
+                    if self.stream:
                         break
-                if self.events:
-                    settings = {"sep": "\n", "shutdown_grace_period": FAREWELL_S}
-                    answer = EventSourceResponse(self.events, headers=self.own_headers, **settings)
-                else:
-                    answer = JSONResponse(self.whole(), headers=self.own_headers)
-                await answer(scope, anyio.sleep_forever, send)
+                await self.respond()(scope, anyio.sleep_forever, send)
             finally:
                 watcher.cancel()
                 self.queue.cancel(self.job)
@@ -187,8 +184,15 @@ def create_app(queue: ChipQueue, runner: QwenRunner, settings: Settings) -> Fast
             except ApiError as error:
                 yield {"event": "error", "data": error.detail}
 
-        events = cumulative() if asked.stream else None
-        return JobResponse(queue, job, lambda: {"data": job.text}, events, {"X-Dropped-Turns": str(dropped)})
+        def respond() -> Response:
+            headers = {"X-Dropped-Turns": str(dropped)}
+            return (
+                EventStream(cumulative(), headers=headers)
+                if asked.stream
+                else JSONResponse({"data": job.text}, headers=headers)
+            )
+
+        return JobResponse(queue, job, asked.stream, respond)
 
     @app.post("/v1/chat/completions", dependencies=closed, openapi_extra=takes(CompletionRequest))
     async def completions(request: Request) -> Response:
@@ -221,10 +225,12 @@ def create_app(queue: ChipQueue, runner: QwenRunner, settings: Settings) -> Fast
             prompt, completion = job.answer.prompt_tokens, len(job.answer.tokens)
             return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
-        def whole() -> dict:
+        def respond() -> Response:
+            if asked.stream:
+                return EventStream(chunks())
             message = {"role": "assistant", "content": job.text, "refusal": None}
-            said = {"choices": [choice(job.finish_reason, message=message)], "usage": usage()}
-            return {**head, "object": "chat.completion", **said, "timings": figures_object(job.answer, engine)}
+            made = {**head, "object": "chat.completion", "choices": [choice(job.finish_reason, message=message)]}
+            return JSONResponse({**made, "usage": usage(), "timings": figures_object(job.answer, engine)})
 
         def chunk(*choices: dict, **more: dict) -> str:
             made = {**head, "object": "chat.completion.chunk", "choices": choices, **more}
@@ -243,7 +249,7 @@ def create_app(queue: ChipQueue, runner: QwenRunner, settings: Settings) -> Fast
                 yield chunk(usage=usage())
             yield "[DONE]"
 
-        return JobResponse(queue, job, whole, chunks() if asked.stream else None)
+        return JobResponse(queue, job, asked.stream, respond)
 
     model_card = {"id": settings.model, "object": "model", "created": int(time.time()), "owned_by": "local"}
 

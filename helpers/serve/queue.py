@@ -12,8 +12,6 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
-import anyio
-
 from helpers.chat.session import Answer
 from helpers.checkpoint.tokenizer import QwenTokenizer
 from helpers.errors import UserError
@@ -36,27 +34,24 @@ class EngineFailed(ApiError):
 class Job:
     """One request for an answer. Made on the event loop, run by the chip's thread, read on the event loop.
 
-    settings: of Answer. answer: from when the chip has begun with it. text: what has come so far.
+    settings: of Answer. answer: from when the chip has begun with it. text: what has come so far. ended: nothing more
+    will come, nor need it: the answer is whole, its time is over, or nobody waits for it any more.
     """
 
     def __init__(self, ids: Sequence[int], time_limit_s: float, **settings):
         self.ids, self.time_limit_s, self.settings = ids, time_limit_s, settings
-        self.deadline = time.monotonic() + time_limit_s
         self.answer: Answer | None = None
         self.text = ""
         self.error: ApiError | None = None
-        self.ended = self.cancelled = False
+        self.ended = False
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
+        self.timer = self._loop.call_later(time_limit_s, self._time_is_over)
 
     @property
     def finish_reason(self) -> str:
         """As OpenAI names it: an answer cut by the time limit ends for "length" too."""
         return "stop" if self.answer.finish_reason == "stop" else "length"
-
-    def over(self) -> bool:
-        """Whether nobody waits for this answer any more."""
-        return self.cancelled or time.monotonic() > self.deadline
 
     def push(self, piece: str) -> None:
         """From the chip's thread: hand over a piece of text."""
@@ -64,7 +59,7 @@ class Job:
         self._wake()
 
     def end(self, error: ApiError | None = None) -> None:
-        """From any thread: nothing more will come. The first end counts."""
+        """From any thread, for the first reason that there is."""
         if not self.ended:
             self.error, self.ended = error, True
             self._wake()
@@ -74,11 +69,16 @@ class Job:
         with contextlib.suppress(RuntimeError):
             self._loop.call_soon_threadsafe(self._changed.set)
 
+    def _time_is_over(self) -> None:
+        where = "the answer's first token" if self.answer else "its turn in the queue"
+        message = f"The time limit of {self.time_limit_s:g} s passed while waiting for {where}."
+        self.end(None if self.text else ApiError(504, message, "time_limit"))
+
     async def pieces(self) -> AsyncIterator[str]:
         """The answer from its beginning, as it comes; a slow reader gets fewer and larger pieces.
 
-        Raises ApiError: what the job ended with, or 504 where the time limit passed before the first piece; past the
-        limit later on, the iteration just ends.
+        Raises the ApiError that the job ended with: 503, or 504 where its time was over before the first piece. Later
+        on the answer is just cut.
         """
         given = 0
         while True:
@@ -87,19 +87,12 @@ class Job:
             if piece:
                 given += len(piece)
                 yield piece
-                continue
-            if ended and self.error:
-                raise self.error
-            late = time.monotonic() > self.deadline
-            if late and not given:
-                where = "the answer's first token" if self.answer else "its turn in the queue"
-                message = f"The time limit of {self.time_limit_s:g} s passed while waiting for {where}."
-                raise ApiError(504, message, "time_limit")
-            if ended or late:
-                return
-            # Not asyncio.wait_for: before Python 3.12 it forgets that it was cancelled where a piece comes meanwhile.
-            with anyio.move_on_after(self.deadline - time.monotonic()):
+            elif not ended:
                 await self._changed.wait()
+            elif self.error:
+                raise self.error
+            else:
+                return
 
 
 class ChipQueue:
@@ -183,7 +176,8 @@ class ChipQueue:
 
     def cancel(self, job: Job) -> None:
         """Nobody waits for this answer any more: leave the queue, or stop after the token being computed."""
-        job.cancelled = True
+        job.timer.cancel()
+        job.end()
         with self._changed, contextlib.suppress(ValueError):
             self._waiting.remove(job)
 
@@ -204,9 +198,7 @@ class ChipQueue:
     def _answer(self, job: Job) -> None:
         began = time.monotonic()
         try:
-            job.answer = Answer(
-                self._runner, self.tokenizer, job.ids, should_stop=lambda: job.over() or self._closing, **job.settings
-            )
+            job.answer = Answer(self._runner, self.tokenizer, job.ids, should_stop=lambda: job.ended, **job.settings)
             for piece in job.answer:
                 job.push(piece)
         except Exception as error:

@@ -436,10 +436,10 @@ def test_a_manifest_and_a_vocabulary_with_a_byte_order_mark_are_read(bmodel_tiny
 
 def test_what_libraries_print_does_not_reach_standard_output(tmp_path):
     script = (
-        "import ctypes\nfrom helpers.commands.chat import print_object, stdout_to_stderr\nlibc = ctypes.CDLL(None)\n"
+        "import ctypes\nfrom helpers.commands.chat import print_object, take_stdout\nlibc = ctypes.CDLL(None)\n"
         "libc.strdup.restype = ctypes.c_void_p\n"
         "libc.__cxa_atexit(libc.puts, ctypes.c_void_p(libc.strdup(b'at exit')), None)\n"
-        "with stdout_to_stderr():\n    print('python'); libc.puts(b'library')\nprint_object({})\n"
+        "out = take_stdout()\nprint('python'); libc.puts(b'library')\nprint_object({}, out)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "{}\n"
