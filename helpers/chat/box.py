@@ -38,18 +38,17 @@ class ChatBox:
     def __init__(self, session: ChatSession):
         self.session = session
         self._shown: list[tuple[str, str]] = []
+        self._entered: threading.Timer | None = None
+        self._thread: threading.Thread | None = None
         self._transcript = ipywidgets.HTML()
-        self._question = ipywidgets.Text(placeholder="Ask something", continuous_update=False)
-        self._question.layout.flex = "1"
+        self._question = ipywidgets.Text(placeholder="Ask something", continuous_update=False, layout={"flex": "1"})
+        self._question.on_msg(self._submitted)
+        self._question.observe(lambda change: change["new"] and self._text_is_whole(), "value")
         buttons = [ipywidgets.Button(description=name) for name in ("Send", "Stop", "Clear")]
         self._send, self._stop, self._clear = buttons
         self._send.on_click(lambda _: self.send(self._question.value))
-        self._question.on_msg(self._submitted)
-        self._question.observe(lambda change: change["new"] and self._text_is_whole(), "value")
-        self._entered: threading.Timer | None = None
         self._stop.on_click(lambda _: session.stop())
         self._clear.on_click(lambda _: self.clear())
-        self._thread: threading.Thread | None = None
         self.view = ipywidgets.VBox([self._transcript, ipywidgets.HBox([self._question, *buttons])])
         self._busy(False)
 

@@ -143,10 +143,9 @@ class ChatSession:
     max_new_tokens: int | None = None
 
     def __post_init__(self):
-        if self.max_turns < 0:
-            raise UserError(f"The number of turns to remember is {self.max_turns}, it must be 0 or more.")
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise UserError(f"The number of new tokens is {self.max_new_tokens}, it must be 1 or more.")
+        for what, found, least in (("turns to remember", self.max_turns, 0), ("new tokens", self.max_new_tokens, 1)):
+            if found is not None and found < least:
+                raise UserError(f"The number of {what} is {found}, it must be {least} or more.")
         self.history: list[tuple[str, str]] = []
         self.dropped_turns = 0
         self.last: Answer | None = None

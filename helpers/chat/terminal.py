@@ -13,12 +13,11 @@ class Terminal:
     """Writes to people: with rich where it is installed, else plainly."""
 
     def __init__(self):
-        try:
+        self.console = None
+        with contextlib.suppress(ImportError):
             from rich.console import Console
 
             self.console = Console(highlight=False)
-        except ImportError:
-            self.console = None
 
     def say(self, text: str, style: str | None = "dim", end: str = "\n") -> None:
         if self.console:

@@ -1,6 +1,7 @@
 """The arguments that `chat` and `serve` share: which bmodel, with which tokenizer, on which engine."""
 
 import argparse
+import re
 from pathlib import Path
 
 from helpers.artefacts import read_manifest
@@ -20,12 +21,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def device_ids(text: str) -> tuple[int, ...]:
     """`0` or `2,3` as given to --devid."""
-    try:
-        ids = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of device ids such as 0 or 2,3") from None
-    if min(ids) < 0 or len(set(ids)) != len(ids):
-        raise argparse.ArgumentTypeError(f"{text!r} names a device twice, or a negative one")
+    ids = tuple(map(int, text.split(","))) if re.fullmatch(r"\d+(,\d+)*", text.replace(" ", "")) else ()
+    if not ids or len(set(ids)) != len(ids):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different device ids such as 0 or 2,3")
     return ids
 
 
@@ -42,8 +40,6 @@ def open_tokenizer(model: str | Path, tokenizer: str | None) -> QwenTokenizer:
         named = None
     if not named:
         read_bmodel(Path(model))
-        raise UserError(
-            f"{model} has no manifest that names its tokenizer: give --tokenizer, a checkpoint folder or a "
-            "qwen.tiktoken."
-        )
+        remedy = "give --tokenizer, a checkpoint folder or a qwen.tiktoken."
+        raise UserError(f"{model} has no manifest that names its tokenizer: {remedy}")
     return QwenTokenizer.open(Path(model).parent / named)

@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import fields
 from typing import TextIO
 
 from helpers.chat.session import MAX_TURNS, Answer, ChatSession, figures, figures_object
@@ -36,9 +37,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--json answers one question: give it with --question.")
     if sys.__stdout__ is None:
         raise UserError("Standard output is closed, and the answer goes there: leave it open, or write `> FILE`.")
-    sampling = Sampling(
-        args.temperature, args.top_p, args.top_k, args.repetition_penalty, args.repetition_last_n, args.seed
-    )
+    sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
     tokenizer = open_tokenizer(args.model, args.tokenizer)
     settings = {"max_turns": args.max_turns, "sampling": sampling, "max_new_tokens": args.max_new_tokens}
     out = take_stdout() if args.json else sys.stdout

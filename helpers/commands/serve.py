@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import functools
 import ipaddress
 import os
 import re
@@ -17,7 +18,6 @@ from helpers.run.generation import QwenRunner
 from helpers.run.latency import KINDS
 from helpers.serve.access import Access, host_name
 
-PORT = 8000  # as documented
 WAITING = 16
 KEY_VARIABLE = "QWEN_SERVICE_API_KEY"
 
@@ -26,15 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument("--name", help="the model's name over HTTP; default: the bmodel's file name")
     parser.add_argument("--host", default="127.0.0.1", help="default: this machine only; 0.0.0.0 for all")
-    parser.add_argument("--port", type=int, default=PORT, help="0 takes a free one")
+    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
     parser.add_argument("--api-key", help=f"ask every client for it; better given as {KEY_VARIABLE}")
     parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help="a name to be reached by")
-    parser.add_argument(
-        "--allow-origin", action="append", default=[], metavar="ORIGIN", help="whose pages may ask: https://NAME or *"
-    )
-    parser.add_argument(
-        "--forwarded-allow-ips", default="", metavar="IP[,IP]", help="proxies whose X-Forwarded-* are believed, or *"
-    )
+    parser.add_argument("--allow-origin", action="append", default=[], metavar="URL", help="whose pages may ask, or *")
+    parser.add_argument("--forwarded-allow-ips", default="", metavar="IP[,IP]", help="whose X-Forwarded-* count, or *")
     parser.add_argument("--waiting", type=int, default=WAITING, help="requests that may wait; more get 429")
     parser.add_argument("--time-limit", type=float, default=600, metavar="S", help="seconds a request, waiting too")
     parser.add_argument("--max-body", type=int, default=1 << 19, metavar="BYTES", help="longest request")
@@ -58,11 +54,8 @@ def run(args: argparse.Namespace) -> None:
     with listen(args.host, args.port) as bound:
         access = read_access(args, is_loopback(bound), api_key is not None)
         tokenizer = open_tokenizer(args.model, args.tokenizer)
-
-        def open_runner() -> QwenRunner:
-            return QwenRunner(open_engine(args.model, engine=args.engine, devid=args.devid))
-
-        queue = ChipQueue(open_runner, tokenizer, args.waiting)
+        engine = functools.partial(open_engine, args.model, engine=args.engine, devid=args.devid)
+        queue = ChipQueue(lambda: QwenRunner(engine()), tokenizer, args.waiting)
         runner = queue.start()
         name = args.name or Path(args.model).stem
         settings = Settings(name, args.system, api_key, args.time_limit, args.max_body, access)
@@ -86,12 +79,10 @@ def run(args: argparse.Namespace) -> None:
 
 def read_key(args: argparse.Namespace) -> str | None:
     """The API key that clients must send, None for none. Raises UserError where no client can send it."""
-    where = f"The API key in {KEY_VARIABLE}" if args.api_key is None else "The --api-key"
-    key = args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE) or None
-    if key is not None and (not key or not key.isascii() or not key.isprintable() or key != key.strip()):
-        raise UserError(
-            f"{where} cannot be sent in a header: it must be ASCII letters, digits and signs, without blanks around it."
-        )
+    key = os.environ.get(KEY_VARIABLE) or None if args.api_key is None else args.api_key
+    if key is not None and not re.fullmatch(r"[!-~]([ -~]*[!-~])?", key):
+        where = f"The API key in {KEY_VARIABLE}" if args.api_key is None else "The --api-key"
+        raise UserError(f"{where} cannot be sent in a header: ASCII signs without blanks around them can.")
     return key
 
 
@@ -112,7 +103,5 @@ def read_access(args: argparse.Namespace, loopback: bool, has_key: bool) -> Acce
         proxies = tuple(ipaddress.ip_network(name.strip(), strict=False) for name in names if name.strip())
     except ValueError as error:
         raise UserError(f"--forwarded-allow-ips: {error}; addresses such as 10.0.0.0/8 are needed.") from None
-    hosts = None
-    if loopback or args.allow_host:
-        hosts = frozenset(map(host_name, ["localhost", "127.0.0.1", "::1", args.host, *args.allow_host]))
-    return Access(hosts, tuple(args.allow_origin), proxies)
+    hosts = frozenset(map(host_name, ["localhost", "127.0.0.1", "::1", args.host, *args.allow_host]))
+    return Access(hosts if loopback or args.allow_host else None, tuple(args.allow_origin), proxies)

@@ -6,11 +6,6 @@ from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network, ip_address
 
 
-def short(text: str) -> str:
-    """What a client sent, as an error quotes it: what is long is cut."""
-    return text if len(text) <= 100 else f"{text[:100]}…"
-
-
 def host_name(host: str) -> str:
     """A Host header or an address as it is compared: without its port, in small letters, IPv6 in brackets."""
     host = host.strip().lower()
@@ -39,10 +34,7 @@ class Access:
     proxies: tuple[IPv4Network | IPv6Network, ...] = ()
 
     def refusal(self, headers: Mapping[str, str], client: str | None) -> tuple[str, str] | None:
-        """Why a request is not served, in a sentence with the remedy, and the code for programs; else None.
-
-        client: its address.
-        """
+        """Why a request from this address is not served, with the remedy, and the code for programs; else None."""
         host, origin = headers.get("host", ""), headers.get("origin", "")
         named, own = [host], {origin_of(scheme, host) for scheme in ("http", "https")}
         address = ip_address(client) if client else None
@@ -59,9 +51,9 @@ class Access:
             own |= {origin_of(scheme, public) for scheme in ([scheme] if scheme else ["http", "https"])}
         for name in map(host_name, filter(None, named)):
             if self.hosts is not None and name not in self.hosts:
-                remedy = f"`serve --allow-host {short(name)}` allows them."
-                return f"Requests for the host {short(name)} are not served: {remedy}", "foreign_host"
+                remedy = f"`serve --allow-host {name:.100}` allows them."
+                return f"Requests for the host {name:.100} are not served: {remedy}", "foreign_host"
         if origin and not {origin, "*"} & set(self.origins) and origin.lower() not in own:
-            remedy = f"`serve --allow-origin {short(origin)}` allows them."
-            return f"Requests from the pages of {short(origin)} are not served: {remedy}", "foreign_origin"
+            remedy = f"`serve --allow-origin {origin:.100}` allows them."
+            return f"Requests from the pages of {origin:.100} are not served: {remedy}", "foreign_origin"
         return None

@@ -16,7 +16,7 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.staticfiles import StaticFiles
-from pydantic import BaseModel
+from pydantic import BaseModel, RootModel
 from sse_starlette import EventSourceResponse
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -26,15 +26,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from helpers.chat.session import figures_object, fit_history, prompt_ids
 from helpers.errors import UserError
 from helpers.run.generation import QwenRunner
-from helpers.serve.access import Access, short
+from helpers.serve.access import Access
 from helpers.serve.queue import ChipQueue, Job
-from helpers.serve.requests import AnyRequest, ApiError, CompletionRequest, DocumentedRequest, parse, read_body, refusal
+from helpers.serve.requests import ApiError, CompletionRequest, DocumentedRequest, parse, read_body, refusal
 from helpers.serve.server import FAREWELL_S
 
 WEB = Path(__file__).with_name("web")
-
-# An event as sse_starlette sends it: the data alone, or {"event": name, "data": data}.
-Events = AsyncIterator[str | dict[str, str]]
+Bearer = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 EventStream = functools.partial(EventSourceResponse, sep="\n", shutdown_grace_period=FAREWELL_S)
 
 
@@ -56,9 +54,8 @@ async def refuse(request: Request, error: Exception) -> Response:
         error = ApiError(400, str(error), "invalid_value")
     elif not isinstance(error, ApiError):
         # A route, or a method of it, that is not there.
-        allowed = error.headers.get("Allow", "GET") if error.headers else "GET"
-        allowed = f"{allowed}, HEAD" if "GET" in allowed else allowed
-        sentence = f"{request.method} {short(request.url.path)}: {error.detail}."
+        allowed = (error.headers or {}).get("Allow", "GET").replace("GET", "GET, HEAD")
+        sentence = f"{request.method} {request.url.path:.100}: {error.detail}."
         error = ApiError(error.status_code, sentence, **({"Allow": allowed} if error.status_code == 405 else {}))
     return refusal(request.scope, error)
 
@@ -122,21 +119,18 @@ def create_app(queue: ChipQueue, runner: QwenRunner, settings: Settings) -> Fast
         redirect_slashes=False,
         exception_handlers={HTTPException: refuse, UserError: refuse},
     )
-    if settings.access.origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.access.origins,
-            allow_methods=["GET", "HEAD", "POST"],
-            allow_headers=["*"],
-            allow_private_network=True,
-            expose_headers=["Retry-After", "X-Dropped-Turns"],
-        )
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=settings.access.origins,
+        allow_methods=["GET", "HEAD", "POST"],
+        allow_headers=["*"],
+        allow_private_network=True,
+        expose_headers=["Retry-After", "X-Dropped-Turns"],
+    )
     app.add_middleware(Front, access=settings.access)
     seq_length, engine = runner.seq_length, runner.engine
 
-    async def check_key(
-        given: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))],
-    ) -> None:
+    async def check_key(given: Bearer) -> None:
         if not given or not hmac.compare_digest(given.credentials.strip().encode(), settings.api_key.encode()):
             message = "This service wants its API key, as `Authorization: Bearer KEY`."
             raise ApiError(401, message, "invalid_api_key", WWW_Authenticate="Bearer")
@@ -145,8 +139,8 @@ def create_app(queue: ChipQueue, runner: QwenRunner, settings: Settings) -> Fast
 
     def check_model(name: str) -> None:
         if name != settings.model:
-            known = f"There is no model {short(name)!r} here, only {settings.model!r}."
-            raise ApiError(404, known, "model_not_found", "model")
+            message = f"There is no model '{name:.100}' here, only {settings.model!r}."
+            raise ApiError(404, message, "model_not_found", "model")
 
     def takes(model: type[BaseModel]) -> dict:
         """What OpenAPI says of a body that the route reads by itself."""
@@ -163,7 +157,7 @@ def create_app(queue: ChipQueue, runner: QwenRunner, settings: Settings) -> Fast
         """
         body = await read_body(request, settings.max_body_bytes, settings.time_limit_s)
         request.state.openai = False
-        if "messages" in parse(body, AnyRequest, 422).model_fields_set:
+        if "messages" in parse(body, RootModel[dict], 422).root:
             request.state.openai = True
             return await answer_openai(body)
         asked = parse(body, DocumentedRequest, 422)
@@ -174,23 +168,19 @@ def create_app(queue: ChipQueue, runner: QwenRunner, settings: Settings) -> Fast
         )
         job = Job(ids, settings.time_limit_s)
 
-        async def cumulative() -> Events:
-            text = ""
+        async def cumulative() -> AsyncIterator[str | dict[str, str]]:
             try:
-                async for piece in job.pieces():
-                    text += piece
-                    yield text
-                yield {"event": "done", "data": text}
+                async for _ in job.pieces():
+                    yield job.text
+                yield {"event": "done", "data": job.text}
             except ApiError as error:
                 yield {"event": "error", "data": error.detail}
 
         def respond() -> Response:
             headers = {"X-Dropped-Turns": str(dropped)}
-            return (
-                EventStream(cumulative(), headers=headers)
-                if asked.stream
-                else JSONResponse({"data": job.text}, headers=headers)
-            )
+            if asked.stream:
+                return EventStream(cumulative(), headers=headers)
+            return JSONResponse({"data": job.text}, headers=headers)
 
         return JobResponse(queue, job, asked.stream, respond)
 
@@ -236,7 +226,7 @@ def create_app(queue: ChipQueue, runner: QwenRunner, settings: Settings) -> Fast
             made = {**head, "object": "chat.completion.chunk", "choices": choices, **more}
             return json.dumps(made, ensure_ascii=False)
 
-        async def chunks() -> Events:
+        async def chunks() -> AsyncIterator[str]:
             yield chunk(choice(delta={"role": "assistant", "content": ""}))
             try:
                 async for piece in job.pieces():

@@ -6,9 +6,7 @@ or leaves, does not keep the chip from the next request.
 
 import asyncio
 import contextlib
-import math
 import threading
-import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -22,13 +20,14 @@ from helpers.serve.requests import ApiError
 # A prefill on the simulator takes minutes with a large model: nobody should wait for it to stop the service.
 CLOSE_WITHIN_S = 5.0
 CLOSING = "The service is shutting down."
+RETRY_AFTER_S = "5"
 
 
 class EngineFailed(ApiError):
     """The engine died under this request, could not be opened again, or is being closed."""
 
     def __init__(self, message: str):
-        super().__init__(503, message, "engine_failed", Retry_After="5")
+        super().__init__(503, message, "engine_failed", Retry_After=RETRY_AFTER_S)
 
 
 class Job:
@@ -110,18 +109,13 @@ class ChipQueue:
         self.answered = 0
         self._open_runner = open_runner
         self._runner: QwenRunner | None = None
-        self._waiting: deque[Job] = deque()
-        self._running: Job | None = None
+        self._jobs: deque[Job] = deque()  # the first is the one that the thread answers
         self._changed = threading.Condition()
         self._closing = False
-        self._typical_s = 1.0
         self._thread = threading.Thread(target=self._work, name="chip", daemon=True)
 
     def start(self) -> QwenRunner:
-        """Open the engine and return its runner, to read its sizes (S, what it can do) but never to run it.
-
-        Raises what opening raised.
-        """
+        """Open the engine (raises what that raises). The runner is there to read its sizes, never to run it."""
         self._runner = self._open_runner()
         self._thread.start()
         return self._runner
@@ -130,17 +124,16 @@ class ChipQueue:
         """From now on nothing is answered: what waits, and what runs, ends with EngineFailed at once."""
         with self._changed:
             self._closing = True
-            for job in filter(None, (self._running, *self._waiting)):
+            for job in self._jobs:
                 job.end(EngineFailed(CLOSING))
-            self._waiting.clear()
             self._changed.notify_all()
 
     def close(self) -> None:
         """Refuse, stop after the token being computed, or after a while amid it, and close the engine."""
         self.refuse()
         self._thread.join(CLOSE_WITHIN_S)
-        if self._thread.is_alive() and self._runner:
-            self._runner.engine.close()
+        if self._thread.is_alive():
+            self._close_engine()
             self._thread.join(CLOSE_WITHIN_S)
 
     @property
@@ -150,53 +143,51 @@ class ChipQueue:
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return max(0, len(self._jobs) - 1)
 
     @property
     def busy(self) -> bool:
-        return self._running is not None
+        return bool(self._jobs)
 
     def check_room(self) -> None:
         """Raise ApiError where one more request would be too many (429), or the service ends (503)."""
-        with self._changed:
-            if self._closing:
-                raise EngineFailed(CLOSING)
-            # Counted together: before the thread has taken the first of a burst, all of it is waiting.
-            if self.waiting + self.busy > self.waiting_limit:
-                message = f"One request is answered at a time and {self.waiting} are waiting: try again later."
-                retry_s = math.ceil(self._typical_s * (self.waiting + 1))
-                raise ApiError(429, message, "rate_limit_exceeded", Retry_After=str(retry_s))
+        if self._closing:
+            raise EngineFailed(CLOSING)
+        if len(self._jobs) > self.waiting_limit:
+            message = f"One request is answered at a time and {self.waiting} are waiting: try again later."
+            raise ApiError(429, message, "rate_limit_exceeded", Retry_After=RETRY_AFTER_S)
 
     def submit(self, job: Job) -> None:
         """Queue a job. Raises as `check_room` does."""
         with self._changed:
             self.check_room()
-            self._waiting.append(job)
+            self._jobs.append(job)
             self._changed.notify_all()
 
     def cancel(self, job: Job) -> None:
         """Nobody waits for this answer any more: leave the queue, or stop after the token being computed."""
         job.timer.cancel()
         job.end()
-        with self._changed, contextlib.suppress(ValueError):
-            self._waiting.remove(job)
+        with self._changed:
+            if job in self._jobs and job is not self._jobs[0]:
+                self._jobs.remove(job)
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._running = None
-                self._changed.wait_for(lambda: self._waiting or self._closing)
-                if self._closing:
-                    break
-                self._running = job = self._waiting.popleft()
+                self._changed.wait_for(lambda: self._jobs or self._closing)
+            if self._closing:
+                break
+            job = self._jobs[0]
             if self._runner or self._reopen():
                 self._answer(job)
             else:
                 job.end(EngineFailed(self.failure))
+            with self._changed:
+                self._jobs.popleft()
         self._close_engine()
 
     def _answer(self, job: Job) -> None:
-        began = time.monotonic()
         try:
             job.answer = Answer(self._runner, self.tokenizer, job.ids, should_stop=lambda: job.ended, **job.settings)
             for piece in job.answer:
@@ -210,7 +201,6 @@ class ChipQueue:
                 log(f"the engine failed: {reason}")
                 self._reopen()
             return
-        self._typical_s += 0.2 * (time.monotonic() - began - self._typical_s)
         self.answered += bool(job.answer.tokens)
         job.end()
 

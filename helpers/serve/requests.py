@@ -5,7 +5,7 @@ Two dialects: the documented route's, and OpenAI's.
 
 import json
 from dataclasses import fields
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import anyio
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -31,8 +31,8 @@ class ApiError(HTTPException):
         self.code, self.param = code, param
 
     def openai(self) -> dict:
-        kind = "invalid_request_error" if self.status_code < 500 else "server_error"
-        kind = "rate_limit_error" if self.status_code == 429 else kind
+        usual = "invalid_request_error" if self.status_code < 500 else "server_error"
+        kind = "rate_limit_error" if self.status_code == 429 else usual
         return {"error": {"message": self.detail, "type": kind, "param": self.param, "code": self.code}}
 
 
@@ -43,12 +43,6 @@ def refusal(scope: dict, error: ApiError) -> JSONResponse:
     if is_openai or (is_openai is None and scope["path"] == "/chat/completions"):
         body |= error.openai()
     return JSONResponse(body, error.status_code, error.headers)
-
-
-class AnyRequest(BaseModel):
-    """With `messages` it is OpenAI's dialect, wherever it was sent to."""
-
-    messages: Any = None
 
 
 class DocumentedRequest(BaseModel):
@@ -62,9 +56,8 @@ class DocumentedRequest(BaseModel):
     def turns(self) -> list[tuple[str, str]]:
         """(question, answer) in order. Raises UserError where an answer is missing."""
         if len(self.history) % 2:
-            raise UserError(
-                f"history has {len(self.history)} entries, an even number is needed: user and assistant alternate."
-            )
+            found = len(self.history)
+            raise UserError(f"history has {found} entries, an even number is needed: user and assistant alternate.")
         return list(zip(self.history[::2], self.history[1::2], strict=True))
 
 
