@@ -205,7 +205,8 @@ def create_app(queue: ChipQueue, runner: QwenRunner, settings: Settings) -> Fast
         except UserError as error:
             raise ApiError(400, str(error), "context_length_exceeded", "messages") from None
         most = asked.max_completion_tokens or asked.max_tokens
-        job = Job(ids, settings.time_limit_s, max_new_tokens=most, sampling=sampling, stop=asked.stops())
+        stops = [asked.stop] if isinstance(asked.stop, str) else asked.stop or []
+        job = Job(ids, settings.time_limit_s, max_new_tokens=most, sampling=sampling, stop=stops)
         head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": settings.model}
 
         def choice(finish_reason: str | None = None, **said: dict) -> dict:

@@ -138,9 +138,6 @@ class CompletionRequest(BaseModel):
             given["seed"] %= 1 << 63
         return Sampling(**given)
 
-    def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
-
 
 async def read_body(request: Request, limit: int, time_limit_s: float) -> bytes:
     """The request's body. Raises ApiError where it is longer than `limit` bytes, or does not arrive."""

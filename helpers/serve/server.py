@@ -12,14 +12,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from helpers.errors import UserError
 from helpers.serve.queue import ChipQueue
 
-BACKLOG = 2048
 # A connection on which the headers of a request are not whole after this long is closed; so is one that has been idle
 # for so long: whoever keeps connections open, a proxy for instance, usually does it for a minute.
 HEADERS_WITHIN_S = 120
 # A connection whose client takes nothing for this long is cut: sending and closing would wait for it for ever.
 STALLED_S = 600
-# What the kernel holds for a client that does not read; by itself Linux goes up to 4 MB.
-SEND_BUFFER_BYTES = 64 << 10
 # At the end every client is told; a connection that then still has something to send after this long is cut.
 FAREWELL_S = 60
 
@@ -30,13 +27,12 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"--port is {port}, it must be 0 (a free one) to 65535.")
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        dual = family == socket.AF_INET6
-        bound = socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=dual)
+        bound = socket.create_server(address, family=family, backlog=2048, dualstack_ipv6=family == socket.AF_INET6)
     except OSError as error:
         raise UserError(f"Cannot listen on {host} port {port} ({error}): take another --host or --port.") from None
-    # Those it accepts inherit both.
+    # Those it accepts inherit both. For a client that does not read, Linux by itself would hold up to 4 MB.
     bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * STALLED_S)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 64 << 10)
     return bound
 
 
