@@ -161,10 +161,9 @@ def create_app(queue: ChipQueue, runner: QwenRunner, settings: Settings) -> Fast
             request.state.openai = True
             return await answer_openai(body)
         asked = parse(body, DocumentedRequest, 422)
-        turns = asked.turns()
         queue.check_room()
         ids, dropped = await asyncio.to_thread(
-            fit_history, queue.tokenizer, seq_length, settings.system, turns, asked.question, seq_length // 4
+            fit_history, queue.tokenizer, seq_length, settings.system, asked.turns(), asked.question, seq_length // 4
         )
         job = Job(ids, settings.time_limit_s)
 

@@ -6,6 +6,7 @@ or leaves, does not keep the chip from the next request.
 
 import asyncio
 import contextlib
+import math
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -20,14 +21,13 @@ from helpers.serve.requests import ApiError
 # A prefill on the simulator takes minutes with a large model: nobody should wait for it to stop the service.
 CLOSE_WITHIN_S = 5.0
 CLOSING = "The service is shutting down."
-RETRY_AFTER_S = "5"
 
 
 class EngineFailed(ApiError):
     """The engine died under this request, could not be opened again, or is being closed."""
 
     def __init__(self, message: str):
-        super().__init__(503, message, "engine_failed", Retry_After=RETRY_AFTER_S)
+        super().__init__(503, message, "engine_failed", Retry_After="5")
 
 
 class Job:
@@ -112,6 +112,7 @@ class ChipQueue:
         self._jobs: deque[Job] = deque()  # the first is the one that the thread answers
         self._changed = threading.Condition()
         self._closing = False
+        self._answer_s = 1.0  # what the last answer took
         self._thread = threading.Thread(target=self._work, name="chip", daemon=True)
 
     def start(self) -> QwenRunner:
@@ -155,7 +156,8 @@ class ChipQueue:
             raise EngineFailed(CLOSING)
         if len(self._jobs) > self.waiting_limit:
             message = f"One request is answered at a time and {self.waiting} are waiting: try again later."
-            raise ApiError(429, message, "rate_limit_exceeded", Retry_After=RETRY_AFTER_S)
+            guess_s = math.ceil(self._answer_s * len(self._jobs))
+            raise ApiError(429, message, "rate_limit_exceeded", Retry_After=str(guess_s))
 
     def submit(self, job: Job) -> None:
         """Queue a job. Raises as `check_room` does."""
@@ -201,7 +203,9 @@ class ChipQueue:
                 log(f"the engine failed: {reason}")
                 self._reopen()
             return
-        self.answered += bool(job.answer.tokens)
+        if job.answer.tokens:
+            self.answered += 1
+            self._answer_s = job.answer.timings.first_token_s + sum(job.answer.timings.decode_s)
         job.end()
 
     def _reopen(self) -> bool:

@@ -168,8 +168,7 @@ def parse(body: bytes, model: type[Model], invalid: int) -> Model:
         errors = error.errors(include_url=False, include_input=False)
     if errors[0]["type"] == "json_invalid":
         raise ApiError(400, f"The body is not valid JSON: {errors[0]['ctx']['error']}.", "invalid_json")
-    # Of the first field that is wrong. Where it may be of several types, each has its say: the one that the value is
-    # of tells more.
+    # Of the first wrong field. Where it may be of several types, the one that the value is of tells more.
     told = min(errors, key=lambda e: (e["loc"][:1] != errors[0]["loc"][:1], e["type"].endswith("_type")))
     names = (str(part) for part in told["loc"])
     field = ".".join(name for name in names if name not in ("str", "constrained-str") and "[" not in name)
