@@ -1,7 +1,5 @@
 """`python -m helpers patch`: change Qwen's code so that it exports; --revert takes it back."""
 
-from pathlib import Path
-
 from helpers import machine
 from helpers.errors import UserError
 from helpers.patching import patching
@@ -19,8 +17,7 @@ def add_arguments(parser) -> None:
 
 def run(args) -> int:
     if args.status:
-        report = patching.Report(Path(args.model_path), patching.status(args.model_path))
-        print("\n".join(str(report).splitlines()[:-1]))
+        print(*patching.status(args.model_path), sep="\n")
         return 0
     if args.revert:
         if args.out or args.seq_length:

@@ -13,7 +13,7 @@ import json
 import os
 import runpy
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -43,16 +43,11 @@ class Patch:
     reason: str
     change: Callable
 
-    def __call__(self, text: str, seq_length: int) -> str:
-        """The changed text. Raises NotNeededError or MisfitError."""
-        if self.file.endswith(".py"):
-            return self.change(Source(text)).text
-        return self.change(text, seq_length)
-
     def outcome(self, text: str, seq_length: int) -> tuple[str, str, str]:
         """(state, note, the text afterwards) of trying it on a text."""
         try:
-            return APPLIED, "", self(text, seq_length)
+            python = self.file.endswith(".py")
+            return APPLIED, "", self.change(Source(text)).text if python else self.change(text, seq_length)
         except NotNeededError as reason:
             return NOT_NEEDED, str(reason), text
         except MisfitError as reason:
@@ -77,6 +72,9 @@ class Step:
         )
         return "\n".join(lines)
 
+    def __str__(self) -> str:
+        return f"{self.patch.name:32} {self.state:12} {self.note}".rstrip()
+
 
 @dataclass(frozen=True)
 class Report:
@@ -88,9 +86,8 @@ class Report:
     warnings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"{step.patch.name:32} {step.state:12} {step.note}".rstrip() for step in self.steps]
         done = f"changed: {', '.join(self.changed)}" if self.changed else "nothing to change"
-        return "\n".join([*lines, f"{self.folder}: {done}"])
+        return "\n".join([*map(str, self.steps), f"{self.folder}: {done}"])
 
 
 @cache
@@ -126,7 +123,7 @@ def apply(
     copying = target.absolute() != source.absolute()
     if copying:
         record = _read(target)[1] if (target / RECORD).exists() else {}
-    trained = _trained(source, originals)
+    trained = trained_seq_length(source, originals)
     length = seq_length or record.get("seq_length") or min(SEQ_LENGTH, trained)
     steps = plan(originals, length, _chosen(only) | set(record.get("patches", ())))
     _check_plan(source, steps)
@@ -151,8 +148,7 @@ def revert(model_path: str | Path, only: Iterable[str] | None = None) -> Report:
     steps = plan(originals, record["seq_length"], remaining)
     changed = _write(folder, originals, steps, record["seq_length"])
     if not remaining:
-        with _writing(folder):
-            (folder / RECORD).unlink()
+        (folder / RECORD).unlink()
     return Report(folder, steps, changed)
 
 
@@ -160,7 +156,7 @@ def status(model_path: str | Path) -> list[Step]:
     """What each patch has done, or would do, to a checkpoint. Changes nothing."""
     folder = Path(model_path)
     originals, record = _read(folder)
-    length = record.get("seq_length") or min(SEQ_LENGTH, _trained(folder, originals))
+    length = record.get("seq_length") or min(SEQ_LENGTH, trained_seq_length(folder, originals))
     steps = plan(originals, length, set(record.get("patches", ())))
     current = {name: _text(folder / name) for name in FILES}
     if current == _results(originals, steps):
@@ -214,16 +210,13 @@ def require_patched(model_path: str | Path) -> None:
         )
 
 
-def trained_seq_length(model_path: str | Path) -> int:
+def trained_seq_length(model_path: str | Path, originals: dict[str, str] | None = None) -> int:
     """The sequence length the model was trained for: config.json's before patching.
 
-    Raises UserError where the folder is not a checkpoint.
+    originals: the texts of FILES, where they were read already. Raises UserError where the folder is not a checkpoint.
     """
-    return _trained(Path(model_path), _read(Path(model_path))[0])
-
-
-def _trained(folder: Path, originals: dict[str, str]) -> int:
-    length = _config(folder, originals).get("seq_length")
+    folder = Path(model_path)
+    length = _config(folder, originals or _read(folder)[0]).get("seq_length")
     if type(length) is not int or length < 1:
         raise UserError(f"{folder / 'config.json'} says seq_length = {length!r}; the trained length was needed there.")
     return length
@@ -232,10 +225,10 @@ def _trained(folder: Path, originals: dict[str, str]) -> int:
 def _config(folder: Path, texts: dict[str, str]) -> dict:
     try:
         config = json.loads(texts["config.json"].removeprefix("\ufeff"))
-    except json.JSONDecodeError as error:
+        if not isinstance(config, dict):
+            raise ValueError("it is no object")
+    except ValueError as error:
         raise UserError(f"{folder / 'config.json'} is not readable JSON ({error}): download it again.") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{folder / 'config.json'} is JSON, but not a configuration (no object): download it again.")
     return config
 
 
@@ -250,16 +243,12 @@ def beyond_trained(seq_length: int, trained: int) -> list[str]:
 
 
 def _chosen(only: Iterable[str] | None) -> set[str]:
-    known = [patch.name for patch in all_patches()]
-    if only is None:
-        return set(known)
-    chosen = set()
-    for wanted in only:
-        match = [name for name in known if wanted in (name, name.split("_")[0])]
-        if not match:
-            raise UserError(f"There is no patch {wanted!r}; there are {', '.join(known)}.")
-        chosen.update(match)
-    return chosen
+    """Names of patches, of their names or numbers; by default all."""
+    known = {key: patch.name for patch in all_patches() for key in (patch.name, patch.name.split("_")[0])}
+    only = known if only is None else list(only)
+    if unknown := [wanted for wanted in only if wanted not in known]:
+        raise UserError(f"There is no patch {unknown[0]!r}; there are {', '.join(sorted(set(known.values())))}.")
+    return {known[wanted] for wanted in only}
 
 
 def _check_plan(folder: Path, steps: list[Step]) -> None:
@@ -333,7 +322,6 @@ def _write(folder: Path, originals: dict[str, str], steps: list[Step], seq_lengt
     """
     results = _results(originals, steps)
     current = {name: _text(folder / name) for name in FILES if (folder / name).exists()}
-    changed = [name for name in FILES if current.get(name) != results[name]]
     patches = [step.patch.name for step in steps if step.state == APPLIED]
 
     def write_record(*accepted: dict[str, str]) -> None:
@@ -343,27 +331,13 @@ def _write(folder: Path, originals: dict[str, str], steps: list[Step], seq_lengt
             files[name] = {"patched_sha256": sorted(shas), "original": originals[name]}
         write_json(folder / RECORD, {"patches": patches, "seq_length": seq_length, "files": files})
 
-    with _writing(folder):
-        for abandoned in folder.glob(".*.partial"):
-            abandoned.unlink()
-        if changed or not (folder / RECORD).exists():
-            write_record(current, results)
-        for name in changed:
-            write_file(folder / name, results[name].encode())
-        if changed:
-            write_record(results)
-    return changed
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be written ({error.strerror}): make room or give yourself the right to write there, or "
-            "take another folder with --out."
-        ) from None
+    for abandoned in folder.glob(".*.partial"):
+        abandoned.unlink()
+    write_record(current, results)
+    for name in FILES:
+        write_file(folder / name, results[name].encode())
+    write_record(results)
+    return [name for name in FILES if current.get(name) != results[name]]
 
 
 def _link(source: Path, target: Path, originals: dict[str, str], follows: bool) -> None:
@@ -372,32 +346,24 @@ def _link(source: Path, target: Path, originals: dict[str, str], follows: bool) 
     follows: a copy that was made before, in which what has changed since is linked anew. Raises UserError where
     `target` is none and holds something else.
     """
-    with _writing(target):
-        ours = [name for name in FILES if (target / name).exists() and _text(target / name) != originals[name]]
-        theirs = [
-            file.name
-            for file in sorted(source.iterdir())
-            if file.name not in (*FILES, RECORD) and not file.name.startswith(".") and file.is_file()
-            if not _same(file, target / file.name)
-        ]
-        foreign = [name for name in (*theirs, *ours) if (target / name).exists()]
-        if foreign and not follows:
-            raise UserError(
-                f"{target} has another {foreign[0]} than {source}: give --out a folder that does not exist, or delete "
-                "this one."
-            )
-        target.mkdir(parents=True, exist_ok=True)
-        copied = False
-        for name in theirs:
-            partial = target / f".{name}.{os.getpid()}.partial"
-            copied |= not _linked((source / name).resolve(), partial)
-            os.replace(partial, target / name)
+    theirs = [file.name for file in sorted(source.iterdir()) if file.is_file() and not file.name.startswith(".")]
+    theirs = [name for name in theirs if name not in (*FILES, RECORD)]
+    # Links to one file have its size and time, and are not read.
+    _, others, missing = filecmp.cmpfiles(source, target, theirs)
+    ours = [name for name in FILES if (target / name).exists() and _text(target / name) != originals[name]]
+    if not follows and (foreign := [*others, *ours]):
+        raise UserError(
+            f"{target} has another {foreign[0]} than {source}: give --out a folder that does not exist, or delete this "
+            "one."
+        )
+    target.mkdir(parents=True, exist_ok=True)
+    copied = False
+    for name in (*others, *missing):
+        partial = target / f".{name}.{os.getpid()}.partial"
+        copied |= not _linked((source / name).resolve(), partial)
+        os.replace(partial, target / name)
     if copied:
         machine.log(f"warning: the disk that holds {target} has no links: the weights are copied.")
-
-
-def _same(file: Path, place: Path) -> bool:
-    return place.exists() and (place.samefile(file) or filecmp.cmp(place, file, shallow=False))
 
 
 def _linked(file: Path, place: Path) -> bool:

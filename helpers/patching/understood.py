@@ -110,17 +110,11 @@ return \(?attn_output, attn_weights\)?
 """
 
 
-# Models that have a first-generation Qwen in them, by what their code sets beside it.
-_MULTIMODAL = {
-    "visual": "Qwen-VL, a model that sees images too",
-    "audio": "Qwen-Audio, a model that hears sound too",
-}
-
-
 def multimodal(text: str) -> str | None:
     """What modeling_qwen.py is where it is not that of a model that only reads text, in words; else None."""
     part = re.search(r"^\s*self\.(visual|audio) = ", text, re.MULTILINE)
-    return _MULTIMODAL[part[1]] if part else None
+    words = {"visual": "Qwen-VL, a model that sees images too", "audio": "Qwen-Audio, a model that hears sound too"}
+    return words[part[1]] if part else None
 
 
 def check_forward(source: Source) -> None:

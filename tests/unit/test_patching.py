@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from helpers import cli
 from helpers.errors import UserError
+from helpers.files import remedy
 from helpers.patching import patching, understood
 from helpers.patching.passages import Source
 from tests.unit.revisions import blocks, forms, public
@@ -644,7 +645,8 @@ def test_a_sequence_length_that_is_none_is_refused(folder, length):
 def test_the_config_keeps_its_layout_and_its_unknown_keys():
     config = '{\n    "model_type":"qwen", "bf16" : false,\n\n  "seq_length":  8192,\n "extra": {"a": [1, 2]}\n}'
     change = next(patch for patch in patching.all_patches() if patch.file == "config.json")
-    changed = change(config, 512)
+    state, _, changed = change.outcome(config, 512)
+    assert state == patching.APPLIED
     assert '"model_type":"qwen", "bf16" : true,\n\n  "seq_length":  512,\n "extra": {"a": [1, 2]}\n}' in changed
     added = {"bf16": True, "seq_length": 512, "max_position_embeddings": 512}
     assert json.loads(changed) == json.loads(config) | added
@@ -786,15 +788,15 @@ def test_a_folder_without_the_right_to_write_is_left_alone():
             try:
                 patching.apply(folder)
                 message = "no error"
-            except UserError as error:
-                message = str(error)
+            except OSError as error:
+                message = f"{error.filename}: {error.strerror}. {remedy(error)}"
             os.write(writer, message.encode())
             os._exit(0)
         os.close(writer)
         with open(reader) as answer:
             message = answer.read()
         os.waitpid(child, 0)
-        assert "cannot be written (Permission denied)" in message and "--out" in message
+        assert str(folder) in message and "Permission denied" in message and "--out" in message
         assert bytes_of(folder) == before
     finally:
         (root / "c").chmod(0o755)
