@@ -43,42 +43,25 @@ def read_manifest(artefact: str | Path) -> dict:
     path = manifest_path(artefact)
     try:
         manifest = json.loads(path.read_bytes())
-        if not _is_manifest(manifest):
+        # What every reader relies on, where it is there at all.
+        inputs, settings, outputs = (manifest.get(key, {}) for key in ("inputs", "settings", "outputs"))
+        described = (inputs, settings, outputs, *outputs.values())
+        if not all(isinstance(part, dict) for part in described) or not all("sha256" in o for o in outputs.values()):
             raise ValueError("it does not say what a manifest says")
+        if not isinstance(manifest.get("tokenizer", ""), str | None):
+            raise ValueError("its tokenizer is no name")
         return manifest
     except FileNotFoundError:
         raise UserError(f"{artefact} has no manifest ({path.name}): make it again with `python -m helpers`.") from None
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:
         raise UserError(
             f"{path} is not a readable manifest ({error}): delete it and make the artefact again."
         ) from None
 
 
-def _is_manifest(value: object) -> bool:
-    """Whether the parts that every reader relies on are of their types, where they are there at all."""
-    if not isinstance(value, dict) or not all(isinstance(value.get(key, {}), dict) for key in ("inputs", "settings")):
-        return False
-    outputs = value.get("outputs", {})
-    return (
-        isinstance(outputs, dict)
-        and all(isinstance(entry, dict) and "sha256" in entry for entry in outputs.values())
-        and isinstance(value.get("tokenizer", ""), str | None)
-    )
-
-
-def _files(artefact: Path) -> dict[str, Path]:
-    root = artefact if artefact.is_dir() else artefact.parent
-    files = artefact.rglob("*") if artefact.is_dir() else root.iterdir()
-    return {str(p.relative_to(root)): p for p in sorted(files) if p.is_file() and p.name != MANIFEST}
-
-
-def _describe(path: Path) -> dict[str, object]:
-    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-
-
 def is_whole(artefact: str | Path, manifest: dict) -> bool:
     """Whether every output that the manifest names is there with the content it had when it was made."""
-    root = Path(artefact) if Path(artefact).is_dir() else Path(artefact).parent
+    root = manifest_path(artefact).parent
     outputs = manifest.get("outputs") or {}
     return bool(outputs) and all(
         (root / name).is_file()
@@ -148,6 +131,8 @@ def building(
         staging.mkdir()
         partial = staging / artefact.name
         yield partial
+        root, files = (partial, partial.rglob("*")) if partial.is_dir() else (staging, staging.iterdir())
+        files = (file for file in sorted(files) if file.is_file() and file.name != MANIFEST)
         manifest = {
             "kind": kind,
             "inputs": inputs,
@@ -157,12 +142,18 @@ def building(
             "machine": description(),
             "seconds": round(time.monotonic() - started, 3),
             "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "outputs": {name: _describe(path) for name, path in _files(partial).items()},
+            "outputs": {
+                str(file.relative_to(root)): {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+                for file in files
+            },
             **(extra or {}),
         }
         if partial.is_dir():
             write_json(partial / MANIFEST, manifest)
-            _move_folder(partial, artefact)
+            # Renamed into the staging folder, the previous one goes when that goes.
+            if artefact.exists():
+                os.rename(artefact, partial.with_name(f"{artefact.name}.previous"))
+            os.rename(partial, artefact)
         else:
             if artefact.is_dir():
                 raise UserError(f"{artefact} is a folder; a file is to be written there: name another.")
@@ -178,26 +169,15 @@ def building(
             ) from error
         raise
     finally:
-        _remove(staging)
-
-
-def _move_folder(partial: Path, artefact: Path) -> None:
-    # Renamed into the staging folder, the previous one goes when that goes.
-    if artefact.exists():
-        os.rename(artefact, partial.with_name(partial.name + ".previous"))
-    os.rename(partial, artefact)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _remove_abandoned(artefact: Path) -> None:
-    """Remove staging folders of processes that no longer run: they were killed."""
+    """Remove what processes left that no longer run: they were killed."""
     for staging in artefact.parent.glob(f".{glob.escape(artefact.name)}.*.partial"):
         pid = staging.name.split(".")[-2]
         if not pid.isdigit() or int(pid) == os.getpid() or not Path(f"/proc/{pid}").exists():
-            _remove(staging)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+            if staging.is_dir():
+                shutil.rmtree(staging, ignore_errors=True)
+            else:
+                staging.unlink(missing_ok=True)

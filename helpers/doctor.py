@@ -82,7 +82,7 @@ def _check_wheel(wheel: Path, needed: bool) -> list[Check]:
     compiled = Path(importlib.util.cache_from_source(wheel / "python" / "transform" / "OnnxConverter.py")).exists()
     bytecode = "compiled" if compiled else "not compiled: every start of a tool takes some 10 s longer"
     checks = [
-        Check("tpu-mlir", OK, toolchain.wheel_version()),
+        Check("tpu-mlir", OK, metadata.version("tpu-mlir")),
         _check("glibc of the wheel", suits, found, f"{fix} moves it aside, or brings it back", needed),
         _check("bytecode of the wheel", compiled, bytecode, f"python -m compileall -q -j 0 {wheel.parent}"),
     ]
@@ -226,5 +226,5 @@ def fix() -> list[str]:
 
     Raises UserError where the environment cannot be written.
     """
-    moved = toolchain.cure() if importlib.util.find_spec("tpu_mlir") else []
+    moved = toolchain.cure(toolchain.wheel_path()) if importlib.util.find_spec("tpu_mlir") else []
     return [f"glibc of the wheel: moved {', '.join(moved)}"] if moved else []

@@ -11,12 +11,12 @@ import functools
 import hashlib
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from importlib import metadata
 from pathlib import Path
 
 from helpers.errors import UserError
@@ -24,23 +24,23 @@ from helpers.errors import UserError
 # The wheel bundles these three files of glibc and puts their folder first on the library path. Programs of a host
 # with a newer glibc then load a mixture of both, and die; a host with an older glibc cannot do without them.
 GLIBC_FILES = ("libc.so.6", "libm.so.6", "libpthread.so.0")
-# What environment() sets for the wheel's programs.
-VARIABLES = (
-    *("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "TPUC_ROOT", "PPL_PROJECT_ROOT", "PPL_BUILD_PATH"),
-    *("PPL_RUNTIME_PATH", "TPUKERNEL_CUSTOM_FIRMWARE_PATH", "CUSTOM_LAYER_UNITTEST_DIR"),
+# Where they are: on the library path, or on none (on the same file system, so moving is a rename).
+_GLIBC_FOLDERS = {"active": "lib/third_party", "aside": "lib/glibc-bundled"}
+# What environment() sets for the wheel's programs; the wheel's own values of what an SDK sets, too.
+_OWN_VARIABLES = (
+    *("TPUC_ROOT", "PPL_PROJECT_ROOT", "PPL_BUILD_PATH", "PPL_RUNTIME_PATH"),
+    *("TPUKERNEL_CUSTOM_FIRMWARE_PATH", "CUSTOM_LAYER_UNITTEST_DIR"),
 )
-# What envsetup.sh of a source checkout sets, for programs that the wheel has too. The wheel's own values win, and its
-# folders come first in lists of paths.
+VARIABLES = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", *_OWN_VARIABLES)
+# What envsetup.sh of a source checkout sets, for programs that the wheel has too: not passed on.
 SDK_VARIABLES = (
-    *("TPUC_ROOT", "CUSTOM_LAYER_PATH", "CUSTOM_LAYER_UNITTEST_DIR"),
-    *("PPL_PROJECT_ROOT", "PPL_BUILD_PATH", "PPL_INSTALL_PATH", "PPL_RUNTIME_PATH", "PPL_THIRD_PARTY_PATH"),
-    *("PPL_WORK_PATH", "PPL_CACHE_PATH", "TPUKERNEL_CUSTOM_FIRMWARE_PATH", "USING_CMODEL", "FORBID_GEN_RISCV_CODE"),
+    *_OWN_VARIABLES,
+    *("CUSTOM_LAYER_PATH", "PPL_INSTALL_PATH", "PPL_THIRD_PARTY_PATH", "PPL_WORK_PATH", "PPL_CACHE_PATH"),
+    *("USING_CMODEL", "FORBID_GEN_RISCV_CODE"),
 )
 # The kernels of fused attention: the library that has them built takes a lock of everybody's in /tmp.
 _KERNEL_LIBRARY = "libppl_host.so"
 _EVERYBODYS_LOCK, _OWN_LOCK = b"/tmp/ppl_", b".././ppl_"
-# Imported by the wheel, not declared by it.
-UNDECLARED = ("psutil", "pkg_resources", "torch", "onnx", "onnxsim", "onnxruntime", "transformers")
 
 
 def is_plain(path: str | Path) -> bool:
@@ -50,15 +50,14 @@ def is_plain(path: str | Path) -> bool:
 
 def plain_parent() -> str:
     """A folder for temporary ones, whose path is plain and which allows libraries to be loaded. Raises UserError."""
-    tried = []
-    for name in (os.environ.get("TMPDIR"), "/tmp", "/var/tmp", "/dev/shm"):
-        if name and is_plain(name) and os.access(name, os.W_OK | os.X_OK):
-            if not os.statvfs(name).f_flag & os.ST_NOEXEC:
-                return os.path.abspath(name)
-        tried.append(name)
+    folders = [folder for folder in (os.environ.get("TMPDIR"), "/tmp", "/var/tmp", "/dev/shm") if folder]
+    for folder in folders:
+        usable = is_plain(folder) and os.access(folder, os.W_OK | os.X_OK)
+        if usable and not os.statvfs(folder).f_flag & os.ST_NOEXEC:
+            return os.path.abspath(folder)
     raise UserError(
         f"TPU-MLIR needs a folder for temporary files that may be written, allows programs (is not mounted noexec) and "
-        f"has no special characters in its name; {', '.join(filter(None, tried))} will not do: set TMPDIR to another."
+        f"has no special characters in its name; {', '.join(folders)} will not do: set TMPDIR to another."
     )
 
 
@@ -105,70 +104,44 @@ def wheel_path() -> Path:
     return plain(Path(next(iter(spec.submodule_search_locations))))
 
 
-def wheel_version() -> str:
-    """Installed version of the wheel. Raises UserError where there is none."""
-    wheel_path()
-    return metadata.version("tpu-mlir")
-
-
 def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
 
 
 def host_glibc() -> tuple[int, ...]:
     """Version of this machine's glibc, such as (2, 36); () where the C library is another one."""
-    try:
-        return _version(os.confstr("CS_GNU_LIBC_VERSION") or "")
-    except (ValueError, OSError):
-        return ()
+    library, version = platform.libc_ver()
+    return _version(version) if library == "glibc" else ()
 
 
-def _third_party(wheel: Path) -> Path:
-    return wheel / "lib" / "third_party"
-
-
-def _aside(wheel: Path) -> Path:
-    # Not on any library path; on the same file system, so moving is a rename.
-    return wheel / "lib" / "glibc-bundled"
-
-
-def _glibc_of(folder: Path) -> tuple[int, ...]:
-    libc = folder / "libc.so.6"
-    if not libc.is_file():
-        return ()
-    found = re.search(rb"GNU C Library[^\n]*version (\d+\.\d+)", libc.read_bytes())
-    return _version(found[1].decode()) if found else ()
-
-
-def glibc_state(wheel: Path | None = None) -> tuple[str, tuple[int, ...]]:
+def glibc_state(wheel: Path) -> tuple[str, tuple[int, ...]]:
     """("active" | "aside" | "absent", version of the bundle or ()): where the wheel's own glibc files are."""
-    wheel = wheel or wheel_path()
-    if any((_third_party(wheel) / name).exists() for name in GLIBC_FILES):
-        return "active", _glibc_of(_third_party(wheel))
-    if any((_aside(wheel) / name).exists() for name in GLIBC_FILES):
-        return "aside", _glibc_of(_aside(wheel))
+    for state, folder in _GLIBC_FOLDERS.items():
+        if any((wheel / folder / name).exists() for name in GLIBC_FILES):
+            libc = wheel / folder / "libc.so.6"
+            code = libc.read_bytes() if libc.is_file() else b""
+            found = re.search(rb"GNU C Library[^\n]*version (\d+\.\d+)", code)
+            return state, _version(found[1].decode()) if found else ()
     return "absent", ()
 
 
-def glibc_suits(wheel: Path | None = None) -> tuple[bool, str]:
+def glibc_suits(wheel: Path) -> tuple[bool, str]:
     """Whether the wheel's glibc files are where this machine needs them, and what was found, for people."""
-    state, bundle = glibc_state(wheel)
-    host = host_glibc()
+    (state, bundle), host = glibc_state(wheel), host_glibc()
     shown = f"host {'.'.join(map(str, host)) or 'unknown'}, bundle {'.'.join(map(str, bundle)) or '?'} {state}"
     return not (state == "active" and host > bundle or state == "aside" and host and host < bundle), shown
 
 
-def cure(wheel: Path | None = None) -> list[str]:
+def cure(wheel: Path) -> list[str]:
     """Move the wheel's glibc files aside if this machine's glibc is newer, back if it is older; return their names.
 
-    They are kept in lib/glibc-bundled of the wheel: the environment may be carried to another machine.
+    They are kept in the wheel: the environment may be carried to another machine.
     Raises UserError where the folder cannot be written.
     """
-    wheel = wheel or wheel_path()
     suits, found = glibc_suits(wheel)
     if suits:
         return []
-    source, target = _third_party(wheel), _aside(wheel)
+    source, target = (wheel / folder for folder in _GLIBC_FOLDERS.values())
     if glibc_state(wheel)[0] == "aside":
         source, target = target, source
     moved = [name for name in GLIBC_FILES if (source / name).exists()]
@@ -268,7 +241,8 @@ def program(name: str) -> str | None:
 
 def missing_imports() -> list[str]:
     """Packages that the wheel imports and does not declare, and that are not installed."""
-    return [name for name in UNDECLARED if importlib.util.find_spec(name) is None]
+    undeclared = ("psutil", "pkg_resources", "torch", "onnx", "onnxsim", "onnxruntime", "transformers")
+    return [name for name in undeclared if importlib.util.find_spec(name) is None]
 
 
 def require() -> None:
