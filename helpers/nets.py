@@ -147,25 +147,25 @@ def qwen_shape(nets: Mapping[str, NetInfo], where: object) -> QwenShape:
 
     Raises UserError where a net is missing, or has other inputs or outputs.
     """
+
+    def refusal(what: str) -> UserError:
+        return UserError(f"{where} {what}: it is not a whole Qwen model, compile it again.")
+
     layers = count_layers(nets)
     needed = needed_nets(layers)
     if missing := [net for net in needed if net not in nets]:
-        shown = ", ".join(missing[:4]) + (" and more" if len(missing) > 4 else "")
-        raise UserError(
-            f"{where} lacks the net {shown}; it has {', '.join(list(nets)[:6])}: it is not a whole Qwen model, "
-            "compile it again."
-        )
+        raise refusal(f"lacks the net {', '.join(missing[:4])} and has {', '.join(list(nets)[:6])}")
     head = nets["lm_head"].outputs
-    token_head = bool(head) and math.prod(head[0].shape) <= 1 and head[0].dtype == "int32"
+    token_head = bool(head) and head[0].dtype == "int32"
     if not token_head and "greedy_head" not in nets:
-        raise UserError(f"{where} lacks the net greedy_head, its lm_head gives logits: compile it again.")
+        raise refusal("lacks the net greedy_head, and its lm_head gives logits")
     for net in needed:
         info, kind = nets[net], net_kind(net)
-        wanted = len(INPUT_NAMES[kind]), len(OUTPUT_NAMES[kind])
-        if _devices(info) == 1 and (len(info.inputs), len(info.outputs)) != wanted:
-            raise UserError(
-                f"{where}: the net {net} has {len(info.inputs)} inputs and {len(info.outputs)} outputs, "
-                f"{wanted[0]} and {wanted[1]} are needed: it is not a Qwen model of this kind."
+        devices = {tensor.device for tensor in (*info.inputs, *info.outputs)}
+        found, wanted = (len(info.inputs), len(info.outputs)), (len(INPUT_NAMES[kind]), len(OUTPUT_NAMES[kind]))
+        if len(devices) == 1 and found != wanted:
+            raise refusal(
+                f"has a net {net} of {found[0]} inputs and {found[1]} outputs, not {wanted[0]} and {wanted[1]}"
             )
     try:
         states = nets["block_0"].inputs[0].shape
@@ -182,13 +182,7 @@ def qwen_shape(nets: Mapping[str, NetInfo], where: object) -> QwenShape:
             sampling="penalty_sample_head" in nets,
         )
     except (IndexError, StopIteration):
-        raise UserError(
-            f"{where}: the blocks' inputs are not states [1,S,H] and caches [1,S,h,d]: it is not a Qwen model."
-        ) from None
+        raise refusal("has blocks whose inputs are not states [1,S,H] and caches [1,S,h,d]") from None
     if past[1] != shape.seq_length or shape.heads * shape.head_dim < 1:
-        raise UserError(f"{where}: prefill has {shape.seq_length} rows, its cache {past[1]}: compile it again.")
+        raise refusal(f"has a prefill of {shape.seq_length} rows and a cache of {past[1:]}")
     return shape
-
-
-def _devices(net: NetInfo) -> int:
-    return len({tensor.device for tensor in (*net.inputs, *net.outputs)})

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from helpers.errors import UserError
-from helpers.nets import CANDIDATES, count_layers, decode_mask, needed_nets, prefill_mask
+from helpers.nets import CANDIDATES, decode_mask, prefill_mask, qwen_shape
 from helpers.run.engines.base import DeviceTensor, Engine
 from helpers.tensors import to_bf16
 
@@ -29,13 +29,16 @@ class QwenRunner:
 
     def __init__(self, engine: Engine, rows: int = 1):
         nets = engine.nets
-        _require_nets(nets, rows)
+        shape = qwen_shape(nets, "The bmodel")
+        if shape.rows != rows:
+            raise UserError(
+                f"The bmodel decodes {shape.rows} rows a step, {rows} are needed here (1 to chat, more for lookahead): "
+                f"take another bmodel, or `export --rows {rows}` and compile again."
+            )
         self.engine = engine
-        self.layers = count_layers(nets)
+        self.layers, self.seq_length, self.hidden_size = shape.layers, shape.seq_length, shape.hidden_size
         self.devices = len(nets["block_0"].inputs) // 3
-        _, self.seq_length, self.hidden_size = nets["block_0"].inputs[0].shape
-        self.head_gives_token = "greedy_head" not in nets
-        self.can_sample = "penalty_sample_head" in nets
+        self.head_gives_token, self.can_sample = shape.token_head, shape.sampling
         self.position = 0
         self.visited: list[int] = []
         self.timings = Timings()
@@ -278,16 +281,3 @@ class Timings:
     def tokens_per_s(self) -> float:
         """Decode speed, the first token left out; 0 where there was no second one."""
         return len(self.decode_s) / sum(self.decode_s) if self.decode_s else 0.0
-
-
-def _require_nets(nets: dict, rows: int) -> None:
-    if missing := [net for net in needed_nets(count_layers(nets)) if net not in nets]:
-        raise UserError(
-            f"The bmodel has no net {', '.join(missing[:3])}: it is not a whole Qwen chat model; compile all nets "
-            "(`python -m helpers compile`)."
-        )
-    if (found := nets["embedding_cache"].inputs[0].shape[1]) != rows:
-        raise UserError(
-            f"The bmodel decodes {found} rows a step, {rows} are needed here (1 to chat, more for lookahead): take "
-            f"another bmodel, or `export --rows {rows}` and compile again."
-        )

@@ -255,7 +255,7 @@ def test_a_head_that_gives_tokens_gives_the_same():
 def test_a_bmodel_that_lacks_a_net_is_refused_by_its_name(net):
     engine = NumpyEngine(RandomModel(30, seed=4), 8)
     del engine.nets[net]
-    with pytest.raises(UserError, match=f"has no net {net}: "):
+    with pytest.raises(UserError, match=f"lacks the net {net} "):
         QwenRunner(engine)
 
 
