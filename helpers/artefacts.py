@@ -83,8 +83,6 @@ def up_to_date(
     Outputs are compared by content: a corrupted file is made again.
     """
     artefact = Path(artefact)
-    if not artefact.exists():
-        return False
     try:
         manifest = read_manifest(artefact)
     except UserError:

@@ -30,14 +30,6 @@ def digest_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def read_file(path: str | Path) -> bytes:
-    """A file's bytes. Raises UserError where it may not be read, OSError for anything else."""
-    try:
-        return Path(path).read_bytes()
-    except PermissionError:
-        raise UserError(f"{path} may not be read: give yourself the right to read it.") from None
-
-
 def write_json(path: str | Path, value: object) -> None:
     """Write JSON beside its place and move it in whole."""
     write_file(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())

@@ -8,7 +8,6 @@ import onnx
 from google.protobuf.message import DecodeError
 
 from helpers.errors import UserError
-from helpers.files import read_file
 
 # Protobuf gives bytes where a text is damaged.
 _text = os.fsdecode
@@ -30,7 +29,7 @@ def read_signature(path: str | Path) -> Signature:
     """Raises UserError where the file is missing, empty, cut off or not ONNX, or its weights file is missing."""
     path = Path(path)
     try:
-        graph = onnx.load_from_string(read_file(path)).graph
+        graph = onnx.load_from_string(path.read_bytes()).graph
         inputs = {_text(value.name): _described(value.type.tensor_type) for value in graph.input}
         outputs = {_text(value.name): _described(value.type.tensor_type) for value in graph.output}
         weights = {_text(tensor.name) for tensor in graph.initializer}

@@ -83,9 +83,7 @@ def parity(recorded: dict, nets, *, tokens: int) -> dict[str, dict[str, float]]:
 
     recorded: from HostChain(record=...). Returns {net: {max_abs, cosine}}, the worst of a net's outputs.
     """
-    return {
-        net: _worst(net, nets.run(net, *inputs), expected, tokens) for net, (inputs, expected) in recorded.items()
-    }
+    return {net: _worst(net, nets.run(net, *inputs), expected, tokens) for net, (inputs, expected) in recorded.items()}
 
 
 def chained_parity(found: dict, expected: dict, *, tokens: int) -> dict[str, dict[str, float]]:

@@ -14,7 +14,6 @@ import torch
 from helpers import artefacts, machine
 from helpers.checkpoint import modeling
 from helpers.checkpoint.weights import Checkpoint
-from helpers.errors import UserError
 from helpers.export.exporting import needed_bytes
 from helpers.export.modules import NetBuilder, load_weights
 from helpers.nets import count_layers, qwen_shape
@@ -86,14 +85,13 @@ class OnnxNets:
         self._resident = _Resident(fits_in_memory(2 * total))
 
     def _load(self, net: str) -> onnxruntime.InferenceSession:
-        path = self.folder / f"{net}.onnx"
-        if not path.exists():
-            raise UserError(f"{self.folder} has no {net}.onnx: run `python -m helpers export` again.")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         # Threads that spin while they wait take a core from whoever else computes.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            str(self.folder / f"{net}.onnx"), options, providers=["CPUExecutionProvider"]
+        )
 
     def run(self, net: str, *inputs: np.ndarray) -> list[np.ndarray]:
         session = self._resident.get(net, lambda: self._load(net))
@@ -144,9 +142,7 @@ class OriginalModel:
         result = self._run(ids, output_hidden_states=True, use_cache=False)
         return [state.cpu().numpy() for state in result.hidden_states[1:]], result.logits[0, -1].cpu().numpy()
 
-    def greedy(
-        self, ids: Sequence[int], stop_ids: Iterable[int], max_new_tokens: int, seq_length: int
-    ) -> list[int]:
+    def greedy(self, ids: Sequence[int], stop_ids: Iterable[int], max_new_tokens: int, seq_length: int) -> list[int]:
         """Greedy answer with the same limits as a bmodel of sequence length S would have."""
         stop_ids, tokens, past = frozenset(stop_ids), [], None
         for _ in range(min(max_new_tokens, seq_length - len(ids) + 1)):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from helpers import machine
 from helpers.errors import UserError
-from helpers.files import read_file, write_file, write_json
+from helpers.files import write_file, write_json
 from helpers.patching.passages import MisfitError, NotNeededError, Source
 from helpers.patching.understood import multimodal
 
@@ -263,13 +263,13 @@ def _check_plan(folder: Path, steps: list[Step]) -> None:
 
 def _text(path: Path) -> str:
     try:
-        return read_file(path).decode()
+        return path.read_bytes().decode()
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{path.parent} has no {path.name}: a folder with a first-generation Qwen checkpoint (config.json, "
             "modeling_qwen.py, the weights) was needed."
         ) from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise UserError(f"{path} cannot be read ({error}): download it again.") from None
 
 
@@ -288,12 +288,12 @@ def _read(folder: Path) -> tuple[dict[str, str], dict]:
         _config(folder, originals)
         return originals, {}
     try:
-        record = json.loads(read_file(record_path))
+        record = json.loads(record_path.read_bytes())
         originals = {name: record["files"][name]["original"] for name in FILES}
         known = {name: {_sha256(originals[name]), *record["files"][name]["patched_sha256"]} for name in FILES}
         if not isinstance(record["patches"], list) or not isinstance(record["seq_length"], int):
             raise TypeError("its patches or its seq_length are not what they should be")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{record_path} is not a readable record of patches ({error}): take modeling_qwen.py and config.json from "
             f"the checkpoint's repository again, delete {RECORD} and patch again."

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 
 from helpers.patching.passages import MisfitError, Source, calls, is_code, names
 
-# A net is exported without these, and for one rotation; what stands under them never runs in it.
-_OFF = {"self.use_cache_quantization", "self.use_cache_kernel", "self.use_flash_attn", "SUPPORT_TORCH2"}
-_ON = {"len(rotary_pos_emb_list) == 1"}
+# What conditions are in an exported net, which has none of these options and one rotation.
+_CONDITIONS = dict.fromkeys(
+    ("self.use_cache_quantization", "self.use_cache_kernel", "self.use_flash_attn", "SUPPORT_TORCH2"), False
+) | {"len(rotary_pos_emb_list) == 1": True}
 
 # What a block only hands on to its attention, and what patch 07 puts before that.
 _HANDED_ON = {"layer_past", "attention_mask", "rotary_pos_emb", "rotary_pos_emb_list"}
@@ -184,9 +185,7 @@ def _running(body: list[ast.stmt]) -> Iterator[tuple[ast.stmt, str]]:
 def _result(test: ast.expr) -> bool | None:
     """What a condition is in an exported net; None where that is not known."""
     if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-        result = _result(test.operand)
-        return None if result is None else not result
+        return {True: False, False: True}.get(_result(test.operand))
     if isinstance(test, ast.BoolOp) and isinstance(test.op, ast.And) and False in map(_result, test.values):
         return False
-    code = ast.unparse(test)
-    return False if code in _OFF else True if code in _ON else None
+    return _CONDITIONS.get(ast.unparse(test))
