@@ -1,6 +1,6 @@
 """`python -m helpers COMMAND`: every step of the notebooks for people who want no notebook.
 
-Each command is a module of helpers.commands, with `add_arguments(parser)` and `run(args)`.
+Each command is the module of its name in helpers.commands, with `add_arguments(parser)` and `run(args)`.
 """
 
 import argparse
@@ -12,15 +12,15 @@ from helpers.errors import UserError
 from helpers.files import remedy
 
 COMMANDS = {
-    "doctor": ("helpers.commands.doctor", "what this machine has, what it lacks, and the remedy"),
-    "fetch": ("helpers.commands.fetch", "bring a checkpoint or a prepared artefact to this machine"),
-    "patch": ("helpers.commands.patch", "change Qwen's code so that it exports; --revert takes it back"),
-    "export": ("helpers.commands.export", "write every net of a patched checkpoint as ONNX"),
-    "compile": ("helpers.commands.compile", "compile the ONNX nets to one bmodel for BM1684X"),
-    "chat": ("helpers.commands.chat", "talk with a bmodel, on the chip or on the simulator"),
-    "serve": ("helpers.commands.serve", "serve a bmodel over HTTP"),
-    "info": ("helpers.commands.info", "what a bmodel contains and what memory it needs"),
-    "notebooks": ("helpers.commands.notebooks", "run the notebooks headless"),
+    "doctor": "what this machine has, what it lacks, and the remedy",
+    "fetch": "bring a checkpoint or a prepared artefact to this machine",
+    "patch": "change Qwen's code so that it exports; --revert takes it back",
+    "export": "write every net of a patched checkpoint as ONNX",
+    "compile": "compile the ONNX nets to one bmodel for BM1684X",
+    "chat": "talk with a bmodel, on the chip or on the simulator",
+    "serve": "serve a bmodel over HTTP",
+    "info": "what a bmodel contains and what memory it needs",
+    "notebooks": "run the notebooks headless",
 }
 
 
@@ -76,11 +76,11 @@ def _run(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m helpers", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     asked = next((word for word in argv if not word.startswith("-")), None)
-    for name, (module, summary) in COMMANDS.items():
+    for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
         # Only the asked command's module is imported: a box with a chip lacks what the others need.
         if name == asked:
-            implementation = importlib.import_module(module)
+            implementation = importlib.import_module(f"helpers.commands.{name}")
             implementation.add_arguments(command)
     try:
         args = parser.parse_args(argv)
