@@ -15,7 +15,6 @@ L layers, S compiled sequence length, H hidden size, h heads, d head size, V voc
 A bmodel for several devices has these tensors once a device, device by device, with h split over the devices.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -132,7 +131,6 @@ class QwenShape:
     hidden_size: int
     heads: int
     head_dim: int
-    vocab_size: int
     rows: int
     token_head: bool
     sampling: bool
@@ -176,7 +174,6 @@ def qwen_shape(nets: Mapping[str, NetInfo], where: object) -> QwenShape:
             hidden_size=states[2],
             heads=past[2],
             head_dim=past[3],
-            vocab_size=0 if token_head else math.prod(head[0].shape) // max(1, math.prod(head[0].shape[:-1])),
             rows=nets["block_cache_0"].inputs[0].shape[1],
             token_head=token_head,
             sampling="penalty_sample_head" in nets,

@@ -26,15 +26,28 @@ from helpers.errors import UserError
 GLIBC_FILES = ("libc.so.6", "libm.so.6", "libpthread.so.0")
 # Where they are: on the library path, or on none (on the same file system, so moving is a rename).
 _GLIBC_FOLDERS = {"active": "lib/third_party", "aside": "lib/glibc-bundled"}
-# What environment() sets for the wheel's programs; the wheel's own values of what an SDK sets, too.
-_OWN_VARIABLES = (
-    *("TPUC_ROOT", "PPL_PROJECT_ROOT", "PPL_BUILD_PATH", "PPL_RUNTIME_PATH"),
-    *("TPUKERNEL_CUSTOM_FIRMWARE_PATH", "CUSTOM_LAYER_UNITTEST_DIR"),
-)
-VARIABLES = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", *_OWN_VARIABLES)
+# What importing the wheel sets, in places of the wheel: what comes first in lists of paths, and single paths.
+_LISTS = {
+    "PATH": (
+        *("bin", "python/tools", "python/utils", "python/test", "python/samples"),
+        *("customlayer/python", "cross_toolchains/ppl_compile/bin"),
+    ),
+    "PYTHONPATH": ("", "python", "customlayer/python"),
+    "LD_LIBRARY_PATH": ("lib", "lib/capi", "lib/third_party"),
+}
+_PATHS = {
+    "TPUC_ROOT": "",
+    "PPL_PROJECT_ROOT": "cross_toolchains/ppl_compile",
+    "PPL_BUILD_PATH": "build/ppl",
+    "PPL_RUNTIME_PATH": "cross_toolchains/ppl_compile/deps",
+    "TPUKERNEL_CUSTOM_FIRMWARE_PATH": "lib/libcmodel_custom.so",
+    "CUSTOM_LAYER_UNITTEST_DIR": "customlayer/test_if/unittest",
+}
+# What environment() sets for the wheel's programs.
+VARIABLES = (*_LISTS, "OMP_NUM_THREADS", *_PATHS)
 # What envsetup.sh of a source checkout sets, for programs that the wheel has too: not passed on.
 SDK_VARIABLES = (
-    *_OWN_VARIABLES,
+    *_PATHS,
     *("CUSTOM_LAYER_PATH", "PPL_INSTALL_PATH", "PPL_THIRD_PARTY_PATH", "PPL_WORK_PATH", "PPL_CACHE_PATH"),
     *("USING_CMODEL", "FORBID_GEN_RISCV_CODE"),
 )
@@ -104,14 +117,10 @@ def wheel_path() -> Path:
     return plain(Path(next(iter(spec.submodule_search_locations))))
 
 
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
-
-
 def host_glibc() -> tuple[int, ...]:
     """Version of this machine's glibc, such as (2, 36); () where the C library is another one."""
     library, version = platform.libc_ver()
-    return _version(version) if library == "glibc" else ()
+    return tuple(map(int, version.split(".")[:2])) if library == "glibc" else ()
 
 
 def glibc_state(wheel: Path) -> tuple[str, tuple[int, ...]]:
@@ -120,8 +129,8 @@ def glibc_state(wheel: Path) -> tuple[str, tuple[int, ...]]:
         if any((wheel / folder / name).exists() for name in GLIBC_FILES):
             libc = wheel / folder / "libc.so.6"
             code = libc.read_bytes() if libc.is_file() else b""
-            found = re.search(rb"GNU C Library[^\n]*version (\d+\.\d+)", code)
-            return state, _version(found[1].decode()) if found else ()
+            found = re.search(rb"GNU C Library[^\n]*version (\d+)\.(\d+)", code)
+            return state, tuple(map(int, found.groups())) if found else ()
     return "absent", ()
 
 
@@ -163,8 +172,8 @@ def other_sdk() -> dict[str, str]:
     envsetup.sh sets PROJECT_ROOT, INSTALL_PATH and BUILD_PATH, too: compiling reads none of them, and others set them.
     """
     wheel = os.path.realpath(wheel_path())
-    inside = {name: os.path.realpath(os.environ.get(name, "")).startswith(wheel) for name in SDK_VARIABLES}
-    return {name: os.environ[name] for name in SDK_VARIABLES if os.environ.get(name) and not inside[name]}
+    found = {name: os.environ[name] for name in SDK_VARIABLES if os.environ.get(name)}
+    return {name: value for name, value in found.items() if not os.path.realpath(value).startswith(wheel)}
 
 
 @functools.cache
@@ -196,37 +205,18 @@ def environment(threads: int | None = None, kernel_locks: bool = True) -> dict[s
     which the compiler silently loses its fused attention, are installed there. What another TPU-MLIR has set is not
     passed on.
     """
-    wheel = wheel_path()
-    ppl = wheel / "cross_toolchains" / "ppl_compile"
-    python = wheel / "python"
-    foreign = other_sdk()
-    env = {name: value for name, value in os.environ.items() if name not in SDK_VARIABLES}
+    wheel, kernels = wheel_path(), own_kernel_library(kernel_locks)
     # envsetup.sh has TPUC_ROOT in the checkout's folder install; its Python is beside that.
-    places = [value.rstrip("/").removesuffix("/install") for value in foreign.values() if value.startswith("/")]
-    roots = tuple(f"{place}/" for place in places if place)
-    kernels = own_kernel_library(kernel_locks)
-
-    def prepend(name: str, *folders: Path | None) -> None:
-        rest = [entry for entry in env.get(name, "").split(os.pathsep) if entry and not f"{entry}/".startswith(roots)]
-        env[name] = os.pathsep.join([*map(str, filter(None, folders)), *rest])
-
-    prepend(
-        "PATH",
-        wheel / "bin",
-        *(python / name for name in ("tools", "utils", "test", "samples")),
-        wheel / "customlayer" / "python",
-        ppl / "bin",
-        plain(Path(sys.executable).parent),
-    )
-    prepend("PYTHONPATH", wheel, python, wheel / "customlayer" / "python")
-    libraries = wheel / "lib"
-    prepend("LD_LIBRARY_PATH", kernels and kernels.parent, libraries, libraries / "capi", libraries / "third_party")
-    env["TPUC_ROOT"] = str(wheel)
-    env["PPL_PROJECT_ROOT"] = str(ppl)
-    env["PPL_BUILD_PATH"] = str(wheel / "build" / "ppl")
-    env["PPL_RUNTIME_PATH"] = str(ppl / "deps")
-    env["TPUKERNEL_CUSTOM_FIRMWARE_PATH"] = str(wheel / "lib" / "libcmodel_custom.so")
-    env["CUSTOM_LAYER_UNITTEST_DIR"] = str(wheel / "customlayer" / "test_if" / "unittest")
+    places = [path.rstrip("/").removesuffix("/install") for path in other_sdk().values() if path.startswith("/")]
+    foreign = tuple(f"{place}/" for place in places if place)
+    before = {"LD_LIBRARY_PATH": [kernels.parent] if kernels else []}
+    after = {"PATH": [plain(Path(sys.executable).parent)]}
+    env = {name: value for name, value in os.environ.items() if name not in SDK_VARIABLES}
+    for name, folders in _LISTS.items():
+        rest = [entry for entry in env.get(name, "").split(os.pathsep) if entry and not f"{entry}/".startswith(foreign)]
+        own = [*before.get(name, []), *(wheel / folder for folder in folders), *after.get(name, [])]
+        env[name] = os.pathsep.join(map(str, [*own, *rest]))
+    env |= {name: str(wheel / place) for name, place in _PATHS.items()}
     # The wheel's own start-up warns of pkg_resources in every process: with PYTHONWARNINGS=error it would not start.
     env["PYTHONWARNINGS"] = "ignore"
     if threads:
