@@ -124,7 +124,7 @@ def build_model(folder: str | Path, dtype: str = "float32", device: torch.device
 
     checkpoint = Checkpoint.open(folder)
     model = _empty_model(checkpoint)
-    _fill(model, checkpoint, "", getattr(torch, dtype), device)
+    fill(model, checkpoint, "", getattr(torch, dtype), device)
     return model.to(device, getattr(torch, dtype)).eval().requires_grad_(False)
 
 
@@ -149,7 +149,7 @@ def build_streamed_model(folder: str | Path, device: torch.device | str = "cpu")
     for prefix, part in parts.items():
         give_up(part)
         part.register_forward_pre_hook(
-            lambda part, _, prefix=prefix: _fill(part, checkpoint, prefix, torch.float32, device)
+            lambda part, _, prefix=prefix: fill(part, checkpoint, prefix, torch.float32, device)
         )
         part.register_forward_hook(give_up)
     return model.to(device).float().eval().requires_grad_(False)
@@ -195,7 +195,7 @@ def _get_head_mask(self: object, head_mask: object, num_hidden_layers: int) -> l
     return [None] * num_hidden_layers if head_mask is None else list(head_mask)
 
 
-def _fill(
+def fill(
     net: torch.nn.Module, checkpoint: Checkpoint, prefix: str, dtype: torch.dtype, device: torch.device | str
 ) -> None:
     """Give every parameter its weights, on the device. Raises UserError where the checkpoint lacks one."""

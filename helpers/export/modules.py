@@ -164,7 +164,11 @@ class NetBuilder:
             "lm_head_with_topk": lambda: (torch.zeros(rows, c.hidden_size),),
             "greedy_head": lambda: (torch.zeros(rows, c.vocab_size),),
             "penalty_sample_head": lambda: (
-                torch.zeros(1, c.vocab_size), ids(s, torch.int64), torch.ones(1), torch.ones(1), torch.ones(1)
+                torch.zeros(1, c.vocab_size),
+                ids(s, torch.int64),
+                torch.ones(1),
+                torch.ones(1),
+                torch.ones(1),
             ),
         }[net_kind(net)]()
 
@@ -202,12 +206,6 @@ def read_weights(checkpoint: Checkpoint, net: str) -> Iterator[tuple[str, torch.
 
 
 def load_weights(module: nn.Module, checkpoint: Checkpoint, net: str) -> None:
-    """Fill a net's module from the checkpoint. Raises RuntimeError where a parameter is not in it."""
-    missing = dict(module.named_parameters())
-    with torch.no_grad():
-        for name, tensor in read_weights(checkpoint, net):
-            # Buffers are computed by the code; files of old revisions hold some of them too.
-            if name in missing:
-                missing.pop(name).copy_(tensor)
-    if missing:
-        raise RuntimeError(f"the checkpoint has no {', '.join(sorted(missing))}")
+    """Fill a net's module from the checkpoint, in float32. Raises UserError where a parameter is not in it."""
+    for theirs, ours in checkpoint_prefixes(net).items():
+        modeling.fill(module.get_submodule(ours.removesuffix(".")), checkpoint, theirs, torch.float32, "cpu")

@@ -256,8 +256,9 @@ def test_a_weight_that_the_exporter_drops_or_the_checkpoint_lacks_is_an_error(pa
     module.unused = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError, match="dropped weights: unused"):
         tracing.attach_weights(graph, module, tracing.WeightFile(None))
-    with pytest.raises(RuntimeError, match="has no wte.weight"):
-        modules.load_weights(builder.module("embedding"), builder.checkpoint, "lm_head")
+    less = {name: file for name, file in builder.checkpoint.files.items() if name != "transformer.h.1.ln_1.weight"}
+    with pytest.raises(UserError, match="lack ln_1.weight under 'transformer.h.1.'"):
+        modules.load_weights(builder.module("block_1"), replace(builder.checkpoint, files=less), "block_1")
 
 
 def test_what_is_written_already_needs_no_room(onnx_tiny, patched_tiny, tmp_path, monkeypatch):
