@@ -3,14 +3,14 @@
 Shapes: S compiled sequence length, T or R rows, H hidden size, h heads of size d, V vocabulary (see helpers.nets).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
 from helpers.checkpoint import modeling
 from helpers.checkpoint.weights import Checkpoint
-from helpers.nets import CANDIDATES, net_kind, weight_group
+from helpers.nets import CANDIDATES, HEADS, INPUT_NAMES, net_kind, weight_group
 
 # Candidates that survive top_p whatever their probability (documented penalty_sample_head).
 MIN_TOKENS_TO_KEEP = 5
@@ -116,17 +116,25 @@ class NetBuilder:
 
     def module(self, net: str) -> nn.Module:
         """The module that is exported as a net, in float32; its weights hold whatever the memory held."""
-        make = {
-            "embedding": self._embedding,
-            "embedding_cache": self._embedding,
-            "block": self._block,
-            "block_cache": self._block,
-            "lm_head": lambda: LmHead(*self._norm_and_matrix()),
-            "lm_head_with_topk": lambda: LmHeadWithTopK(*self._norm_and_matrix()),
-            "greedy_head": GreedyHead,
-            "penalty_sample_head": PenaltySampleHead,
-        }[net_kind(net)]
-        return _without_weights(make).eval()
+        # Importing transformers reads variables that load_modeling checks before.
+        from transformers.initialization import no_init_weights
+
+        with no_init_weights():  # so that their memory is never touched
+            module = {
+                "embedding": self._embedding,
+                "embedding_cache": self._embedding,
+                "block": self._block,
+                "block_cache": self._block,
+                "lm_head": lambda: LmHead(*self._norm_and_matrix()),
+                "lm_head_with_topk": lambda: LmHeadWithTopK(*self._norm_and_matrix()),
+                "greedy_head": GreedyHead,
+                "penalty_sample_head": PenaltySampleHead,
+            }[net_kind(net)]()
+        with torch.no_grad():
+            for number, parameter in enumerate(module.parameters()):
+                # The exporter stores equal weights once, and the others would be lost.
+                parameter.view(-1)[0] = number
+        return module.eval()
 
     def _embedding(self) -> Embedding:
         return Embedding(nn.Embedding(self.checkpoint.vocab_size, self.checkpoint.hidden_size))
@@ -144,47 +152,22 @@ class NetBuilder:
 
     def example(self, net: str, rows: int = 1) -> tuple[torch.Tensor, ...]:
         """Inputs to trace a net with: zeros of the shapes of the net's contract (`rows`: R, new tokens at once)."""
-        c, s = self.checkpoint, self.seq_length
-
-        def ids(count: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.zeros(1, count, dtype=dtype)
-
-        def block(count: int, seen: int) -> tuple[torch.Tensor, ...]:
-            return torch.zeros(1, count, c.hidden_size), ids(count), torch.zeros(1, 1, count, seen)
-
-        def past() -> torch.Tensor:
-            return torch.zeros(1, s, c.heads, c.head_dim)
-
-        return {
-            "embedding": lambda: (ids(s),),
-            "embedding_cache": lambda: (ids(rows),),
-            "block": lambda: block(s, s),
-            "block_cache": lambda: (*block(rows, s + rows), past(), past()),
-            "lm_head": lambda: (torch.zeros(rows, c.hidden_size),),
-            "lm_head_with_topk": lambda: (torch.zeros(rows, c.hidden_size),),
-            "greedy_head": lambda: (torch.zeros(rows, c.vocab_size),),
-            "penalty_sample_head": lambda: (
-                torch.zeros(1, c.vocab_size),
-                ids(s, torch.int64),
-                torch.ones(1),
-                torch.ones(1),
-                torch.ones(1),
-            ),
-        }[net_kind(net)]()
-
-
-def _without_weights(make: Callable[[], nn.Module]) -> nn.Module:
-    """A float32 module whose weights were never filled in, so that their memory is never touched."""
-    # Importing transformers reads variables that load_modeling checks before.
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights():
-        module = make()
-    with torch.no_grad():
-        for number, parameter in enumerate(module.parameters()):
-            # The exporter stores equal weights once, and the others would be lost.
-            parameter.view(-1)[0] = number
-    return module
+        c, s, kind = self.checkpoint, self.seq_length, net_kind(net)
+        past = (1, s, c.heads, c.head_dim)
+        shapes = {
+            "embedding": [(1, s)],
+            "embedding_cache": [(1, rows)],
+            "block": [(1, s, c.hidden_size), (1, s), (1, 1, s, s)],
+            "block_cache": [(1, rows, c.hidden_size), (1, rows), (1, 1, rows, s + rows), past, past],
+            "lm_head": [(rows, c.hidden_size)],
+            "lm_head_with_topk": [(rows, c.hidden_size)],
+            "greedy_head": [(rows, c.vocab_size)],
+            "penalty_sample_head": [(1, c.vocab_size), (1, s), (1,), (1,), (1,)],
+        }[kind]
+        # torch gathers and scatters by int64 only.
+        integers = {"input_ids": torch.int64 if kind in HEADS else torch.int32, "position_ids": torch.int32}
+        inputs = zip(INPUT_NAMES[kind], shapes, strict=True)
+        return tuple(torch.zeros(shape, dtype=integers.get(name, torch.float32)) for name, shape in inputs)
 
 
 def checkpoint_prefixes(net: str) -> dict[str, str]:
