@@ -71,31 +71,44 @@ class QwenRunner:
         Raises UserError, before anything runs, where the prompt is empty or longer than S.
         """
         self.check_prompt(ids)
-        sampling, stop_ids = sampling or Sampling(), frozenset(stop_ids)
-        random = np.random.default_rng(sampling.seed)
-        room = self.seq_length - len(ids) + 1  # the last token is given, and never fed
-        limit = room if max_new_tokens is None else min(max_new_tokens, room)
+        stop_ids = frozenset(stop_ids)
+        left = self.seq_length - len(ids) + 1  # the last token is given, and never fed
+        if max_new_tokens is not None:
+            left = min(left, max_new_tokens)
         self.timings, self.finish_reason = Timings(), "length"
-        token = None
-        for _ in range(limit):
+        steps = self.steps(ids, sampling or Sampling(), stop_ids, left)
+        first = True
+        while left > 0:
             if should_stop():
                 self.finish_reason = "cancelled"
                 return
             started = time.perf_counter()
-            if first := token is None:
-                self.prefill(ids)
-            else:
-                self.decode(token)
-            token = self.greedy_token() if sampling.greedy else self.sample_token(sampling, random)
+            tokens = next(steps)
             seconds = time.perf_counter() - started
             if first:
-                self.timings.first_token_s = seconds
+                self.timings.first_token_s, first = seconds, False
             else:
-                self.timings.decode_s.append(seconds)
-            if token in stop_ids:
-                self.finish_reason = "stop"
-                return
-            yield token
+                self.timings.decode_s += [seconds / len(tokens)] * len(tokens)
+            for token in tokens:
+                if token in stop_ids:
+                    self.finish_reason = "stop"
+                    return
+                yield token
+            left -= len(tokens)
+
+    def steps(
+        self, ids: Sequence[int], sampling: "Sampling", stop_ids: frozenset[int], limit: int
+    ) -> Iterator[list[int]]:
+        """What an answer is made of, without end: the tokens of the prefill, then of each decode step; here one each.
+
+        stop_ids, limit: beyond them nobody takes a token. A step that may give several heeds them.
+        """
+        random = np.random.default_rng(sampling.seed)
+        self.prefill(ids)
+        while True:
+            token = self.greedy_token() if sampling.greedy else self.sample_token(sampling, random)
+            yield [token]
+            self.decode(token)
 
     def prefill(self, ids: Sequence[int]) -> None:
         """Run a whole prompt: afterwards the caches hold its keys and values and lm_head its last row's logits."""

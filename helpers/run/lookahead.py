@@ -15,7 +15,6 @@ Published as lookahead decoding by Fu, Bailis, Stoica and Zhang (2024); W = N = 
 Sophgo's demo.
 """
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ import numpy as np
 from helpers.errors import UserError
 from helpers.nets import MASKED
 from helpers.run.engines.base import Engine
-from helpers.run.generation import QwenRunner, Sampling, Timings, by_device
+from helpers.run.generation import QwenRunner, Sampling, by_device
 
 
 @dataclass(frozen=True)
@@ -102,9 +101,6 @@ class NgramPool:
         """What was seen to follow `first`, oldest first: tuples of N-1 tokens."""
         return list(self._tails.get(first, ()))
 
-    def __len__(self) -> int:
-        return sum(len(tails) for tails in self._tails.values())
-
 
 @dataclass(frozen=True)
 class Step:
@@ -156,7 +152,7 @@ class LookaheadState:
     prompt: ids of the prefill, T of them; first: the token that the prefill gave, which stands at position T.
     seq_length: S, the rows of the cache. stop: ids that end the answer, of which it then has one as its last.
     max_tokens: most tokens in the answer, `first` included. The last token may stand at position S, one past
-    the cache, for it is given and never fed. seed: of the tokens that the window begins with.
+    the cache, for it is given and never fed.
     Raises UserError where T is 0 or over S.
     """
 
@@ -169,7 +165,6 @@ class LookaheadState:
         stop: Iterable[int] = (),
         max_tokens: int | None = None,
         sizes: LookaheadSizes | None = None,
-        seed: int = 0,
     ):
         if not 0 < len(prompt) <= seq_length:
             raise UserError(f"The prompt has {len(prompt)} tokens; it must have between 1 and {seq_length}.")
@@ -184,7 +179,7 @@ class LookaheadState:
         if max_tokens is not None:
             self._room = min(self._room, max_tokens)
         self._prompt = [int(token) for token in prompt]
-        self._random = np.random.default_rng(seed)
+        self._random = np.random.default_rng(0)  # the same prompt gives the same steps
         self._columns = deque(self._new_column() for _ in range(self.sizes.window))
         self._guesses: list[tuple[int, ...]] = []
 
@@ -288,58 +283,36 @@ class LookaheadRunner(QwenRunner):
         self,
         ids: Sequence[int],
         *,
-        stop_ids: Iterable[int] = (),
-        max_new_tokens: int | None = None,
-        sampling: Sampling | None = None,
-        should_stop: Callable[[], bool] = lambda: False,
         on_step: Callable[[Step, Accepted], None] = lambda step, accepted: None,
+        **options: object,
     ) -> Iterator[int]:
         """As QwenRunner.generate, and the very same tokens. `statistics` has the steps of the last answer.
 
         on_step sees what each step fed and what it gave. A step's time counts in equal parts for its tokens.
         Raises UserError where sampling is asked for.
         """
-        self.check_prompt(ids)
-        if sampling and not sampling.greedy:
+        self.statistics, self._on_step = Statistics(), on_step
+        return super().generate(ids, **options)
+
+    def steps(
+        self, ids: Sequence[int], sampling: Sampling, stop_ids: frozenset[int], limit: int
+    ) -> Iterator[list[int]]:
+        if not sampling.greedy:
             raise UserError("Lookahead decoding is greedy: ask with temperature 0 and no repetition penalty.")
-        stop_ids = frozenset(stop_ids)
-        self.timings, self.statistics, self.finish_reason = Timings(), Statistics(), "length"
-        if max_new_tokens == 0:
-            return
-        if should_stop():
-            self.finish_reason = "cancelled"
-            return
-        started = time.perf_counter()
         self.prefill(ids)
         first = self.greedy_token()
-        self.timings.first_token_s = time.perf_counter() - started
-        state = LookaheadState(ids, first, self.seq_length, stop=stop_ids, max_tokens=max_new_tokens, sizes=self.sizes)
+        state = LookaheadState(ids, first, self.seq_length, stop=stop_ids, max_tokens=limit, sizes=self.sizes)
         self.statistics = state.statistics
-        given = [first]
-        while True:
-            for token in given:
-                if token in stop_ids:
-                    self.finish_reason = "stop"
-                    return
-                yield token
-            if state.finished:
-                return
-            if should_stop():
-                self.finish_reason = "cancelled"
-                return
-            started = time.perf_counter()
-            given = self._advance(state, on_step)
-            self.timings.decode_s += [(time.perf_counter() - started) / len(given)] * len(given)
-
-    def _advance(self, state: LookaheadState, on_step: Callable[[Step, Accepted], None]) -> list[int]:
-        step, fed = state.step(), state.current
-        self.feed(step.ids, step.positions, step.mask, self._new_rows)
-        accepted = state.verify(self.greedy_tokens())
-        for new_rows, caches in zip(self._new_rows, self._caches, strict=True):
-            for new, cache in zip(by_device(*new_rows), by_device(*caches), strict=True):
-                for row, place in accepted.commits:
-                    self.engine.copy(self._cache_row(new, row), self._cache_row(cache, place))
-        self.position = state.position
-        self.visited += [fed, *accepted.tokens[:-1]]
-        on_step(step, accepted)
-        return accepted.tokens
+        yield [first]
+        while not state.finished:
+            step = state.step()
+            self.feed(step.ids, step.positions, step.mask, self._new_rows)
+            accepted = state.verify(self.greedy_tokens())
+            for new_rows, caches in zip(self._new_rows, self._caches, strict=True):
+                for new, cache in zip(by_device(*new_rows), by_device(*caches), strict=True):
+                    for row, place in accepted.commits:
+                        self.engine.copy(self._cache_row(new, row), self._cache_row(cache, place))
+            self.position = state.position
+            self.visited += [int(step.ids[0, 0]), *accepted.tokens[:-1]]
+            self._on_step(step, accepted)
+            yield accepted.tokens
