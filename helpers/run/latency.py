@@ -4,9 +4,10 @@ Three kinds of time exist, and every record names its own: "measured" on a chip,
 model, "simulator wall" time, which says nothing about the chip.
 """
 
+import contextlib
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -32,27 +33,21 @@ def summary(seconds: Sequence[float]) -> dict[str, float]:
     }
 
 
-class TimedRuns:
-    """While active, the seconds of every net that an engine runs: {net: [seconds]}. It can be entered again."""
+@contextlib.contextmanager
+def timed_runs(engine: Engine, seconds: dict[str, list[float]]) -> Iterator[None]:
+    """While active, the seconds of every net that an engine runs join those under its name."""
+    run = engine.run
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
-        self.seconds: dict[str, list[float]] = defaultdict(list)
+    def timed(net, inputs, outputs):
+        started = time.perf_counter()
+        run(net, inputs, outputs)
+        seconds[net].append(time.perf_counter() - started)
 
-    def __enter__(self) -> dict[str, list[float]]:
-        run = self.engine.run
-
-        def timed(net, inputs, outputs):
-            started = time.perf_counter()
-            run(net, inputs, outputs)
-            self.seconds[net].append(time.perf_counter() - started)
-
-        self.engine.run = timed
-        return self.seconds
-
-    def __exit__(self, *exception) -> None:
-        # The timed method hides the class's own; taking it away uncovers that again.
-        del self.engine.run
+    engine.run = timed
+    try:
+        yield
+    finally:
+        del engine.run  # the timed method hides the class's own
 
 
 def measure(
@@ -66,17 +61,17 @@ def measure(
     """
     runner = QwenRunner(engine)
     record = {"kind": engine.kind_of_time, "warmup": warmup, "repetitions": repetitions, "prompts": []}
-    timed = TimedRuns(engine)
+    nets: dict[str, list[float]] = defaultdict(list)
     for length in prompt_lengths:
         ids = [1 + i % 255 for i in range(length)]
         first, decode = [], []
         for _ in range(warmup):
             list(runner.generate(ids, max_new_tokens=1 + new_tokens))
-        with timed:
+        with timed_runs(engine, nets):
             for _ in range(repetitions):
                 list(runner.generate(ids, max_new_tokens=1 + new_tokens))
                 first.append(runner.timings.first_token_s)
                 decode += runner.timings.decode_s
         record["prompts"].append({"tokens": length, "first_token": summary(first), "decode": summary(decode)})
-    record["nets"] = {net: summary(seconds) for net, seconds in timed.seconds.items()}
+    record["nets"] = {net: summary(seconds) for net, seconds in nets.items()}
     return record
