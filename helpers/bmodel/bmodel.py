@@ -16,7 +16,7 @@ from pathlib import Path
 from helpers.bmodel.flatbuffer import Buffer, Malformed, Table
 from helpers.errors import UserError
 from helpers.nets import QwenShape, qwen_shape
-from helpers.tensors import NetInfo, TensorInfo
+from helpers.tensors import ADDR_MODES, HOST_DTYPE, NetInfo, TensorInfo
 
 CHIP = "BM1684X"
 _MAGIC = 0xFF55AAEE
@@ -24,7 +24,7 @@ _HEADER = struct.Struct("<IIIQ")
 _HEADER_BYTES = 64
 # bm_data_type_t of libsophon's bmdef.h; the last two have two elements a byte.
 _DTYPES = "float32 float16 int8 uint8 int16 uint16 int32 uint32 bfloat16 int4 uint4".split()
-_ADDR_MODES = ("basic", "io_alone", "io_tag", "io_tag_fuse", "io_reloc")
+_ADDR_MODES = (*ADDR_MODES, "io_tag", "io_tag_fuse", "io_reloc")
 # As the compiler writes it: asctime.
 _EPOCH = b"Thu Jan  1 00:00:00 1970\n"
 _AGAIN = "compile it again, or fetch it again"
@@ -68,6 +68,18 @@ class Bmodel:
         """Bytes of all weights, what nets share counted once."""
         return sum(size for _, size in frozenset().union(*(net.weights for net in self.nets.values())))
 
+    @property
+    def device_bytes(self) -> int:
+        """Device memory that it takes in an engine: the runtime's, and the tensors of nets that have none of their own.
+
+        The dtypes must be those of `runnable_bmodel`.
+        """
+        nets = self.nets.values()
+        runtime = sum(net.instruction_bytes + net.scratch_bytes + net.io_bytes for net in nets)
+        infos = [net.info for net in nets if net.info.addr_mode == "basic"]
+        tensors = sum(tensor.bytes for info in infos for tensor in (*info.inputs, *info.outputs))
+        return self.kernel_bytes + self.weight_bytes + runtime + tensors
+
 
 def read_bmodel(path: str | Path) -> Bmodel:
     """Read a bmodel's description; weights and instructions are not read.
@@ -85,10 +97,8 @@ def read_bmodel(path: str | Path) -> Bmodel:
 def _description(path: Path) -> tuple[bytes, int, int]:
     """(flatbuffer, bytes of the binaries after it, where it begins in the file)"""
     try:
-        kind = stat.filemode(path.stat().st_mode)[0]
-        if kind != "-":  # from a pipe nothing may ever come
-            found = {"d": "a folder", "p": "a pipe", "s": "a socket"}.get(kind, "a device")
-            raise UserError(f"{path} cannot be read (it is {found}, not a file): give the path of a .bmodel file.")
+        if not stat.S_ISREG(path.stat().st_mode):  # from a pipe nothing may ever come
+            raise UserError(f"{path} cannot be read (it is no regular file): give the path of a .bmodel file.")
         with open(path, "rb") as file:
             head = file.read(_HEADER_BYTES)
             if not head:
@@ -206,9 +216,35 @@ def _named(names: Sequence[str], code: int) -> str:
 
 def require_qwen(bmodel: Bmodel) -> QwenShape:
     """The model that the nets describe. Raises UserError where they are not Qwen's, or not for BM1684X."""
-    if bmodel.chip.upper() != CHIP:
-        raise UserError(
-            f"{bmodel.path} is for the chip {bmodel.chip}, {CHIP} is needed: compile it with `python -m helpers "
-            "compile`."
-        )
+    _require_chip(bmodel)
     return qwen_shape({name: net.info for name, net in bmodel.nets.items()}, bmodel.path)
+
+
+def runnable_bmodel(path: str | Path, devices: int) -> Bmodel:
+    """The file's description, if an engine of so many devices can run it.
+
+    Sophgo's runtime aborts, or says only that it failed, where this raises UserError: a damaged file, another chip,
+    another number of devices, an address mode or dtype that the engines do not have.
+    """
+    bmodel = read_bmodel(path)
+    _require_chip(bmodel)
+    if bmodel.device_num != devices:
+        ids = ",".join(map(str, range(bmodel.device_num)))
+        raise UserError(
+            f"{path} was compiled for {bmodel.device_num} device(s) and was given {devices}: name as many chips "
+            f"(--devid {ids}), or compile it with --num_device {devices}."
+        )
+    for name, net in bmodel.nets.items():
+        dtypes = {tensor.dtype for tensor in (*net.info.inputs, *net.info.outputs)}
+        taken = (*ADDR_MODES, *HOST_DTYPE)
+        if others := sorted({net.info.addr_mode, *dtypes}.difference(taken)):
+            raise UserError(
+                f"{path}: the net {name} has {', '.join(others)}, an engine takes {', '.join(taken)}: compile it with "
+                "--addr_mode io_alone and --quantize BF16, W8BF16 or W4BF16."
+            )
+    return bmodel
+
+
+def _require_chip(bmodel: Bmodel) -> None:
+    if bmodel.chip.upper() != CHIP:
+        raise UserError(f"{bmodel.path} is for the chip {bmodel.chip}, {CHIP} is needed: compile it for {CHIP}.")

@@ -1,8 +1,9 @@
 """What a bmodel contains and what memory it needs on the device, as `info` prints it. It needs nothing of Sophgo's."""
 
+from dataclasses import astuple
+
 from helpers.bmodel.bmodel import Bmodel, require_qwen
 from helpers.errors import UserError
-from helpers.tensors import TensorInfo
 
 
 def memory_report(model: Bmodel) -> dict:
@@ -17,8 +18,8 @@ def memory_report(model: Bmodel) -> dict:
             "devices": net.devices,
             "addr_mode": net.info.addr_mode,
             "dynamic": net.info.dynamic,
-            "inputs": [_plain(tensor) for tensor in net.info.inputs],
-            "outputs": [_plain(tensor) for tensor in net.info.outputs],
+            "inputs": [astuple(tensor) for tensor in net.info.inputs],
+            "outputs": [astuple(tensor) for tensor in net.info.outputs],
             "weights": net.weight_bytes,
             "instructions": net.instruction_bytes,
             "scratch": net.scratch_bytes,
@@ -43,10 +44,6 @@ def memory_report(model: Bmodel) -> dict:
     }
     report["total"] = sum(report[key] or 0 for key in ("weights", "instructions", "scratch", "cache"))
     return report | {"nets": nets}
-
-
-def _plain(tensor: TensorInfo) -> list:
-    return [tensor.name, list(tensor.shape), tensor.dtype, tensor.device]
 
 
 def format_bytes(count: int | None) -> str:

@@ -102,8 +102,7 @@ def test_a_pipe_a_socket_or_a_device_is_refused_at_once(tmp_path, command):
     os.mkfifo(pipe)
     with socket.socket(socket.AF_UNIX) as bound:
         bound.bind(str(listening))
-        kinds = {pipe: "a pipe", listening: "a socket", "/dev/zero": "a device", tmp_path: "a folder"}
-        for path, kind in kinds.items():
+        for path in (pipe, listening, "/dev/zero", tmp_path):
             done = subprocess.run(
                 [sys.executable, "-m", "helpers", *command, "--model", path],
                 stdin=subprocess.DEVNULL,
@@ -112,7 +111,7 @@ def test_a_pipe_a_socket_or_a_device_is_refused_at_once(tmp_path, command):
                 timeout=600,  # where it is opened nothing ever comes
                 check=False,
             )
-            said = f"error: {path} cannot be read (it is {kind}, not a file): give the path of a .bmodel file.\n"
+            said = f"error: {path} cannot be read (it is no regular file): give the path of a .bmodel file.\n"
             assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
 
 

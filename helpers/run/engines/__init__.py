@@ -58,8 +58,8 @@ def on_each_bmodel(
 ) -> dict[Key, Result]:
     """What `work` returns for each bmodel, which it is given open and which is closed after it.
 
-    On a chip one follows the other. Simulators are processes, which keep a core busy each or share it: as many run side
-    by side, each with a thread of this process, as free memory holds. Raises what open_engine or `work` raises.
+    Each is with a thread of this process. On a chip one follows the other; of simulators, which are processes, as many
+    run side by side as free memory holds. Raises what open_engine or `work` raises.
     """
     opened: list[Engine] = []
     stopped = threading.Event()
@@ -71,11 +71,7 @@ def on_each_bmodel(
                 raise CancelledError
             return work(key, device)
 
-    at_once = 1
-    if not _choose(engine)[0]:
-        at_once = simulators_at_once(list(bmodels.values()))
-    if at_once == 1:
-        return {key: work_on(key) for key in bmodels}
+    at_once = 1 if _choose(engine)[0] else simulators_at_once(list(bmodels.values()))
     with ThreadPoolExecutor(at_once) as pool:
         futures = {key: pool.submit(work_on, key) for key in bmodels}
         try:

@@ -7,15 +7,15 @@ import contextlib
 import importlib
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 
+from helpers.bmodel.bmodel import runnable_bmodel
 from helpers.errors import UserError
 from helpers.run.engines.base import DeviceTensor, Engine, NetMemory
-from helpers.run.engines.loading import checked_bmodel, device_bytes
 from helpers.run.sail_package import sophon_sail
 from helpers.tensors import ADDR_MODES, HOST_DTYPE, NetInfo, TensorInfo
 
@@ -76,16 +76,17 @@ class SailEngine(Engine):
         if missing := [number for number in devid if not 0 <= number < count]:
             there = "only number 0" if count == 1 else f"0 to {count - 1}"
             raise UserError(f"There is no device {missing[0]}: this machine has {there}. Choose with --devid.")
+        ids = ",".join(map(str, devid))
         if len(set(devid)) != len(devid) or not devid:
-            raise UserError(f"--devid {','.join(map(str, devid))}: name each device once.")
-        described = checked_bmodel(bmodel, len(devid))
+            raise UserError(f"--devid {ids}: name each device once.")
+        described = runnable_bmodel(bmodel, len(devid))
         self._lock = threading.Lock()
         self._closed = False
-        with self._told(lambda: f"sophon.sail could not load {bmodel} on device {_ids(devid)}{self._state(devid)}"):
+        with self._told(f"sophon.sail could not load {bmodel} on device {ids}", devid):
             self._handles = [sail.Handle(number) for number in devid]
             self._llm = sail.EngineLLM(str(bmodel), list(devid))
             nets, own_memory = self._describe(tuple(devid))
-        super().__init__(devid, nets, own_memory, device_bytes(described))
+        super().__init__(devid, nets, own_memory, described.device_bytes)
         if _libraries_are_the_simulators():
             self.kind_of_time = "simulator wall"
         self._check_views()
@@ -103,15 +104,15 @@ class SailEngine(Engine):
             ) from None
 
     @contextlib.contextmanager
-    def _told(self, subject: str | Callable[[], str]) -> Iterator[None]:
-        """One call of sail at a time; what it raises becomes a UserError that begins with `subject`."""
+    def _told(self, subject: str, devid: Sequence[int] = ()) -> Iterator[None]:
+        """One call of sail at a time; its exception becomes a UserError: `subject`, state of devices, what it says."""
         with self._lock:
             if self._closed:
                 raise UserError("This engine is closed: open the bmodel again.")
             try:
                 yield
             except Exception as error:  # sail raises a dozen types, some of them unregistered
-                raise UserError(f"{subject() if callable(subject) else subject}: {error}.") from error
+                raise UserError(f"{subject}{self._state(devid)}: {error}.") from error
 
     def _state(self, devid: Sequence[int]) -> str:
         """What the devices are and how much memory they have, for a message; sail itself only says that it failed."""
@@ -147,7 +148,7 @@ class SailEngine(Engine):
         return getattr(self._llm, f"get_{side}_{field}")(net, *index)
 
     def _allocate(self, shape: tuple[int, ...], dtype: str, device: int) -> object:
-        with self._told(lambda: f"No device memory for {dtype} {list(shape)}{self._state([self.devices[device]])}"):
+        with self._told(f"No device memory for {dtype} {list(shape)}", [self.devices[device]]):
             code = getattr(self._sail.Dtype, f"BM_{dtype.upper()}")
             return self._sail.Tensor(self._handles[device], list(shape), code, False, True)
 
@@ -180,10 +181,6 @@ class SailEngine(Engine):
             self._net_memory.clear()
             self._llm = None
             self._handles = []
-
-
-def _ids(devid: Sequence[int]) -> str:
-    return ",".join(map(str, devid))
 
 
 def _libraries_are_the_simulators() -> bool:

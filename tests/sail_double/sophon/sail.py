@@ -13,9 +13,10 @@ import weakref
 
 import numpy as np
 
+from helpers.bmodel.bmodel import read_bmodel
 from helpers.errors import UserError
-from helpers.run.engines.loading import device_bytes
 from helpers.run.engines.simulator import SimulatorProcess
+from helpers.tensors import ADDR_MODES
 
 __version__ = "double"
 
@@ -58,9 +59,9 @@ def _process():
     return _simulated
 
 
-def _ask(*request, data=None):
+def _ask(*request):
     try:
-        return _process().call(*request, data=data)
+        return _process().call(*request)
     except UserError as told:
         if request[0] == "run":
             raise SailEngineError("Engine related error!") from told
@@ -161,7 +162,7 @@ class Tensor:
         if self._system is not None:
             self._system[...] = data.view(wanted)
         elif self._memory is not None:
-            _ask("write", self._address(), data=np.ascontiguousarray(data))
+            _ask("write", self._address(), data.tobytes())
         else:
             raise SailTensorError("invalid Tensor")
 
@@ -175,7 +176,7 @@ class Tensor:
 
     def sync_s2d(self):
         if self._system is not None and self._memory is not None:
-            _ask("write", self._address(), data=np.ascontiguousarray(self._system))
+            _ask("write", self._address(), self._system.tobytes())
 
     def sync_d2s(self):
         if self._system is not None and self._memory is not None:
@@ -210,17 +211,21 @@ class EngineLLM:
         for tpu_id in tpu_ids:
             Handle(tpu_id)
         assert _simulated is None, "the double holds one EngineLLM at a time"
-        from helpers.bmodel.bmodel import read_bmodel
-
         try:
-            process = SimulatorProcess(None, device_bytes(read_bmodel(bmodel_path)))
+            described = read_bmodel(bmodel_path)
+            process = SimulatorProcess(None, described.device_bytes)
         except UserError:
             raise SailEngineError("EngineLLM related error!") from None
         try:
-            self._nets = process.call("open", bmodel_path)
+            process.call("open", os.path.abspath(bmodel_path))
         except UserError:
             process.close()
             raise SailEngineError("EngineLLM related error!") from None
+        self._nets = {}
+        for name, net in described.nets.items():
+            sides = zip((net.info.inputs, net.info.outputs), process.call("addresses", name), strict=True)
+            sides = ([(t.name, t.shape, t.dtype, a) for t, a in zip(*side, strict=True)] for side in sides)
+            self._nets[name] = (*sides, ADDR_MODES.index(net.info.addr_mode), net.info.dynamic)
         _simulated = process
         self._ids = tpu_ids
         self._finalizer = weakref.finalize(self, _closed, process)
