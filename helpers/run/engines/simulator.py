@@ -100,7 +100,7 @@ class SimulatorEngine(Engine):
         return tensor.memory + offset_elements * HOST_DTYPE[tensor.dtype].itemsize
 
     def _write(self, tensor: DeviceTensor, values: np.ndarray) -> None:
-        self._worker.call("write", tensor.memory, values.tobytes())
+        self._worker.call("write", tensor.memory, data=values)
 
     def _read(self, tensor: DeviceTensor) -> np.ndarray:
         data = self._worker.call("read", tensor.memory, tensor.bytes)
@@ -216,13 +216,13 @@ class SimulatorProcess:
         process.wait()
         return None
 
-    def call(self, *request: object, subject: str = "The simulator stopped") -> object:
+    def call(self, *request: object, data: np.ndarray | None = None, subject: str = "The simulator stopped") -> object:
         """One operation of the worker and its arguments; raises UserError where it refuses or dies."""
         answer: Future = Future()
         with self._lock:
             if self._closed:
                 raise UserError("This engine is closed: open the bmodel again.")
-            self._requests.put((request, answer))
+            self._requests.put((request, data, answer))
         try:
             status, value = answer.result()
         except (EOFError, OSError):
@@ -266,10 +266,15 @@ class SimulatorProcess:
 def _converse(connection: Connection, requests: queue.SimpleQueue) -> None:
     with connection:
         while (job := requests.get()) is not None:
-            request, answer = job
+            request, data, answer = job
             try:
                 connection.send(request)
-                answer.set_result(connection.recv())
+                if data is not None:
+                    connection.send_bytes(data.reshape(-1).view(np.uint8))
+                status, value = connection.recv()
+                if request[0] == "read" and status == "ok":
+                    value = connection.recv_bytes()
+                answer.set_result((status, value))
             except (EOFError, OSError) as error:
                 answer.set_exception(error)
 

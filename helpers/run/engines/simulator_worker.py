@@ -6,8 +6,9 @@ milliseconds, and nothing that a bmodel does to it reaches the caller. Device me
     simulator_worker.py LIBRARIES PIPE_FD PARENT_PID
 
 Its first message is whether the library of simulator_yield.c is loaded; the folder in which it was started, with a
-libcmodel.so, is not needed after it. A request is a tuple (operation, *arguments),
-a method of Simulator; its answer is ("ok", what it returns) or ("error", message).
+libcmodel.so, is not needed after it. A request is a tuple (operation, *arguments), a method of Simulator; its answer is
+("ok", what it returns) or ("error", message). Data follows the request of a write and the answer of a read as a message
+of its own: pickled it would be copied more often.
 """
 
 import contextlib
@@ -136,7 +137,7 @@ class Simulator:
     def read(self, address, size):
         data = ctypes.create_string_buffer(size)
         self.bmlib.bm_memcpy_d2s(self.handle, data, memory_at(address, size))
-        return data.raw
+        return data
 
     def copy(self, source, target, size):
         self.bmlib.bm_memcpy_d2d_byte(self.handle, memory_at(target, size), 0, memory_at(source, size), 0, size)
@@ -208,12 +209,18 @@ def serve(simulator, connection, set_idle, one_core):
             set_idle(0)
         if os.fstat(1).st_size > LOG_LIMIT_BYTES:
             os.ftruncate(1, 0)
+        if operation == "write":
+            arguments.append(connection.recv_bytes())
         try:
             with one_core if operation == "run" else contextlib.nullcontext():
-                answer = "ok", getattr(simulator, operation)(*arguments)
+                status, value = "ok", getattr(simulator, operation)(*arguments)
         except Refused as refusal:
-            answer = "error", str(refusal)
-        connection.send(answer)
+            status, value = "error", str(refusal)
+        if operation == "read" and status == "ok":
+            connection.send((status, None))
+            connection.send_bytes(value)
+        else:
+            connection.send((status, value))
 
 
 def main():

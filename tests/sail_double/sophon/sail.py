@@ -59,9 +59,9 @@ def _process():
     return _simulated
 
 
-def _ask(*request):
+def _ask(*request, data=None):
     try:
-        return _process().call(*request)
+        return _process().call(*request, data=data)
     except UserError as told:
         if request[0] == "run":
             raise SailEngineError("Engine related error!") from told
@@ -162,7 +162,7 @@ class Tensor:
         if self._system is not None:
             self._system[...] = data.view(wanted)
         elif self._memory is not None:
-            _ask("write", self._address(), data.tobytes())
+            _ask("write", self._address(), data=np.ascontiguousarray(data))
         else:
             raise SailTensorError("invalid Tensor")
 
@@ -176,7 +176,7 @@ class Tensor:
 
     def sync_s2d(self):
         if self._system is not None and self._memory is not None:
-            _ask("write", self._address(), self._system.tobytes())
+            _ask("write", self._address(), data=np.ascontiguousarray(self._system))
 
     def sync_d2s(self):
         if self._system is not None and self._memory is not None:
