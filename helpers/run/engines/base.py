@@ -121,14 +121,11 @@ class Engine:
 
     def copy(self, source: DeviceTensor, target: DeviceTensor) -> None:
         """Copy on one device, without the host; shapes may differ, dtype and number of elements may not."""
-        if (source.dtype, source.count) != (target.dtype, target.count):
+        if (source.dtype, source.count, source.device) != (target.dtype, target.count, target.device):
             raise UserError(
-                "A copy needs the same dtype and number of elements: the source is "
-                f"{source.dtype} {list(source.shape)}, the target {target.dtype} {list(target.shape)}."
-            )
-        if source.device != target.device:
-            raise UserError(
-                f"A copy stays on one device: the source is on {source.device}, the target on {target.device}."
+                "A copy stays on one device and needs the same dtype and number of elements: the source is "
+                f"{source.dtype} {list(source.shape)} on {source.device}, the target {target.dtype} "
+                f"{list(target.shape)} on {target.device}."
             )
         self._copy(source, target)
 
