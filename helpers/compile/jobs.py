@@ -6,6 +6,7 @@ and one account of its free memory.
 
 import atexit
 import contextlib
+import functools
 import json
 import socket
 import threading
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 from helpers import artefacts, machine
 from helpers.bmodel import bmodel
 from helpers.compile import memory
-from helpers.compile.log import own_error
+from helpers.compile.log import own_error, read_log
 from helpers.compile.profile import PROFILE, read_profile
 from helpers.compile.server import CompilerServer
 from helpers.errors import UserError
@@ -58,7 +59,7 @@ class NetToCompile:
         """
         digests = {}
         for name in [self.onnx.name, *sorted(self.signature.external)]:
-            digests[name] = shared.digest(path := self.onnx.with_name(name))
+            digests[name] = digest(path := self.onnx.with_name(name))
             if self.recorded.get(name, digests[name]) != digests[name]:
                 raise UserError(
                     f"{path} is not what the export wrote (its SHA-256 differs): export again with `python -m helpers "
@@ -68,23 +69,33 @@ class NetToCompile:
 
 
 class _Shared:
-    """What the jobs of one process share: the server, started when first needed, the gate, digests of files."""
+    """What the jobs of one process share: the servers, started when first needed, and the gate."""
 
     def __init__(self):
         self._lock = threading.Lock()
-        self._server: CompilerServer | None = None
+        self._idle: list[CompilerServer] = []
+        self._busy: set[CompilerServer] = set()
         self._gate: memory.MemoryGate | None = None
         self._ended = False
-        self._digests: dict[tuple, str] = {}
-        self._digesting: dict[tuple, threading.Lock] = {}
 
-    def server(self) -> CompilerServer:
+    @contextlib.contextmanager
+    def server(self, log: Path) -> Iterator[CompilerServer]:
+        """A server for one net. log: of that net."""
         with self._lock:
             if self._ended:
                 raise UserError("The compile was ended before this net began.")
-            if self._server is None or not self._server.alive:
-                self._server = CompilerServer()
-            return self._server
+            self._idle = [server for server in self._idle if server.alive]
+            server = self._idle.pop() if self._idle else CompilerServer(log)
+            self._busy.add(server)
+        try:
+            yield server
+        except BaseException:
+            server.close()
+            raise
+        finally:
+            with self._lock:
+                self._busy.discard(server)
+                self._idle.append(server)
 
     def gate(self) -> memory.MemoryGate:
         with self._lock:
@@ -97,28 +108,28 @@ class _Shared:
         with self._lock:
             self._gate, self._ended = None, False
 
-    def digest(self, path: Path) -> str:
-        """SHA-256 of a file, computed once while it does not change: blocks share their weights."""
-        state = path.stat()
-        key = (str(path), state.st_size, state.st_mtime_ns, state.st_ino)
-        with self._lock:
-            one = self._digesting.setdefault(key, threading.Lock())
-        with one:
-            if key not in self._digests:
-                self._digests[key] = sha256_file(path)
-            return self._digests[key]
-
     def close(self, ended: bool = False) -> None:
-        """End the server. ended: nets that have not begun never will, until `measure`."""
+        """End the servers. ended: nets that have not begun never will, until `measure`."""
         with self._lock:
             self._ended = ended
-            if self._server is not None:
-                self._server.close()
-            self._server = self._gate = None
+            for server in (*self._idle, *self._busy):
+                server.close()
+            self._idle, self._gate = [], None
 
 
 shared = _Shared()
 atexit.register(shared.close)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, computed once while it does not change: nets share their weights."""
+    state = path.stat()
+    return _digest(path, state.st_size, state.st_mtime_ns, state.st_ino)
+
+
+@functools.lru_cache(maxsize=None)
+def _digest(path: Path, *state: int) -> str:
+    return sha256_file(path)
 
 
 def compile_net(task: NetToCompile) -> dict:
@@ -150,22 +161,21 @@ def _build(task: NetToCompile, artefact: Path, inputs: dict[str, str]) -> None:
     kind = digest_of([task.settings, shapes, _CODE, machine.tool_versions()])[:16]
     kernels = artefact.parent / f".kernels.{socket.gethostname()}" / kind
     extra: dict = {}
-    # Before it waits for memory: where the compile is ended meanwhile, it finds this one closed.
-    server = shared.server()
     with (
-        shared.gate().room_for(memory.needed(task.signature.weights_bytes)),
+        # Before it waits for memory: where the compile is ended meanwhile, it finds this one closed.
+        shared.server(log) as server,
+        shared.gate().room_for(task.net, memory.needed(task.signature.weights_bytes)),
         artefacts.building(
             artefact, kind="net", inputs=inputs, settings=task.settings, code=_CODE, extra=extra
         ) as partial,
     ):
         partial.mkdir()
-        result = partial / "result.json"
-        paths = {"onnx": task.onnx, "work": partial, "result": result, "kernels": kernels}
-        arguments = {name: str(path) for name, path in paths.items()}
-        if status := server.run(log, task.threads, net=task.net, settings=task.settings, **arguments):
+        edits = partial / "edits.json"
+        arguments = {"onnx": task.onnx, "settings": task.settings, "work": partial, "edits": edits, "kernels": kernels}
+        if status := server.run(log, task.threads, net=task.net, **arguments):
             raise _failure(task, log, status, machine.free_disk(partial))
-        extra.update(json.loads(result.read_text(encoding="utf-8")))
-        result.unlink()
+        extra["edits"] = json.loads(edits.read_bytes())
+        edits.unlink()
         extra["profile"] = read_profile(partial / PROFILE, task.settings["num_device"])
         made = bmodel.read_bmodel(partial / f"{task.net}.bmodel")
         if task.net.startswith("block"):
@@ -184,8 +194,7 @@ def _failure(task: NetToCompile, log: Path, status: int, free: int) -> UserError
             "free some, or choose another --out, and run the same command again; what was finished is kept (its log is "
             f"{log})."
         )
-    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
-    return UserError(f"{task.net} did not compile: {own_error(text, status)} (its log is {log})")
+    return UserError(f"{task.net} did not compile: {own_error(read_log(log), status)} (its log is {log})")
 
 
 def _require_split(made: bmodel.Bmodel, devices: int) -> None:

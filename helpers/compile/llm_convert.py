@@ -21,7 +21,7 @@ from helpers.bmodel import bmodel
 from helpers.checkpoint.modeling import import_huggingface
 from helpers.checkpoint.vocabulary import copy_vocabulary
 from helpers.checkpoint.weights import Checkpoint
-from helpers.compile.log import own_error
+from helpers.compile.log import own_error, read_log
 from helpers.compile.options import Q_GROUP_SIZE, QUANTIZE, check_name, check_options
 from helpers.compile.profile import PROFILE, estimates, read_profile
 from helpers.errors import UserError
@@ -230,9 +230,9 @@ def _run(work: Path, addr_mode: str, options: list[str], log: Path) -> None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if status:
-        text = log.read_text(encoding="utf-8", errors="replace")
+        text = read_log(log)
         for failed in sorted((work / "converted").glob("*/*.log")):
-            said = failed.read_text(encoding="utf-8", errors="replace")
+            said = read_log(failed)
             if "Error" in said or "error" in said or "Assert" in said:
                 text = said
                 shutil.copy(failed, log)

@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 
 _NOISE = re.compile(
     r".*onnxruntime|ConstantFolding|#\d|PLEASE submit|Stack dump|\d+\.\s+Program arguments|\[Running\]|\[ *\]"
@@ -13,6 +14,10 @@ _ERROR = re.compile(
 _EXCEPTION = re.compile(r"^\w[\w.]*(Error|Exception|Interrupt)\b.*")
 
 
+def read_log(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
 def own_error(log: str, status: int) -> str:
     """The line of a net's log that says why it failed. status: its exit status, negative for a signal."""
     if locked := re.search(r"Failed to open: (\S+\.lock)", log):
@@ -20,11 +25,9 @@ def own_error(log: str, status: int) -> str:
         return f"{locked[1]} belongs to {owner}: have its owner or root delete it, then run the same command again"
     lines = [re.split(r"\r|\x08", line)[-1].strip() for line in log.splitlines()]
     lines = [line for line in lines if line and not _NOISE.match(line)]
-    if ours := [line for line in lines if line.startswith("error: ")]:
-        return ours[-1].removeprefix("error: ")[:500]
     # The wheel's scripts end in such an exception when a program that they ran has said why it failed.
     if exceptions := [line for line in lines if _EXCEPTION.match(line) and "[!Error]" not in line]:
-        return exceptions[-1][:500]
+        return exceptions[-1].removeprefix("helpers.errors.UserError: ")[:500]
     telling = [line for line in lines if line.startswith("what():")] or [line for line in lines if _ERROR.search(line)]
     if telling:
         return telling[0][:500]

@@ -25,6 +25,15 @@ def budget() -> int:
     return int(SHARE * machine.free_memory())
 
 
+def require(net: str, need: int, free: int) -> None:
+    """Raises UserError where a net needs more bytes of memory than there are."""
+    if need > free:
+        raise UserError(
+            f"Compiling {net} needs {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: close other programs, "
+            "add swap, or compile on a larger machine (--scheduler)."
+        )
+
+
 class MemoryGate:
     """Lets as many jobs run as fit into a budget of memory, in bytes. Jobs that come first go first where they fit."""
 
@@ -34,13 +43,9 @@ class MemoryGate:
         self._changed = threading.Condition()
 
     @contextlib.contextmanager
-    def room_for(self, need: int) -> Iterator[None]:
-        """Wait until `need` fits beside what runs. Raises UserError where it never will."""
-        if need > self.budget:
-            raise UserError(
-                f"This net needs {need / 1e9:.1f} GB of memory to compile, {self.budget / 1e9:.1f} GB are free: close "
-                "other programs, add swap, or compile on a larger machine (--scheduler)."
-            )
+    def room_for(self, net: str, need: int) -> Iterator[None]:
+        """Wait until what a net needs fits beside what runs. Raises UserError where it never will."""
+        require(net, need, self.budget)
         with self._changed:
             self._changed.wait_for(lambda: self._used + need <= self.budget)
             self._used += need

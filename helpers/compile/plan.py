@@ -95,9 +95,4 @@ def check(plan: Plan, mode: str, num_device: int, addr_mode: str) -> None:
 def check_memory(plan: Plan) -> None:
     """Raises UserError where the largest net would not fit into the memory that is free now."""
     net = max(plan.nets, key=lambda net: plan.nets[net].weights_bytes)
-    need, free = memory.needed(plan.nets[net].weights_bytes), memory.budget()
-    if need > free:
-        raise UserError(
-            f"Compiling {net} needs {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: close other programs, "
-            "add swap, or compile on a larger machine (--scheduler)."
-        )
+    memory.require(net, memory.needed(plan.nets[net].weights_bytes), memory.budget())

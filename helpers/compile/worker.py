@@ -10,22 +10,20 @@ import contextlib
 import ctypes
 import json
 import os
-import resource
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import time
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from helpers import toolchain
 from helpers.compile import frontend, graph
-from helpers.compile.processes import die_with_parent, in_child
 from helpers.compile.profile import PROFILE
-from helpers.compile.server import serve
+from helpers.compile.server import in_child, serve
+from helpers.errors import UserError
 from helpers.files import locked
 
 CHIP = "bm1684x"
@@ -33,42 +31,33 @@ KERNELS = "kernels"
 _SPLITTING_PASS = "--dev-parallel"
 # <sys/personality.h>
 _ADDR_NO_RANDOMIZE = 0x0040000
-_ENVIRONMENT_BYTES = 1 << 15
 
 
-def compile_net(net: str, onnx: str, settings: dict, work: str, result: str, kernels: str) -> None:
+def compile_net(net: str, onnx: Path, settings: dict, work: Path, edits: Path, kernels: Path) -> None:
     """Compile one net in the folder `work`; leaves <net>.bmodel, <net>.mlir and the compiler's profile.
 
-    onnx: path of the net. settings: of helpers.compile.options.net_settings. result: file for what was measured, as
-    JSON. kernels: folder of a cache for nets that need the same kernels.
-    Raises UserError, RuntimeError, or SystemExit after a tool that failed; what the tools say goes to standard output.
+    onnx: path of the net. settings: of helpers.compile.options.net_settings. edits: file for how often each edit of the
+    graph was made, as JSON. kernels: folder of a cache for nets that need the same kernels.
+    Raises UserError, or SystemExit after a tool that failed; what the tools say goes to standard output.
     """
     os.chdir(work)
-    started = time.monotonic()
     # In a process of its own, so that its memory is given back before the compiler takes its own.
-    transform_bytes = in_child("the transform", lambda: frontend.transform(net, onnx))
+    in_child("the transform", frontend.transform, net, onnx)
     mlir, bmodel = Path(f"{net}.mlir"), Path(f"{net}.bmodel")
-    edits = {name: 0 for name in graph.EDITS if settings[name]}
-    for name in edits:
-        text, edits[name] = graph.EDITS[name](mlir.read_text(encoding="utf-8"))
-        mlir.write_text(text, encoding="utf-8")
-    transformed = time.monotonic()
-    with _kernels(Path(kernels)) as folder:
+    text, made = mlir.read_text(encoding="utf-8"), {}
+    for name, edit in graph.EDITS.items():
+        if settings[name]:
+            text, made[name] = edit(text)
+    mlir.write_text(text, encoding="utf-8")
+    with _kernels(kernels) as folder:
         os.environ["PPL_CACHE_PATH"] = f"{folder}/" if folder.is_absolute() else f"./{folder}/"
-        deploy_bytes = _deploy(mlir, bmodel, settings)
+        _deploy(mlir, bmodel, settings)
     if not bmodel.is_file() or not bmodel.stat().st_size:
-        raise RuntimeError("error: the compiler ended without an error and without a bmodel")
-    measured = {
-        "edits": edits,
-        "transform_s": round(transformed - started, 3),
-        "deploy_s": round(time.monotonic() - transformed, 3),
-        "transform_bytes": transform_bytes,
-        "deploy_bytes": deploy_bytes,
-    }
+        raise UserError("the compiler ended without an error and without a bmodel")
     for path in Path().iterdir():
         if path.is_file() and path.name not in (bmodel.name, mlir.name, PROFILE):
             path.unlink()
-    Path(result).write_text(json.dumps(measured), encoding="utf-8")
+    edits.write_text(json.dumps(made), encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -102,56 +91,42 @@ def _kernels(cache: Path):
         shutil.rmtree(ours)
 
 
-def _prepare_tool() -> None:
-    die_with_parent()
-    # The compiler writes some bytes of a dynamic net's code without having set them. They are the same each time if
-    # its memory is laid out the same each time, the environment at its top included; where that may not be asked for,
-    # only these bytes differ.
-    ctypes.CDLL(None).personality(_ADDR_NO_RANDOMIZE)
-
-
-def _run_tool(command: list[str]) -> int:
-    """Run a program of the wheel; its peak memory in bytes. Raises SystemExit where it failed; how is printed."""
+def _run_tool(*command: str) -> None:
+    """Run a program of the wheel. Raises SystemExit where it failed; how is printed."""
     print("[Running]:", shlex.join(command), flush=True)
     env = {name: os.environ[name] for name in toolchain.VARIABLES if name in os.environ}
     # Without PWD and HOME it aborts.
     env |= {"PWD": ".", "HOME": ".", "PPL_CACHE_PATH": os.environ.get("PPL_CACHE_PATH", f"./{KERNELS}/")}
-    # Always as long, whatever the PATH is and wherever the program: see _prepare_tool.
-    program = shutil.which(command[0], path=env.get("PATH")) or command[0]
-    length = len(program) + sum(len(name) + len(value) for name, value in env.items())
-    env["PADDING"] = "." * (_ENVIRONMENT_BYTES - length)
-    process = subprocess.run(command, env=env, preexec_fn=_prepare_tool, check=False)
-    if process.returncode < 0:
+    status = subprocess.run(command, env=env, check=False).returncode
+    if status < 0:
         # The program's own last words are above in the log.
-        print(f"{command[0]} was ended by {signal.Signals(-process.returncode).name}", flush=True)
-    if process.returncode:
+        print(f"{command[0]} was ended by {signal.Signals(-status).name}", flush=True)
+    if status:
         sys.exit(1)
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
 
-def _deploy(mlir: Path, bmodel: Path, settings: dict) -> int:
-    """Compile MLIR of the top dialect to a bmodel; peak memory in bytes."""
+def _deploy(mlir: Path, bmodel: Path, settings: dict) -> None:
+    """Compile MLIR of the top dialect to a bmodel."""
     options = compiler_options(mlir.stem, bmodel.name, settings)
-    split = options.index(_SPLITTING_PASS)
-    if settings["num_device"] == 1:
-        return _run_tool(["tpuc-opt", mlir.name, *options, "-o", os.devnull])
-    parts, peak = split_over_devices(mlir, options[: split + 1])
-    return max(peak, _run_tool(["tpuc-opt", parts.name, *options[split + 1 :], "-o", os.devnull]))
+    if settings["num_device"] > 1:
+        split = options.index(_SPLITTING_PASS) + 1
+        mlir, options = split_over_devices(mlir, options[:split]), options[split:]
+    _run_tool("tpuc-opt", mlir.name, *options, "-o", os.devnull)
 
 
-def split_over_devices(mlir: Path, options: list[str]) -> tuple[Path, int]:
-    """Lower MLIR and split it over devices; the MLIR of all devices' parts, and the peak memory in bytes.
+def split_over_devices(mlir: Path, options: list[str]) -> Path:
+    """Lower MLIR and split it over devices; the MLIR of all devices' parts.
 
     options: the passes up to and with the splitting one, which gets its input as it takes it for granted.
     """
     *lowering, splitting = options
     lowered, parts = (mlir.with_name(f"{mlir.stem}_{stage}.mlir") for stage in ("tpu", "parts"))
-    peak = _run_tool(["tpuc-opt", mlir.name, *lowering, "-o", lowered.name])
+    _run_tool("tpuc-opt", mlir.name, *lowering, "-o", lowered.name)
     text = graph.order_projections(lowered.read_text(encoding="utf-8"))
     lowered.write_text(graph.pair_groups(text), encoding="utf-8")
-    peak = max(peak, _run_tool(["tpuc-opt", lowered.name, splitting, "-o", parts.name]))
+    _run_tool("tpuc-opt", lowered.name, splitting, "-o", parts.name)
     parts.write_text(graph.unpair_groups(parts.read_text(encoding="utf-8")), encoding="utf-8")
-    return parts, peak
+    return parts
 
 
 def compiler_options(net: str, bmodel: str, settings: dict) -> list[str]:
@@ -178,5 +153,8 @@ def compiler_options(net: str, bmodel: str, settings: dict) -> list[str]:
 
 
 if __name__ == "__main__":
+    # Where the compiler lets the chip's scalar core run an operator (TopK, what is dynamic), it writes three bytes that
+    # it never set: they are those of its stack, the same each time where that begins at the same address.
+    ctypes.CDLL(None).personality(_ADDR_NO_RANDOMIZE)
     frontend.preload()
-    serve(socket.socket(fileno=int(sys.argv[1])), compile_net)
+    serve(Connection(int(sys.argv[1])), compile_net)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from helpers import toolchain
 from helpers.compile import frontend, graph, options, worker
-from helpers.compile.processes import in_child
+from helpers.compile.server import in_child
 
 
 def _blocks(lines: list[str], start: int, indent: str) -> list[tuple[int, int]]:
@@ -64,13 +64,13 @@ def main(onnx: str, mode: str, devices: str) -> None:
     net = Path(onnx).stem
     settings = options.net_settings(net, mode, int(devices), "basic", False)
     frontend.preload()
-    in_child("the transform", lambda: frontend.transform(net, onnx))
+    in_child("the transform", frontend.transform, net, onnx)
     mlir = Path(f"{net}.mlir")
     if settings["merge_cache"]:
         mlir.write_text(graph.merge_cache(mlir.read_text())[0])
     passes = worker.compiler_options(net, "part.bmodel", settings)
     split = passes.index("--dev-parallel")
-    parts_mlir, _ = worker.split_over_devices(mlir, passes[: split + 1])
+    parts_mlir = worker.split_over_devices(mlir, passes[: split + 1])
     text = parts_mlir.read_text(encoding="utf-8")
     parts = single_device_modules(text)
     for name, part in parts.items():
