@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.compile_common import add_arguments, prepare, print_table, timed
 from helpers import artefacts, machine, toolchain
 from helpers.bmodel.model_tool import combine
-from helpers.compile import compiling, jobs
+from helpers.compile import compiling
 from helpers.compile.options import net_settings
 from helpers.compile.plan import plan_nets
 from helpers.compile.profile import PROFILE, read_profile
@@ -58,7 +58,6 @@ def main() -> None:
     _, onnx, _ = prepare(args, out)
     rows = []
     for mode in args.modes:
-        jobs.shared.close()
         target, ours = timed(lambda mode=mode: compiling.compile_model(onnx, out, "bench", mode, jobs=args.jobs))
         cycles, theirs = timed(lambda mode=mode: documented(onnx, out / f"documented_{mode}", mode))
         rows.append([mode, "wall s", ours, theirs, ours / theirs])

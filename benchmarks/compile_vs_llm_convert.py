@@ -14,17 +14,14 @@ from pathlib import Path
 
 from benchmarks.compile_common import add_arguments, prepare, print_table, timed
 from helpers import artefacts
-from helpers.compile import compiling, jobs, llm_convert
+from helpers.compile import compiling, llm_convert
 
 
 def compare(checkpoint: Path, onnx: Path, out: Path, mode: str, args: argparse.Namespace) -> dict:
     """One mode both ways: seconds and cycles of the first prefill and decode block."""
-    # A fresh start of our tool chain, as from a command line.
-    jobs.shared.close()
     ours, seconds = timed(
         lambda: compiling.compile_model(onnx, out / "ours", "bench", mode, addr_mode="io_alone", jobs=args.jobs)
     )
-    jobs.shared.close()
     theirs = llm_convert.convert(checkpoint, out / "theirs", "bench", mode, args.seq_length)
     nets, converted = (artefacts.read_manifest(path) for path in (ours, theirs))
     # At 7B size what one mode leaves takes 15 GB.

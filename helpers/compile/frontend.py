@@ -4,6 +4,7 @@ Its ONNX simplifier is not shown the large weights, which it copies many times o
 of constants does not run the whole net for that; and the optimised ONNX is not saved once more.
 """
 
+import math
 import os
 import sys
 import types
@@ -46,15 +47,15 @@ def preload() -> None:
 def transform(net: str, path: str) -> None:
     """ONNX file -> <net>.mlir (top dialect, before any optimisation) and its weights as .npz, in the current folder.
 
-    Raises UserError where the file is not an ONNX net that the front end can read.
+    Raises UserError where the file or one with its weights is not there or not whole.
     """
     from transform import OnnxConverter as front_end
 
     try:
         model = onnx.load(path, load_external_data=False)
-    except DecodeError as error:
-        raise UserError(f"{path} is not a readable ONNX file ({error}): export it again.") from None
-    weights = take_weights(model, Path(path).parent)
+        weights = take_weights(model, Path(path).parent)
+    except (DecodeError, OSError, ValueError) as error:
+        raise UserError(f"{path} or its weights cannot be read ({error}): export the net again.") from None
     # The optimised ONNX is saved for debugging only, in gigabytes.
     front_end.onnx.save = lambda *args, **kwargs: None
     front_end.ConstantFolding = _folding_class(front_end.ConstantFolding)
@@ -66,33 +67,23 @@ def take_weights(model, folder: Path) -> dict:
     """Take the large float32 tensors out of an onnx.ModelProto, leave the small ones in it with their data.
 
     Returns name to numpy array, memory-mapped where the tensor was stored outside of the file.
-    Raises UserError where an external file is missing or too short.
     """
-
-    def array_of(tensor):
-        if not external_data_helper.uses_external_data(tensor):
-            return numpy_helper.to_array(tensor)
-        info = external_data_helper.ExternalDataInfo(tensor)
-        path = folder / info.location
-        try:
-            return np.memmap(path, "<f4", "r", info.offset or 0, tuple(tensor.dims))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"The weights of {tensor.name} cannot be read from {path} ({error}): export the net again."
-            ) from None
-
     weights, rest = {}, []
     for tensor in model.graph.initializer:
-        if tensor.data_type != TensorProto.FLOAT:
-            if external_data_helper.uses_external_data(tensor):
-                external_data_helper.load_external_data_for_tensor(tensor, str(folder))
-            rest.append(tensor)
-            continue
-        array = array_of(tensor)
-        if array.ndim > 1 and array.nbytes >= BYPASS_BYTES:
-            weights[tensor.name] = array
+        outside = external_data_helper.uses_external_data(tensor)
+        shape = tuple(tensor.dims)
+        large = tensor.data_type == TensorProto.FLOAT and len(shape) > 1 and 4 * math.prod(shape) >= BYPASS_BYTES
+        if large and outside:
+            info = external_data_helper.ExternalDataInfo(tensor)
+            weights[tensor.name] = np.memmap(folder / info.location, "<f4", "r", info.offset or 0, shape)
+        elif large:
+            weights[tensor.name] = numpy_helper.to_array(tensor)
         else:
-            rest.append(numpy_helper.from_array(np.ascontiguousarray(array), tensor.name))
+            if outside:
+                external_data_helper.load_external_data_for_tensor(tensor, str(folder))
+                tensor.data_location = TensorProto.DEFAULT
+                del tensor.external_data[:]
+            rest.append(tensor)
     del model.graph.initializer[:]
     model.graph.initializer.extend(rest)
     return weights
@@ -181,11 +172,8 @@ def _folding_class(folding):
     """The wheel's ConstantFolding, which runs the whole net on random inputs to fold its constants, without that."""
 
     class Folding(folding):
-        def generate_specific_rand_input(self, input_shapes):
-            types = {name: self.get_np_type_from_elem_type(self.get_elem_type(name)) for name in input_shapes}
-            return {name: np.zeros(shape, types[name]) for name, shape in input_shapes.items()}
-
         def forward_for_node_outputs(self, const_nodes):
+            # It asks for the shape of something that is computed.
             if any(node.op_type == "Shape" for node in const_nodes):
                 return super().forward_for_node_outputs(const_nodes)
             if not const_nodes:

@@ -5,33 +5,34 @@ on the simulator; tests/unit/test_compiling.py shows both. One MLIR operation is
 """
 
 import re
+from typing import NamedTuple
 
 _LINE = re.compile(r'^\s*(%\d+)(?::\d+)? = "(\w+\.\w+)"\(([^)]*)\)(.*)$')
 _VALUE = re.compile(r"%\d+(?:#\d+)?")
 
 
+class Operation(NamedTuple):
+    """One line: its number, the operation's name, such as top.Add, the operands, and what follows them."""
+
+    line: int
+    name: str
+    operands: list[str]
+    attributes: str
+
+
+_NONE = Operation(-1, "", [], "")
+
+
 class Graph:
-    """The operations of an MLIR text by the value they define: %7 and its line number, name, operands and rest."""
+    """The operations of an MLIR text by the value that they define: `graph["%7"]`, empty where nothing here does."""
 
     def __init__(self, mlir: str):
         self.lines = mlir.split("\n")
-        self.operations: dict[str, tuple[int, str, list[str], str]] = {}
-        for number, line in enumerate(self.lines):
-            if match := _LINE.match(line):
-                self.operations[match[1]] = (number, match[2], _VALUE.findall(match[3]), match[4])
+        found = ((number, _LINE.match(line)) for number, line in enumerate(self.lines))
+        self.operations = {m[1]: Operation(at, m[2], _VALUE.findall(m[3]), m[4]) for at, m in found if m}
 
-    def line(self, value: str) -> int:
-        return self.operations[value.split("#")[0]][0]
-
-    def name(self, value: str) -> str:
-        """Name of the operation that defines a value, such as top.Add; empty where nothing here does."""
-        return self.operations.get(value.split("#")[0], (0, "", [], ""))[1]
-
-    def operands(self, value: str) -> list[str]:
-        return self.operations.get(value.split("#")[0], (0, "", [], ""))[2]
-
-    def attributes(self, value: str) -> str:
-        return self.operations.get(value.split("#")[0], (0, "", [], ""))[3]
+    def __getitem__(self, value: str) -> Operation:
+        return self.operations.get(value.split("#")[0], _NONE)
 
     def uses(self, value: str) -> int:
         """How often a value (or any result of its operation) is an operand or returned."""
@@ -56,7 +57,7 @@ def merge_cache(mlir: str) -> tuple[str, int]:
         if name != "top.Concat" or len(operands) != 2 or "{axis = 1 : si32," not in rest:
             continue
         past = operands[0]
-        if graph.name(past) != "top.Input" or graph.uses(past) != 1 or value in returned:
+        if graph[past].name != "top.Input" or graph.uses(past) != 1 or value in returned:
             continue
         merged = graph.lines[number].replace("only_merge = false", "only_merge = true")
         marked += merged != graph.lines[number]
@@ -96,34 +97,35 @@ def fuse_rotation(mlir: str) -> tuple[str, int]:
 
 def _match_rotation(graph: Graph, operands: list[str]) -> tuple[str, str, str] | None:
     """(x, cos, sin) where the operands of an addition are the two products of a rotation."""
-    straight, turned = operands
-    if graph.name(straight) != "top.Mul" or graph.name(turned) != "top.Mul":
+    straight, turned = (graph[value] for value in operands)
+    if straight.name != "top.Mul" or turned.name != "top.Mul":
         return None
-    (x, cos), (concat, sin) = graph.operands(straight), graph.operands(turned)
-    if graph.name(concat) != "top.Concat" or len(graph.operands(concat)) != 2:
+    (x, cos), (concat, sin) = straight.operands, turned.operands
+    if graph[concat].name != "top.Concat" or len(graph[concat].operands) != 2:
         return None
-    negated, lower = graph.operands(concat)
-    if graph.name(negated) != "top.MulConst" or "const_val = -1.0" not in graph.attributes(negated):
+    negated, lower = graph[concat].operands
+    if graph[negated].name != "top.MulConst" or "const_val = -1.0" not in graph[negated].attributes:
         return None
-    if _half(graph, graph.operands(negated)[0]) != (x, 1) or _half(graph, lower) != (x, 0):
+    if _half(graph, graph[negated].operands[0]) != (x, 1) or _half(graph, lower) != (x, 0):
         return None
     return x, cos, sin
 
 
 def _half(graph: Graph, value: str) -> tuple[str, int] | None:
     """(x, 0 or 1) where a value is the lower or upper half of x along its last axis."""
-    if graph.name(value) == "top.Slice":
-        attributes = graph.attributes(value)
+    _, name, operands, attributes = graph[value]
+    if name == "top.Slice":
         offsets = re.search(r"offset = \[([^\]]*)\]", attributes)
         steps = re.search(r"steps = \[([^\]]*)\]", attributes)
         if not offsets or not steps or set(steps[1].replace(" ", "").split(",")) != {"1"}:
             return None
         *others, last = [int(offset) for offset in offsets[1].split(",")]
-        return None if any(others) else (graph.operands(value)[0], int(last > 0))
-    if graph.name(value) == "top.Squeeze":
-        (part,) = graph.operands(value)[:1]
-        if graph.name(part) == "top.Split" and graph.name(graph.operands(part)[0]) == "top.Reshape":
-            return graph.operands(graph.operands(part)[0])[0], int(part.split("#")[1])
+        return None if any(others) else (operands[0], int(last > 0))
+    if name == "top.Squeeze":
+        part = operands[0]
+        reshaped = graph[part].operands[0] if graph[part].name == "top.Split" else ""
+        if graph[reshaped].name == "top.Reshape":
+            return graph[reshaped].operands[0], int(part.split("#")[1])
     return None
 
 
@@ -153,27 +155,27 @@ def order_projections(mlir: str) -> str:
     `Invalid index!`. mlir: the tpu dialect, just before that pass. Text without fused attention is returned as it is.
     """
     graph = Graph(mlir)
-    attention = [value for value in graph.operations if graph.name(value) == "tpu.FAttention"]
+    attention = [operation for operation in graph.operations.values() if operation.name == "tpu.FAttention"]
     if len(attention) != 1:
         return mlir
 
-    def projection(value: str) -> str | None:
-        while value in graph.operations and graph.name(value) not in _PROJECTIONS:
-            operands = graph.operands(value)
-            if not operands:
-                return None
-            # A cache comes first in its concatenation.
-            cached = graph.name(value) == "tpu.Concat" and graph.name(operands[0]) == "top.Input"
-            value = operands[-1] if cached else operands[0]
-        return value if value in graph.operations else None
+    def projection(value: str) -> Operation | None:
+        _, name, operands, _ = operation = graph[value]
+        if name in _PROJECTIONS:
+            return operation
+        if not operands:
+            return None
+        # A cache comes first in its concatenation.
+        cached = name == "tpu.Concat" and graph[operands[0]].name == "top.Input"
+        return projection(operands[-1] if cached else operands[0])
 
-    projections = [projection(value) for value in graph.operands(attention[0])[:3]]
+    projections = [projection(value) for value in attention[0].operands[:3]]
     if None in projections:
         return mlir
     groups = []
-    for value in projections:
-        weights = {graph.line(w) for w in graph.operands(value)[1:] if graph.name(w) == "top.Weight"}
-        groups.append([*sorted(weights), graph.line(value)])
+    for line, _, operands, _ in projections:
+        weights = {graph[value].line for value in operands[1:] if graph[value].name == "top.Weight"}
+        groups.append([*sorted(weights), line])
     places = sorted(place for group in groups for place in group)
     moved = [graph.lines[place] for group in groups for place in group]
     for place, line in zip(places, moved, strict=True):
@@ -211,6 +213,6 @@ def unpair_groups(mlir: str) -> str:
 
 
 def _follows_norm(graph: Graph, value: str) -> bool:
-    while graph.name(value) in ("tpu.Cast", "tpu.Reshape"):
-        value = graph.operands(value)[0]
-    return graph.name(value) == "tpu.RMSNorm"
+    while graph[value].name in ("tpu.Cast", "tpu.Reshape"):
+        value = graph[value].operands[0]
+    return graph[value].name == "tpu.RMSNorm"

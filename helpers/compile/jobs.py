@@ -1,7 +1,7 @@
 """Jobs of the compiler: one net each, as a plain function of plain data, so that any executor can run them.
 
-Locally that is a pool of threads; with a Dask scheduler, its workers. Either way each machine has one compile server
-and one account of its free memory.
+Locally that is a pool of threads; with a Dask scheduler, its workers. Either way the nets of one process share its
+compile servers and one account of its free memory.
 """
 
 import atexit
@@ -58,67 +58,14 @@ class NetToCompile:
         Raises UserError where one is not what the export wrote.
         """
         digests = {}
-        for name in [self.onnx.name, *sorted(self.signature.external)]:
-            digests[name] = digest(path := self.onnx.with_name(name))
-            if self.recorded.get(name, digests[name]) != digests[name]:
+        for path in [self.onnx, *(self.onnx.with_name(name) for name in sorted(self.signature.external))]:
+            digests[path.name] = digest(path)
+            if self.recorded.get(path.name, digests[path.name]) != digests[path.name]:
                 raise UserError(
                     f"{path} is not what the export wrote (its SHA-256 differs): export again with `python -m helpers "
                     "export`, which makes just the damaged files anew."
                 )
         return digests
-
-
-class _Shared:
-    """What the jobs of one process share: the servers, started when first needed, and the gate."""
-
-    def __init__(self):
-        self._lock = threading.Lock()
-        self._idle: list[CompilerServer] = []
-        self._busy: set[CompilerServer] = set()
-        self._gate: memory.MemoryGate | None = None
-        self._ended = False
-
-    @contextlib.contextmanager
-    def server(self, log: Path) -> Iterator[CompilerServer]:
-        """A server for one net. log: of that net."""
-        with self._lock:
-            if self._ended:
-                raise UserError("The compile was ended before this net began.")
-            self._idle = [server for server in self._idle if server.alive]
-            server = self._idle.pop() if self._idle else CompilerServer(log)
-            self._busy.add(server)
-        try:
-            yield server
-        except BaseException:
-            server.close()
-            raise
-        finally:
-            with self._lock:
-                self._busy.discard(server)
-                self._idle.append(server)
-
-    def gate(self) -> memory.MemoryGate:
-        with self._lock:
-            if self._gate is None:
-                self._gate = memory.MemoryGate(memory.budget())
-            return self._gate
-
-    def measure(self) -> None:
-        """Look at the free memory anew, before and after a compile: nothing of this process runs."""
-        with self._lock:
-            self._gate, self._ended = None, False
-
-    def close(self, ended: bool = False) -> None:
-        """End the servers. ended: nets that have not begun never will, until `measure`."""
-        with self._lock:
-            self._ended = ended
-            for server in (*self._idle, *self._busy):
-                server.close()
-            self._idle, self._gate = [], None
-
-
-shared = _Shared()
-atexit.register(shared.close)
 
 
 def digest(path: Path) -> str:
@@ -127,9 +74,42 @@ def digest(path: Path) -> str:
     return _digest(path, state.st_size, state.st_mtime_ns, state.st_ino)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _digest(path: Path, *state: int) -> str:
     return sha256_file(path)
+
+
+class _Shared:
+    """What the nets that one process compiles share: a server for each thread, and the gate."""
+
+    def __init__(self):
+        self.servers: dict[int, CompilerServer] = {}
+        self.close()
+
+    def server(self, log: Path) -> CompilerServer:
+        """This thread's server. log: of the net that it is for. Raises UserError where the compile was ended."""
+        server = self.servers.get(thread := threading.get_ident())
+        if server is None or not server.alive:
+            server = self.servers[thread] = CompilerServer(log)
+        if self._ended:
+            server.close()
+            raise UserError("The compile was ended before this net began.")
+        return server
+
+    def close(self, ended: bool = False) -> None:
+        """End the servers and what they run; the gate will look at the free memory anew.
+
+        ended: nets that have not begun never will, until the next call.
+        """
+        self._ended = ended
+        for server in list(self.servers.values()):
+            server.close()
+        self.servers.clear()
+        self.gate = memory.MemoryGate()
+
+
+shared = _Shared()
+atexit.register(shared.close)
 
 
 def compile_net(task: NetToCompile) -> dict:
@@ -155,16 +135,17 @@ def compile_net(task: NetToCompile) -> dict:
 
 
 def _build(task: NetToCompile, artefact: Path, inputs: dict[str, str]) -> None:
+    task.folder.mkdir(parents=True, exist_ok=True)
     log = artefact.with_name(f"{task.net}.log")
     # Kernels depend on shapes and settings, which all blocks of a model share; a machine has its own.
     shapes = sorted(task.signature.inputs.items())
     kind = digest_of([task.settings, shapes, _CODE, machine.tool_versions()])[:16]
     kernels = artefact.parent / f".kernels.{socket.gethostname()}" / kind
     extra: dict = {}
+    # Before it waits for memory: where the compile is ended meanwhile, it finds this one closed.
+    server = shared.server(log)
     with (
-        # Before it waits for memory: where the compile is ended meanwhile, it finds this one closed.
-        shared.server(log) as server,
-        shared.gate().room_for(task.net, memory.needed(task.signature.weights_bytes)),
+        shared.gate.room_for(task.net, memory.needed(task.signature.weights_bytes)),
         artefacts.building(
             artefact, kind="net", inputs=inputs, settings=task.settings, code=_CODE, extra=extra
         ) as partial,
@@ -233,18 +214,16 @@ def compile_nets(
 
 @contextlib.contextmanager
 def _threads(jobs: int) -> Iterator[Executor]:
-    shared.measure()
+    shared.close()
+    pool = ThreadPoolExecutor(jobs, thread_name_prefix="compile")
     try:
-        with ThreadPoolExecutor(jobs, thread_name_prefix="compile") as pool:
-            try:
-                yield pool
-            except BaseException:
-                # Ctrl-C or a net that failed: nothing goes on in the background, and nothing begins there.
-                pool.shutdown(wait=False, cancel_futures=True)
-                shared.close(ended=True)
-                raise
+        yield pool
     finally:
-        shared.measure()
+        # After Ctrl-C, or a net that failed, none goes on in the background and none begins there.
+        pool.shutdown(wait=False, cancel_futures=True)
+        shared.close(ended=True)
+        pool.shutdown()
+        shared.close()
 
 
 @contextlib.contextmanager

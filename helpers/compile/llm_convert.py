@@ -30,6 +30,9 @@ from helpers.files import locked, write_json
 # What of these helpers decides what comes out.
 _CODE = artefacts.code_of("compile.llm_convert", "checkpoint.weights", "compile.options", "compile.profile")
 _RENAMED = {
+    "transformer.wte": "model.embed_tokens",
+    "transformer.ln_f": "model.norm",
+    "lm_head": "lm_head",
     "ln_1": "input_layernorm",
     "ln_2": "post_attention_layernorm",
     "attn.c_proj": "self_attn.o_proj",
@@ -43,31 +46,23 @@ _RENAMED = {
 # norm, whose weight it forgets to write beside the lm_head's own ("failed to find tensor model.norm.weight to read").
 # And it has no option for the addresses of the cache nets, which are always io_alone.
 _RUNNER = """
-import json, os, runpy, sys
-import numpy
-from safetensors import safe_open
-
-save = numpy.savez
+import os, runpy, sys
+import numpy, tpu_mlir
+cache_mode, *sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+from llm.LlmConverter import LlmConverter
+from llm.LlmLoad import LlmLoad
+save, submit = numpy.savez, LlmConverter.submit_deploy_task
 
 def savez(file, *args, **arrays):
     if file == "lm_head_top_weights.npz":
-        folder = sys.argv[sys.argv.index("-m") + 1]
-        shard = json.load(open(folder + "/model.safetensors.index.json"))["weight_map"]["model.norm.weight"]
-        with safe_open(os.path.join(folder, shard), "pt") as weights:
-            arrays["model.norm.weight"] = weights.get_tensor("model.norm.weight").float().numpy()
+        arrays["model.norm.weight"] = LlmLoad(sys.argv[sys.argv.index("-m") + 1]).read("model.norm.weight")
     return save(file, *args, **arrays)
-
-cache_mode, *sys.argv = sys.argv[1:]
-sys.path.insert(0, os.path.dirname(sys.argv[0]))
-numpy.savez = savez
-import tpu_mlir
-from llm.LlmConverter import LlmConverter
-submit = LlmConverter.submit_deploy_task
 
 def submit_deploy_task(self, *args, addr_mode="basic", **options):
     return submit(self, *args, addr_mode=cache_mode if addr_mode == "io_alone" else addr_mode, **options)
 
-LlmConverter.submit_deploy_task = submit_deploy_task
+numpy.savez, LlmConverter.submit_deploy_task = savez, submit_deploy_task
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -94,22 +89,14 @@ def qwen2_config(checkpoint: Checkpoint, seq_length: int) -> dict:
 
 def qwen2_tensors(name: str, tensor) -> dict:
     """A tensor of a Qwen-1 checkpoint under Qwen 2's names: c_attn becomes three."""
-    if (match := re.fullmatch(r"transformer\.h\.(\d+)\.(.+)\.(weight|bias)", name)) is None:
-        other = {
-            "transformer.wte.weight": "model.embed_tokens.weight",
-            "transformer.ln_f.weight": "model.norm.weight",
-            "lm_head.weight": "lm_head.weight",
-        }
-        return {other[name]: tensor} if name in other else {}
-    layer, part, kind = match.groups()
-    prefix = f"model.layers.{layer}"
-    if part == "attn.c_attn":
-        pieces = tensor.chunk(3, dim=0)
-        return {
-            f"{prefix}.self_attn.{letter}_proj.{kind}": piece.contiguous()
-            for letter, piece in zip("qkv", pieces, strict=True)
-        }
-    return {f"{prefix}.{_RENAMED[part]}.{kind}": tensor} if part in _RENAMED else {}
+    stem, _, kind = name.rpartition(".")
+    prefix = ""
+    if match := re.fullmatch(r"transformer\.h\.(\d+)\.(.+)", stem):
+        prefix, stem = f"model.layers.{match[1]}.", match[2]
+    if stem == "attn.c_attn":
+        pieces = zip("qkv", tensor.chunk(3, dim=0), strict=True)
+        return {f"{prefix}self_attn.{letter}_proj.{kind}": piece for letter, piece in pieces}
+    return {f"{prefix}{_RENAMED[stem]}.{kind}": tensor} if stem in _RENAMED else {}
 
 
 def write_qwen2_checkpoint(checkpoint: Checkpoint, folder: Path, seq_length: int) -> None:
@@ -117,16 +104,12 @@ def write_qwen2_checkpoint(checkpoint: Checkpoint, folder: Path, seq_length: int
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    prefixes = [f"transformer.h.{i}." for i in range(checkpoint.layers)]
-    weight_map = {}
-    for number, prefix in enumerate([*prefixes, "transformer.wte.", "transformer.ln_f.", "lm_head."]):
-        shard = f"model-{number:05d}.safetensors"
+    layers = [f"transformer.h.{i}." for i in range(checkpoint.layers)]
+    for prefix in [*layers, "transformer.wte.", "transformer.ln_f.", "lm_head."]:
         tensors = {}
         for name, tensor in checkpoint.load(prefix).items():
-            tensors |= qwen2_tensors(name, tensor)
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / shard, {"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, shard)
-    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+            tensors |= {renamed: part.clone() for renamed, part in qwen2_tensors(name, tensor).items()}
+        save_file(tensors, folder / f"{prefix}safetensors", {"format": "pt"})
     write_json(folder / "config.json", qwen2_config(checkpoint, seq_length))
 
 
@@ -158,15 +141,8 @@ def convert(
     check_options(mode, num_device, addr_mode, checkpoint.heads, checkpoint.hidden_size)
     out = Path(out).absolute()
     target = out / f"{name}_{mode}_{num_device}dev{'_dyn' if dynamic else ''}_llm_convert.bmodel"
-    settings = {
-        "name": name,
-        "mode": mode,
-        "num_device": num_device,
-        "seq_length": seq_length,
-        "dynamic": dynamic,
-        "addr_mode": addr_mode,
-        "via": "llm_convert",
-    }
+    settings = {"name": name, "mode": mode, "num_device": num_device, "seq_length": seq_length, "dynamic": dynamic}
+    settings |= {"addr_mode": addr_mode, "via": "llm_convert"}
     inputs = {"checkpoint": checkpoint.digest("")}
     if artefacts.up_to_date(target, inputs, settings, _CODE):
         return target
@@ -230,16 +206,13 @@ def _run(work: Path, addr_mode: str, options: list[str], log: Path) -> None:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     if status:
-        text = read_log(log)
-        for failed in sorted((work / "converted").glob("*/*.log")):
-            said = read_log(failed)
-            if "Error" in said or "error" in said or "Assert" in said:
-                text = said
-                shutil.copy(failed, log)
-                break
+        # What a job of its said stands in a log of the job's own.
+        logs = sorted((work / "converted").glob("*/*.log"))
+        if failed := [path for path in logs if re.search("[Ee]rror|Assert", read_log(path))]:
+            shutil.copy(failed[0], log)
         # On a full disk the converter goes on, and finds its own files broken later. What it wrote is still there.
         free = machine.free_disk(work)
         raise UserError(
-            f"llm_convert.py failed: {own_error(text, status)} (its log is {log}; when it ended {free / 1e9:.1f} GB of "
-            "disk were free: it can need ten times the checkpoint's size)"
+            f"llm_convert.py failed: {own_error(read_log(log), status)} (its log is {log}; when it ended "
+            f"{free / 1e9:.1f} GB of disk were free: it can need ten times the checkpoint's size)"
         )

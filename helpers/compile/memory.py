@@ -35,19 +35,22 @@ def require(net: str, need: int, free: int) -> None:
 
 
 class MemoryGate:
-    """Lets as many jobs run as fit into a budget of memory, in bytes. Jobs that come first go first where they fit."""
+    """Lets as many nets compile at once as fit into a budget of memory, in bytes: by default into what is free when
+    the first of them comes."""
 
-    def __init__(self, budget: int):
-        self.budget = budget
+    def __init__(self, free: int | None = None):
+        self._free = free
         self._used = 0
         self._changed = threading.Condition()
 
     @contextlib.contextmanager
     def room_for(self, net: str, need: int) -> Iterator[None]:
         """Wait until what a net needs fits beside what runs. Raises UserError where it never will."""
-        require(net, need, self.budget)
         with self._changed:
-            self._changed.wait_for(lambda: self._used + need <= self.budget)
+            if self._free is None:
+                self._free = budget()
+            require(net, need, self._free)
+            self._changed.wait_for(lambda: self._used + need <= self._free)
             self._used += need
         try:
             yield

@@ -8,7 +8,7 @@ from helpers.compile import memory
 from helpers.compile.options import check_options
 from helpers.errors import UserError
 from helpers.export.signature import Signature, read_signature
-from helpers.nets import HEADS, TOPK_HEAD, count_layers, needed_nets
+from helpers.nets import HEADS, TOPK_HEAD, count_layers, needed_nets, net_kind
 
 
 @dataclass
@@ -79,17 +79,17 @@ def check(plan: Plan, mode: str, num_device: int, addr_mode: str) -> None:
             f"{plan.folder} lacks {vocabulary.name}, the vocabulary that its manifest names: export again with `python "
             "-m helpers export`, which brings it back."
         )
-    for kind, rows in (("block", plan.seq_length), ("block_cache", 1)):
-        for i in range(plan.layers):
-            net = f"{kind}_{i}"
-            _, states = next(iter(plan.nets[net].inputs.values()))
-            wanted = (1, rows, plan.hidden_size)
+    for net in (net for net in plan.nets if net.startswith("block")):
+        _, states = next(iter(plan.nets[net].inputs.values()))
+        wanted = (1, plan.seq_length, plan.hidden_size)
+        if net_kind(net) == "block_cache":
             # A decode step may take several rows.
-            if len(states) != 3 or states[2] != wanted[2] or (kind == "block" and states != wanted):
-                raise UserError(
-                    f"{plan.files[net]} takes states {list(states)}, the other blocks say {list(wanted)}: "
-                    "the folder mixes two exports; export again into an empty folder."
-                )
+            wanted = (1, *states[1:2], plan.hidden_size)
+        if states != wanted:
+            raise UserError(
+                f"{plan.files[net]} takes states {list(states)}, the other blocks say {list(wanted)}: "
+                "the folder mixes two exports; export again into an empty folder."
+            )
 
 
 def check_memory(plan: Plan) -> None:

@@ -24,7 +24,6 @@ from helpers.compile import frontend, graph
 from helpers.compile.profile import PROFILE
 from helpers.compile.server import in_child, serve
 from helpers.errors import UserError
-from helpers.files import locked
 
 CHIP = "bm1684x"
 KERNELS = "kernels"
@@ -65,30 +64,26 @@ def _kernels(cache: Path):
     """Yields a folder for the kernels of fused attention, which the compiler builds with cmake for each shape.
 
     They are not in the home folder: the compiler remembers there for good that a kernel could not be built (for want
-    of cmake, say), and goes without; and two of its processes that build one kernel spoil each other's. So the first
-    net of a kind builds them alone, and they move to the cache when they are whole: one that was killed, or found the
-    disk full, leaves none half built there, which the compiler would take and stop at. Those after it take a copy:
-    there are disks without links. cmake does not work in folders with every name.
+    of cmake, say), and goes without; and two of its processes that build one kernel spoil each other's. So each net has
+    a folder of its own, and takes a copy of the cache's: there are disks without links. Where there is none yet, what
+    it built moves there when it is whole: a net that was killed, or found the disk full, leaves no half built kernel
+    there, which the compiler would take and stop at. cmake does not work in folders with every name.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    whole, made = cache / "whole", Path(f"{KERNELS}.made")
+    whole, made, ours = cache / "whole", Path(f"{KERNELS}.made"), Path(KERNELS)
     with contextlib.ExitStack() as stack:
-        ours = Path(KERNELS)
         if not toolchain.is_plain(Path.cwd()):
             ours = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=toolchain.plain_parent()))) / KERNELS
-        with locked(cache / "lock"):
-            if not whole.exists():
-                ours.mkdir()
-                yield ours
-                shutil.move(ours, made)
-                # Without a lock another net may have been faster.
-                with contextlib.suppress(OSError):
-                    made.rename(whole)
-                shutil.rmtree(made, ignore_errors=True)
-                return
-        shutil.copytree(whole, ours)
+        if whole.exists():
+            shutil.copytree(whole, ours)
+        else:
+            ours.mkdir()
         yield ours
-        shutil.rmtree(ours)
+        shutil.move(ours, made)
+        # Another net was faster, as a rule: a folder that is not empty stays.
+        with contextlib.suppress(OSError):
+            made.rename(whole)
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def _run_tool(*command: str) -> None:
