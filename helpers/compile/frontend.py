@@ -1,7 +1,8 @@
 """The ONNX front end: a net as ONNX becomes MLIR of the top dialect, by the wheel's converter with three things mended.
 
-Its ONNX simplifier is not shown the large weights, which it copies many times over and looks at none of; its folding
-of constants does not run the whole net for that; and the optimised ONNX is not saved once more.
+Its ONNX simplifier is not shown the large weights, which it copies many times over and looks at none of; where it finds
+no constants to fold, as in nets that torch exports, it does not run the whole net for that; and the optimised ONNX is
+not saved once more.
 """
 
 import math
@@ -12,9 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 from google.protobuf.message import DecodeError
-from onnx import ModelProto, TensorProto, ValueInfoProto, external_data_helper, helper, numpy_helper
+from onnx import ModelProto, TensorProto, external_data_helper, helper, numpy_helper
 
 from helpers.errors import UserError
 
@@ -58,7 +58,9 @@ def transform(net: str, path: str) -> None:
         raise UserError(f"{path} or its weights cannot be read ({error}): export the net again.") from None
     # The optimised ONNX is saved for debugging only, in gigabytes.
     front_end.onnx.save = lambda *args, **kwargs: None
-    front_end.ConstantFolding = _folding_class(front_end.ConstantFolding)
+    # To fold constants the whole net is run on random inputs, though there be none.
+    fold = front_end.ConstantFolding.forward_for_node_outputs
+    front_end.ConstantFolding.forward_for_node_outputs = lambda self, nodes: fold(self, nodes) if nodes else {}
     converter = _converter_class(front_end.OnnxConverter)(net, model, weights)
     converter.generate_mlir(f"{net}.mlir")
 
@@ -166,29 +168,3 @@ def _converter_class(front_end):
             return True
 
     return Converter
-
-
-def _folding_class(folding):
-    """The wheel's ConstantFolding, which runs the whole net on random inputs to fold its constants, without that."""
-
-    class Folding(folding):
-        def forward_for_node_outputs(self, const_nodes):
-            # It asks for the shape of something that is computed.
-            if any(node.op_type == "Shape" for node in const_nodes):
-                return super().forward_for_node_outputs(const_nodes)
-            if not const_nodes:
-                return {}
-            wanted = [name for node in const_nodes for name in node.output]
-            constants = [node for node in self.model.graph.node if node.op_type == "Constant"]
-            outputs = [ValueInfoProto(name=name) for name in wanted]
-            weights = self.model.graph.initializer
-            graph = helper.make_graph([*constants, *const_nodes], "constants", [], outputs, weights)
-            versions = {"opset_imports": self.model.opset_import, "ir_version": self.model.ir_version}
-            options = onnxruntime.SessionOptions()
-            # Else it lists the constants that this piece of the net does not use.
-            options.log_severity_level = 3
-            content = helper.make_model(graph, **versions).SerializeToString()
-            session = onnxruntime.InferenceSession(content, options, ["CPUExecutionProvider"])
-            return dict(zip(wanted, session.run(wanted, {}), strict=True))
-
-    return Folding
