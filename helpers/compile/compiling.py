@@ -73,11 +73,9 @@ def compile_model(
         for net, signature in plan.nets.items()
     ]
     with locked(folder / ".lock", f"Another compile is running in {folder}: wait for it, or take another --out."):
-        records = compile_nets(tasks, jobs, scheduler, f"compile {mode}", progress)
-        nets = {
-            net: {key: records[net][key] for key in ("bytes", "cycles", "ms", "ddr_bw", "flops", "seconds")}
-            for net in plan.nets
-        }
+        nets = compile_nets(tasks, jobs, scheduler, f"compile {mode}", progress)
+        bmodels = [record.pop("bmodel") for record in nets.values()]
+        inputs = {net: record.pop("sha256") for net, record in nets.items()}
         extra = {
             "nets": nets,
             "estimates": estimates(nets),
@@ -88,11 +86,10 @@ def compile_model(
         }
         settings = {"name": name, "mode": mode, "num_device": num_device, "addr_mode": addr_mode}
         settings |= {"dynamic": dynamic, "via": "onnx"}
-        inputs = {net: records[net]["sha256"] for net in plan.nets}
         if not artefacts.up_to_date(target, inputs, settings, _CODE):
             with artefacts.building(
                 target, kind="bmodel", inputs=inputs, settings=settings, code=_CODE, extra=extra
             ) as partial:
-                model_tool.combine([records[net]["bmodel"] for net in plan.nets], partial)
+                model_tool.combine(bmodels, partial)
                 bmodel.strip_time(partial)
     return target

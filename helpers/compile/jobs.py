@@ -115,8 +115,8 @@ atexit.register(shared.close)
 def compile_net(task: NetToCompile) -> dict:
     """Compile one net if it is not there already, made from the same inputs and settings; return its record.
 
-    Returns {net, bmodel (path), sha256, bytes (weights and instructions), cycles, ms, ddr_bw, flops, seconds}; the
-    figures of the profile are None where the compiler has none (helpers.compile.profile).
+    Returns {bmodel (path), sha256, bytes (weights and instructions), seconds, cycles, ms, ddr_bw, flops}; the last four
+    are None where the compiler's profile has none (helpers.compile.profile).
     Raises UserError with the net's own error and the path of its log.
     """
     artefact, file = task.folder / task.net, f"{task.net}.bmodel"
@@ -125,7 +125,6 @@ def compile_net(task: NetToCompile) -> dict:
         _build(task, artefact, inputs)
     record = artefacts.read_manifest(artefact)
     return {
-        "net": task.net,
         "bmodel": str(artefact / file),
         "sha256": record["outputs"][file]["sha256"],
         "bytes": record["weight_bytes"] + record["instruction_bytes"],
@@ -204,12 +203,12 @@ def compile_nets(
         (progress or tqdm)(total=len(tasks), desc=title, unit="net") as bar,
         _threads(jobs) if scheduler is None else _cluster(scheduler) as pool,
     ):
-        for future in as_completed([pool.submit(compile_net, task) for task in ordered]):
-            record = future.result()
-            records[record["net"]] = record
-            bar.set_postfix_str(record["net"], refresh=False)
+        nets = {pool.submit(compile_net, task): task.net for task in ordered}
+        for future in as_completed(nets):
+            records[nets[future]] = future.result()
+            bar.set_postfix_str(nets[future], refresh=False)
             bar.update()
-    return records
+    return {task.net: records[task.net] for task in tasks}
 
 
 @contextlib.contextmanager
