@@ -458,9 +458,7 @@ def test_a_disk_without_locks_and_links_compiles_with_one_warning(nets, compiled
         int link(const char *to, const char *path) { errno = EPERM; return -1; }
         """
     )
-    done = subprocess.run(
-        command(nets, tmp_path / "out"), env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command(nets, tmp_path / "out"), env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("warning:") == 1 and "has no file locks (Function not implemented)" in done.stderr
     assert_same_blocks(tmp_path / "out", compiled)
@@ -486,9 +484,7 @@ def test_a_folder_that_may_only_be_read_and_is_up_to_date_is_no_failure(nets, co
     out, home = open_folder / "out", open_folder / "home"
     shutil.copytree(compiled.parent, out)
     home.mkdir()
-    done = subprocess.run(
-        [*as_user(12345, home), *command(nets, out)], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([*as_user(12345, home), *command(nets, out)], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
     assert done.stdout == f"{out / compiled.name}\n"
 
@@ -556,9 +552,7 @@ def test_another_sdk_in_the_environment_changes_nothing(nets, compiled, tmp_path
         "PATH": f"{ppl / 'bin'}:{os.environ['PATH']}",
         "PYTHONPATH": str(checkout / "python"),
     }
-    done = subprocess.run(
-        command(nets, tmp_path / "out"), env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command(nets, tmp_path / "out"), env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert_same_blocks(tmp_path / "out", compiled)
 
@@ -679,7 +673,7 @@ def test_two_compiles_in_one_folder_are_kept_apart(nets, compiled):
     "log, told",
     [
         ("x\nloc(\"a\"): error: 'top.Add' op is wrong\n#0 0x1\nStack dump:\n", "'top.Add' op is wrong"),
-        ("[Running]: tpuc-opt error\ntpuc-opt: f.cpp:7: void f(): Assertion `0 && \"no\"' failed.\n", "Assertion `0"),
+        ('[Running]: tpuc-opt error\ntpuc-opt: f.cpp:7: void f(): Assertion `0 && "no"\' failed.\n', "Assertion `0"),
         ("Traceback (most recent call last):\n  File\nRuntimeError: Erfinv Op not support now\n", "Erfinv Op"),
         ("failed to find tensor w to read\n#1 0x2\nRuntimeError: [!Error]: tpuc-opt a.mlir\n", "tensor w to read"),
         ("all well\n", "status 3 after: all well"),
@@ -791,9 +785,7 @@ def test_a_dask_cluster_makes_the_same_bytes(nets, compiled, tmp_path):
     with LocalCluster(
         n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, local_directory=str(tmp_path)
     ) as cluster:
-        path = compiling.compile_model(
-            nets, tmp_path / "out", "small", "int8", scheduler=cluster.scheduler_address
-        )
+        path = compiling.compile_model(nets, tmp_path / "out", "small", "int8", scheduler=cluster.scheduler_address)
     assert path.read_bytes() == compiled.read_bytes()
 
 
