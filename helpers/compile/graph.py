@@ -84,8 +84,7 @@ def fuse_rotation(mlir: str) -> tuple[str, int]:
     graph = Graph(mlir)
     fused = 0
     for value, (number, name, operands, _) in list(graph.operations.items()):
-        found = _match_rotation(graph, operands) if name == "top.Add" and len(operands) == 2 else None
-        if found is None:
+        if name != "top.Add" or (found := _match_rotation(graph, operands)) is None:
             continue
         x, cos, sin = found
         location = re.search(r"loc\(.*\)$", graph.lines[number])
@@ -97,30 +96,25 @@ def fuse_rotation(mlir: str) -> tuple[str, int]:
 
 def _match_rotation(graph: Graph, operands: list[str]) -> tuple[str, str, str] | None:
     """(x, cos, sin) where the operands of an addition are the two products of a rotation."""
-    straight, turned = (graph[value] for value in operands)
-    if straight.name != "top.Mul" or turned.name != "top.Mul":
-        return None
-    (x, cos), (concat, sin) = straight.operands, turned.operands
-    if graph[concat].name != "top.Concat" or len(graph[concat].operands) != 2:
-        return None
-    negated, lower = graph[concat].operands
-    if graph[negated].name != "top.MulConst" or "const_val = -1.0" not in graph[negated].attributes:
-        return None
-    if _half(graph, graph[negated].operands[0]) != (x, 1) or _half(graph, lower) != (x, 0):
-        return None
-    return x, cos, sin
+    match [graph[value] for value in operands]:
+        case [[_, "top.Mul", [x, cos], _], [_, "top.Mul", [turned, sin], _]]:
+            match graph[turned]:
+                case [_, "top.Concat", [negated, lower], _]:
+                    match graph[negated]:
+                        case [_, "top.MulConst", [upper], attributes] if "const_val = -1.0" in attributes:
+                            if (_half(graph, upper), _half(graph, lower)) == ((x, 1), (x, 0)):
+                                return x, cos, sin
+    return None
 
 
 def _half(graph: Graph, value: str) -> tuple[str, int] | None:
     """(x, 0 or 1) where a value is the lower or upper half of x along its last axis."""
     _, name, operands, attributes = graph[value]
     if name == "top.Slice":
-        offsets = re.search(r"offset = \[([^\]]*)\]", attributes)
-        steps = re.search(r"steps = \[([^\]]*)\]", attributes)
-        if not offsets or not steps or set(steps[1].replace(" ", "").split(",")) != {"1"}:
-            return None
-        *others, last = [int(offset) for offset in offsets[1].split(",")]
-        return None if any(others) else (operands[0], int(last > 0))
+        lists = re.findall(r"(offset|steps) = \[([^\]]*)\]", attributes)
+        numbers = {key: [int(number) for number in text.split(",")] for key, text in lists}
+        *others, last = numbers["offset"]
+        return None if any(others) or set(numbers["steps"]) != {1} else (operands[0], int(last > 0))
     if name == "top.Squeeze":
         part = operands[0]
         reshaped = graph[part].operands[0] if graph[part].name == "top.Split" else ""
