@@ -43,26 +43,19 @@ class Graph:
         return "\n".join(self.lines)
 
 
-def merge_cache(mlir: str) -> tuple[str, int]:
+def merge_cache(mlir: str) -> str:
     """Mark the concatenations of past and new row `only_merge`: placed side by side in memory, not copied.
 
     mlir: a block_cache in the top dialect. A concatenation qualifies if it has two operands, runs along axis 1,
     its first operand is an input of the net that nothing else uses, and it is no output of the net itself.
-    Returns the text and how many were marked.
     """
     graph = Graph(mlir)
     returned = set(_VALUE.findall("".join(line for line in graph.lines if line.lstrip().startswith("return "))))
-    marked = 0
     for value, (number, name, operands, rest) in graph.operations.items():
-        if name != "top.Concat" or len(operands) != 2 or "{axis = 1 : si32," not in rest:
-            continue
-        past = operands[0]
-        if graph[past].name != "top.Input" or graph.uses(past) != 1 or value in returned:
-            continue
-        merged = graph.lines[number].replace("only_merge = false", "only_merge = true")
-        marked += merged != graph.lines[number]
-        graph.lines[number] = merged
-    return graph.text(), marked
+        if name == "top.Concat" and len(operands) == 2 and "{axis = 1 : si32," in rest and value not in returned:
+            if graph[operands[0]].name == "top.Input" and graph.uses(operands[0]) == 1:
+                graph.lines[number] = graph.lines[number].replace("only_merge = false", "only_merge = true")
+    return graph.text()
 
 
 # As the one-click converter writes it, which gives the same bits as the operations it replaces.
@@ -74,24 +67,20 @@ _ROPE = (
 )
 
 
-def fuse_rotation(mlir: str) -> tuple[str, int]:
+def fuse_rotation(mlir: str) -> str:
     """Replace each rotary embedding x * cos + concat(-upper half of x, lower half of x) * sin by one top.Rope.
 
     mlir: a block in the top dialect. The halves may be slices of the last axis, or a split of x reshaped to two rows
-    (Qwen's rearrange and unbind). Returns the text and how many were replaced; the splitting pass for several devices
-    wants the long form.
+    (Qwen's rearrange and unbind). The splitting pass for several devices wants the long form.
     """
     graph = Graph(mlir)
-    fused = 0
     for value, (number, name, operands, _) in list(graph.operations.items()):
-        if name != "top.Add" or (found := _match_rotation(graph, operands)) is None:
-            continue
-        x, cos, sin = found
-        location = re.search(r"loc\(.*\)$", graph.lines[number])
-        types = "(tensor<*xf32>, tensor<*xf32>, tensor<*xf32>) -> tensor<*xf32>"
-        graph.lines[number] = f'    {value} = "top.Rope"({x}, {sin}, {cos}) {_ROPE} : {types} {location[0]}'
-        fused += 1
-    return (_without_dead(graph.text()) if fused else mlir), fused
+        if name == "top.Add" and (found := _match_rotation(graph, operands)):
+            x, cos, sin = found
+            location = re.search(r"loc\(.*\)$", graph.lines[number])
+            types = "(tensor<*xf32>, tensor<*xf32>, tensor<*xf32>) -> tensor<*xf32>"
+            graph.lines[number] = f'    {value} = "top.Rope"({x}, {sin}, {cos}) {_ROPE} : {types} {location[0]}'
+    return mlir if graph.text() == mlir else _without_dead(graph.text())
 
 
 def _match_rotation(graph: Graph, operands: list[str]) -> tuple[str, str, str] | None:

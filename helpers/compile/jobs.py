@@ -7,7 +7,6 @@ compile servers and one account of its free memory.
 import atexit
 import contextlib
 import functools
-import json
 import socket
 import threading
 from collections.abc import Iterator
@@ -150,12 +149,9 @@ def _build(task: NetToCompile, artefact: Path, inputs: dict[str, str]) -> None:
         ) as partial,
     ):
         partial.mkdir()
-        edits = partial / "edits.json"
-        arguments = {"onnx": task.onnx, "settings": task.settings, "work": partial, "edits": edits, "kernels": kernels}
-        if status := server.run(log, task.threads, net=task.net, **arguments):
+        arguments = {"net": task.net, "onnx": task.onnx, "settings": task.settings, "work": partial, "kernels": kernels}
+        if status := server.run(log, task.threads, **arguments):
             raise _failure(task, log, status, machine.free_disk(partial))
-        extra["edits"] = json.loads(edits.read_bytes())
-        edits.unlink()
         extra["profile"] = read_profile(partial / PROFILE, task.settings["num_device"])
         made = bmodel.read_bmodel(partial / f"{task.net}.bmodel")
         if task.net.startswith("block"):

@@ -8,7 +8,6 @@ current one.
 
 import contextlib
 import ctypes
-import json
 import os
 import shlex
 import shutil
@@ -32,22 +31,20 @@ _SPLITTING_PASS = "--dev-parallel"
 _ADDR_NO_RANDOMIZE = 0x0040000
 
 
-def compile_net(net: str, onnx: Path, settings: dict, work: Path, edits: Path, kernels: Path) -> None:
+def compile_net(net: str, onnx: Path, settings: dict, work: Path, kernels: Path) -> None:
     """Compile one net in the folder `work`; leaves <net>.bmodel, <net>.mlir and the compiler's profile.
 
-    onnx: path of the net. settings: of helpers.compile.options.net_settings. edits: file for how often each edit of the
-    graph was made, as JSON. kernels: folder of a cache for nets that need the same kernels.
+    onnx: path of the net. settings: of helpers.compile.options.net_settings. kernels: folder of a cache for nets that
+    need the same kernels.
     Raises UserError, or SystemExit after a tool that failed; what the tools say goes to standard output.
     """
     os.chdir(work)
     # In a process of its own, so that its memory is given back before the compiler takes its own.
     in_child("the transform", frontend.transform, net, onnx)
     mlir, bmodel = Path(f"{net}.mlir"), Path(f"{net}.bmodel")
-    text, made = mlir.read_text(encoding="utf-8"), {}
     for name, edit in graph.EDITS.items():
         if settings[name]:
-            text, made[name] = edit(text)
-    mlir.write_text(text, encoding="utf-8")
+            mlir.write_text(edit(mlir.read_text(encoding="utf-8")), encoding="utf-8")
     with _kernels(kernels) as folder:
         os.environ["PPL_CACHE_PATH"] = f"{folder}/" if folder.is_absolute() else f"./{folder}/"
         _deploy(mlir, bmodel, settings)
@@ -56,7 +53,6 @@ def compile_net(net: str, onnx: Path, settings: dict, work: Path, edits: Path, k
     for path in Path().iterdir():
         if path.is_file() and path.name not in (bmodel.name, mlir.name, PROFILE):
             path.unlink()
-    edits.write_text(json.dumps(made), encoding="utf-8")
 
 
 @contextlib.contextmanager

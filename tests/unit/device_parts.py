@@ -67,7 +67,7 @@ def main(onnx: str, mode: str, devices: str) -> None:
     in_child("the transform", frontend.transform, net, onnx)
     mlir = Path(f"{net}.mlir")
     if settings["merge_cache"]:
-        mlir.write_text(graph.merge_cache(mlir.read_text())[0])
+        mlir.write_text(graph.merge_cache(mlir.read_text()))
     passes = worker.compiler_options(net, "part.bmodel", settings)
     split = passes.index("--dev-parallel")
     parts_mlir = worker.split_over_devices(mlir, passes[: split + 1])
