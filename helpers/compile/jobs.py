@@ -20,7 +20,7 @@ from helpers import artefacts, machine
 from helpers.bmodel import bmodel
 from helpers.compile import memory
 from helpers.compile.log import own_error, read_log
-from helpers.compile.profile import PROFILE, read_profile
+from helpers.compile.profile import FIGURES, PROFILE, net_figures
 from helpers.compile.server import CompilerServer
 from helpers.errors import UserError
 from helpers.export.signature import Signature
@@ -126,9 +126,7 @@ def compile_net(task: NetToCompile) -> dict:
     return {
         "bmodel": str(artefact / file),
         "sha256": record["outputs"][file]["sha256"],
-        "bytes": record["weight_bytes"] + record["instruction_bytes"],
-        "seconds": record["seconds"],
-        **{key: (record["profile"] or {}).get(key) for key in ("cycles", "ms", "ddr_bw", "flops")},
+        **{key: record[key] for key in ("seconds", *FIGURES)},
     }
 
 
@@ -152,12 +150,11 @@ def _build(task: NetToCompile, artefact: Path, inputs: dict[str, str]) -> None:
         arguments = {"net": task.net, "onnx": task.onnx, "settings": task.settings, "work": partial, "kernels": kernels}
         if status := server.run(log, task.threads, **arguments):
             raise _failure(task, log, status, machine.free_disk(partial))
-        extra["profile"] = read_profile(partial / PROFILE, task.settings["num_device"])
         made = bmodel.read_bmodel(partial / f"{task.net}.bmodel")
+        (net,) = made.nets.values()
         if task.net.startswith("block"):
-            _require_split(made, task.settings["num_device"])
-        extra["weight_bytes"] = made.weight_bytes
-        extra["instruction_bytes"] = sum(part.instruction_bytes for part in made.nets.values())
+            _require_split(net, task.settings["num_device"])
+        extra |= net_figures(net, partial / PROFILE)
         bmodel.strip_time(made.path)
 
 
@@ -173,9 +170,8 @@ def _failure(task: NetToCompile, log: Path, status: int, free: int) -> UserError
     return UserError(f"{task.net} did not compile: {own_error(read_log(log), status)} (its log is {log})")
 
 
-def _require_split(made: bmodel.Bmodel, devices: int) -> None:
+def _require_split(net: bmodel.Net, devices: int) -> None:
     """Raises UserError where a block was not split over its devices in full: each has states, key and value."""
-    (net,) = made.nets.values()
     if len(net.info.outputs) != 3 * devices:
         raise UserError(
             f"The compiler does not split {net.info.name} over {devices} devices: it leaves matrices of a few million "

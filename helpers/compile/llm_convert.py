@@ -23,7 +23,7 @@ from helpers.checkpoint.vocabulary import copy_vocabulary
 from helpers.checkpoint.weights import Checkpoint
 from helpers.compile.log import own_error, read_log
 from helpers.compile.options import Q_GROUP_SIZE, QUANTIZE, check_name, check_options
-from helpers.compile.profile import PROFILE, estimates, read_profile
+from helpers.compile.profile import PROFILE, estimates, net_figures
 from helpers.errors import UserError
 from helpers.files import locked, write_json
 
@@ -168,18 +168,11 @@ def convert(
         (made,) = (work / "converted").glob("*.bmodel")
         bmodel.strip_time(made)
         shutil.move(made, partial)
-        extra["nets"] = _records(work / "converted", bmodel.read_bmodel(partial))
+        folder, nets = work / "converted", bmodel.read_bmodel(partial).nets
+        profiles = {net: next(folder.glob(f"*/{net}/{PROFILE}"), folder / PROFILE) for net in nets}
+        extra["nets"] = {name: net_figures(net, profiles[name]) for name, net in nets.items()}
         extra["estimates"] = estimates(extra["nets"])
     return target
-
-
-def _records(folder: Path, model: bmodel.Bmodel) -> dict[str, dict]:
-    records = {}
-    for name, net in model.nets.items():
-        profile = next(folder.glob(f"*/{name}/{PROFILE}"), folder / PROFILE)
-        figures = read_profile(profile, net.devices) or dict.fromkeys(("cycles", "ms", "ddr_bw", "flops"))
-        records[name] = {"bytes": net.weight_bytes + net.instruction_bytes, **figures}
-    return records
 
 
 def _run(work: Path, addr_mode: str, options: list[str], log: Path) -> None:

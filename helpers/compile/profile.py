@@ -6,9 +6,11 @@ The compiler writes `compiler_profile_0.txt` for each net: one line a command, t
 import re
 from pathlib import Path
 
+from helpers.bmodel.bmodel import Net
 from helpers.nets import net_kind
 
 PROFILE = "compiler_profile_0.txt"
+FIGURES = ("bytes", "cycles", "ms", "ddr_bw", "flops")
 # The frequency that the cycle model's own "runtime" line assumes.
 FREQUENCY = 1.0e9
 _SUBNET = re.compile(r"^TCYC\s*:\s*(\d+).*?^DDR BW USAGE\s*:\s*([\d.eE+-]+)%", re.MULTILINE | re.DOTALL)
@@ -42,6 +44,12 @@ def read_profile(path: str | Path, devices: int = 1) -> dict[str, int | float] |
         # Of the whole net, repeated for each subnet; nets that only move data have none.
         "flops": max(map(int, _FLOPS.findall(text)), default=0),
     }
+
+
+def net_figures(net: Net, path: Path) -> dict[str, int | float | None]:
+    """FIGURES of a compiled net: bytes of weights and instructions, and of its profile, where that has any."""
+    size = {"bytes": net.weight_bytes + net.instruction_bytes}
+    return dict.fromkeys(FIGURES) | size | (read_profile(path, net.devices) or {})
 
 
 def commands(path: str | Path) -> list[dict]:
