@@ -36,13 +36,12 @@ def compile_model(
     dynamic: bool = False,
     jobs: int | None = None,
     scheduler: str | None = None,
-    progress=None,
 ) -> Path:
     """Compile all nets of an exported model; return out/<name>_<mode>_<n>dev.bmodel (…_dyn.bmodel where dynamic).
 
     onnx: folder of nets as `export` writes them. mode: bf16, int8 (W8BF16) or int4 (W4BF16, groups of 64).
     jobs: nets at a time, by default one a core, fewer where memory is short. scheduler: address of a Dask cluster.
-    progress: a tqdm class. Nets that are there already, made from the same inputs, are not compiled again.
+    Nets that are there already, made from the same inputs, are not compiled again.
     The manifest has extra keys nets {net: {bytes, cycles, ms, ddr_bw, flops, seconds}}, estimates {first_token_ms,
     decode_ms} (the compiler's cycle model, None where a net is dynamic), config, seq_length, tokenizer.
     Raises UserError for everything a user can cause, with a failing net's own error and the path of its log.
@@ -73,7 +72,7 @@ def compile_model(
         for net, signature in plan.nets.items()
     ]
     with locked(folder / ".lock", f"Another compile is running in {folder}: wait for it, or take another --out."):
-        nets = compile_nets(tasks, jobs, scheduler, f"compile {mode}", progress)
+        nets = compile_nets(tasks, jobs, scheduler, f"compile {mode}")
         bmodels = [record.pop("bmodel") for record in nets.values()]
         inputs = {net: record.pop("sha256") for net, record in nets.items()}
         extra = {

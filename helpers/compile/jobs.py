@@ -180,26 +180,20 @@ def _require_split(net: bmodel.Net, devices: int) -> None:
         )
 
 
-def compile_nets(
-    tasks: list[NetToCompile], jobs: int, scheduler: str | None, title: str, progress=None
-) -> dict[str, dict]:
+def compile_nets(tasks: list[NetToCompile], jobs: int, scheduler: str | None, title: str) -> dict[str, dict]:
     """Compile nets: `jobs` of them at a time here, or on the Dask cluster at an address; {net: its record}.
 
-    title, progress: of a bar, and a tqdm class for it. Raises UserError as `compile_net`, and where nobody answers.
+    title: of a bar. Raises UserError as `compile_net`, and where nobody answers.
     """
     # The first of each kind goes first: those after it find its kernels (helpers.compile.worker), and the prefill block
     # takes longest.
     ordered = sorted(tasks, key=lambda task: ("block_0", "block_cache_0", task.net).index(task.net))
     records: dict[str, dict] = {}
-    with (
-        (progress or tqdm)(total=len(tasks), desc=title, unit="net") as bar,
-        _threads(jobs) if scheduler is None else _cluster(scheduler) as pool,
-    ):
+    with _threads(jobs) if scheduler is None else _cluster(scheduler) as pool:
         nets = {pool.submit(compile_net, task): task.net for task in ordered}
-        for future in as_completed(nets):
+        for future in (bar := tqdm(as_completed(nets), desc=title, total=len(nets), unit="net")):
             records[nets[future]] = future.result()
             bar.set_postfix_str(nets[future], refresh=False)
-            bar.update()
     return {task.net: records[task.net] for task in tasks}
 
 

@@ -26,7 +26,6 @@ from helpers.errors import UserError
 
 CHIP = "bm1684x"
 KERNELS = "kernels"
-_SPLITTING_PASS = "--dev-parallel"
 # <sys/personality.h>
 _ADDR_NO_RANDOMIZE = 0x0040000
 
@@ -100,7 +99,7 @@ def _deploy(mlir: Path, bmodel: Path, settings: dict) -> None:
     """Compile MLIR of the top dialect to a bmodel."""
     options = compiler_options(mlir.stem, bmodel.name, settings)
     if settings["num_device"] > 1:
-        split = options.index(_SPLITTING_PASS) + 1
+        split = options.index("--dev-parallel") + 1
         mlir, options = split_over_devices(mlir, options[:split]), options[split:]
     _run_tool("tpuc-opt", mlir.name, *options, "-o", os.devnull)
 
