@@ -15,6 +15,7 @@ _EXCEPTION = re.compile(r"^\w[\w.]*(Error|Exception|Interrupt)\b.*")
 
 
 def read_log(path: Path) -> str:
+    """The text of a log, empty where there is none."""
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
