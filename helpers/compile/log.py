@@ -6,7 +6,6 @@ from pathlib import Path
 
 _NOISE = re.compile(
     r".*onnxruntime|ConstantFolding|#\d|PLEASE submit|Stack dump|\d+\.\s+Program arguments|\[Running\]|\[ *\]"
-    r"|\S+ was ended by"
 )
 _ERROR = re.compile(
     r"error|assert|unreachable|abort|terminate|not support|unsupport|failed|exception|ended by SIG", re.IGNORECASE

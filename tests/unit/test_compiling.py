@@ -676,6 +676,7 @@ def test_two_compiles_in_one_folder_are_kept_apart(nets, compiled):
         ('[Running]: tpuc-opt error\ntpuc-opt: f.cpp:7: void f(): Assertion `0 && "no"\' failed.\n', "Assertion `0"),
         ("Traceback (most recent call last):\n  File\nRuntimeError: Erfinv Op not support now\n", "Erfinv Op"),
         ("failed to find tensor w to read\n#1 0x2\nRuntimeError: [!Error]: tpuc-opt a.mlir\n", "tensor w to read"),
+        ("all well\ntpuc-opt was ended by SIGKILL\n", "tpuc-opt was ended by SIGKILL"),
         ("all well\n", "status 3 after: all well"),
         ("", "status 3 and said nothing"),
     ],
