@@ -32,12 +32,15 @@ def _legend_below(figure, axis, columns: int) -> None:
     figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize=9, ncols=columns)
 
 
-def show(figure, path: str | Path) -> None:
-    """Write a figure as PNG (120 dpi), its folder made if absent, and show that PNG in the notebook."""
+def show(figure, path: str | Path, alt: str = "") -> None:
+    """Write a figure as PNG (120 dpi), its folder made if absent, and show that PNG in the notebook.
+
+    alt: what the figure shows, in words, for who cannot see it.
+    """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)  # else the notebook shows it a second time
-    display(Image(filename=str(path), width=int(100 * figure.get_figwidth())))
+    display(Image(filename=str(path), width=int(100 * figure.get_figwidth()), alt=alt or None))
 
 
 def _draw_mask(axis, mask: np.ndarray, rows: Iterable, title: str) -> None:
@@ -169,7 +172,7 @@ def parity_ladder(parity: dict[str, dict[str, dict[str, float]]]):
             values = np.array([figures[net][key] if net in figures else np.nan for net in nets])
             values = 1 - values if key == "cosine" else values
             values[values <= 0] = np.nan
-            axis.plot(values, marker="o", markersize=4, linestyle=":", label=rung)
+            axis.plot(values, marker="o", markersize=5, linestyle="none", alpha=0.8, label=rung)
         axis.set_yscale("log")
         axis.set_xticks(range(len(nets)), nets, rotation=90, fontsize=8)
         axis.set_xlim(-0.5, len(nets) - 0.5)
