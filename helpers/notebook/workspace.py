@@ -36,6 +36,7 @@ class Workspace:
     def write(self, file: str, value: object) -> None:
         """Write a file, whole or not at all."""
         write_json(self.folder / file, value)
+        os.utime(self.folder / file)  # of this run, also where it had this content already
 
 
 def workspace(out: str | Path, name: str = "") -> Workspace:

@@ -29,6 +29,9 @@ def test_what_one_notebook_writes_the_next_one_reads(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     work = workspace(tmp_path, "tiny")
     work.write("tokens.json", {"深圳": [1, 2]})
+    before = (tmp_path / "tiny" / "tokens.json").stat().st_mtime_ns
+    work.write("tokens.json", {"深圳": [1, 2]})
+    assert (tmp_path / "tiny" / "tokens.json").stat().st_mtime_ns > before, "the runner takes it for an earlier run's"
     assert work.read("tokens.json") == {"深圳": [1, 2]}
     with pytest.raises(UserError, match="answers.json is not there: run the notebooks before this one first"):
         work.read("answers.json")
