@@ -1,35 +1,44 @@
 """Pictures of the notebooks. Every axis has its unit, every picture of time says which kind of time it shows."""
 
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Image, display
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Patch, Rectangle
 
-from helpers.nets import MASKED, phase_nets
+from helpers.nets import MASKED, count_layers, net_kind, phase_nets, weight_group
 from helpers.run.latency import KINDS
 
+_GREY, _BLUE, _ORANGE, _GREEN, _PURPLE = "#9aa5b1", "#2f6db5", "#e08e2b", "#6aa84f", "#b35c9e"
+# By the weights that a net has: those of a prompt and of a token have the same colour.
 _COLOURS = {
-    "embedding": "#9aa5b1",
-    "block": "#2f6db5",
-    "lm_head": "#e08e2b",
-    "greedy_head": "#6aa84f",
+    "embedding": _GREY,
+    "block": _BLUE,
+    "lm_head": _ORANGE,
+    "greedy_head": _GREEN,
+    "penalty_sample_head": _PURPLE,
 }
 
 
-def _figure(width=8.0, height=4.0, columns=1, **kwargs):
-    figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", **kwargs)
-    for axis in np.atleast_1d(axes):
-        axis.spines[["top", "right"]].set_visible(False)
-    return figure, axes
+def _figure(width: float, height: float, columns: int = 1, **kwargs):
+    with plt.rc_context({"axes.spines.top": False, "axes.spines.right": False, "axes.labelsize": 9}):
+        return plt.subplots(1, columns, figsize=(width, height), layout="constrained", **kwargs)
 
 
-def _legend_below(figure, axis, columns: int) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", frameon=False, fontsize=9, ncols=columns)
+def _name_rows(axis, names: Sequence[str], **kwargs) -> None:
+    axis.set_yticks(range(len(names)), names, **kwargs)
+    axis.invert_yaxis()
+
+
+def _legend_below(figure, handles, columns: int) -> None:
+    figure.legend(handles=handles, loc="outside lower center", frameon=False, fontsize=9, ncols=columns)
+
+
+def _kind(net: str) -> str:
+    return net_kind(weight_group(net))
 
 
 def show(figure, path: str | Path, alt: str = "") -> None:
@@ -53,8 +62,8 @@ def _draw_mask(axis, mask: np.ndarray, rows: Iterable, title: str) -> None:
 def masks(pictures: dict[str, tuple[Iterable, np.ndarray]]):
     """Attention masks side by side: white is 0, black is MASKED. pictures: {title: (labels of the rows, mask)}."""
     widths = [mask.shape[1] / mask.shape[0] for _, mask in pictures.values()]
-    figure, axes = _figure(9, 3.2, columns=len(pictures), width_ratios=widths)
-    for axis, (title, (rows, mask)) in zip(np.atleast_1d(axes), pictures.items(), strict=True):
+    figure, _ = _figure(9, 3.2, columns=len(pictures), width_ratios=widths)
+    for axis, (title, (rows, mask)) in zip(figure.axes, pictures.items(), strict=True):
         _draw_mask(axis, mask, rows, title)
     return figure
 
@@ -63,14 +72,13 @@ def step_mask(mask: np.ndarray, rows: list[str], title: str):
     """The mask of one lookahead step, its own rows framed. mask: [R,S+R], the cache on the left; rows: their names."""
     figure, axis = _figure(8.5, 4.6)
     _draw_mask(axis, mask, rows, title)
-    cache = mask.shape[1] - len(rows)
+    own = len(rows)
+    cache = mask.shape[1] - own
     columns = [f"cache {place}" for place in range(cache)] + rows
     axis.set_xticks(range(len(columns)), columns, rotation=60, ha="right", rotation_mode="anchor")
-    axis.vlines(np.arange(len(columns)) + 0.5, -0.5, len(rows) - 0.5, color="#888888", linewidth=0.4)
-    axis.hlines(np.arange(len(rows)) + 0.5, -0.5, len(columns) - 0.5, color="#888888", linewidth=0.4)
-    axis.add_patch(
-        Rectangle((cache - 0.5, -0.5), len(rows), len(rows), fill=False, edgecolor="#e08e2b", linewidth=2, zorder=3)
-    )
+    axis.vlines(np.arange(len(columns)) + 0.5, -0.5, own - 0.5, color="#888888", linewidth=0.4)
+    axis.hlines(np.arange(own) + 0.5, -0.5, len(columns) - 0.5, color="#888888", linewidth=0.4)
+    axis.add_patch(Rectangle((cache - 0.5, -0.5), own, own, fill=False, edgecolor=_ORANGE, linewidth=2, zorder=3))
     return figure
 
 
@@ -79,29 +87,18 @@ def tokens_of_steps(accepted: dict[str, list[int]], chosen: str):
 
     accepted: {label: [tokens of a step, …]}, without the first token, which the prefill gives. chosen: one of its keys.
     """
-    figure, axes = _figure(11, 3.8, columns=2, width_ratios=(1, 1.4))
+    figure, (every, one) = _figure(11, 3.8, columns=2, width_ratios=(1, 1.4))
     for label, counts in accepted.items():
-        axes[0].plot(np.cumsum([1, *counts]), label=label)
+        every.plot(np.cumsum([1, *counts]), label=label)
     most = max(map(len, accepted.values()))
-    axes[0].plot([0, most], [1, most + 1], color="black", linestyle="--", linewidth=1, label="plain decoding")
-    axes[0].set(xlabel="step", ylabel="tokens so far", title="every answer, step by step")
-    axes[0].legend(fontsize=8)
+    every.plot([0, most], [1, most + 1], color="black", linestyle="--", linewidth=1, label="plain decoding")
+    every.set(xlabel="step", ylabel="tokens so far", title="every answer, step by step")
+    every.legend(fontsize=8)
     counts = accepted[chosen]
-    colours = ["#2f6db5" if count > 1 else "#9aa5b1" for count in counts]
-    axes[1].bar(range(1, len(counts) + 1), counts, color=colours, width=0.9)
-    axes[1].set(xlabel="step", ylabel="tokens accepted", yticks=range(max(counts) + 1), title=chosen)
+    colours = [_BLUE if count > 1 else _GREY for count in counts]
+    one.bar(range(1, len(counts) + 1), counts, color=colours, width=0.9)
+    one.set(xlabel="step", ylabel="tokens accepted", yticks=range(max(counts) + 1), title=chosen)
     return figure
-
-
-def _kind_of_net(net: str) -> str:
-    return "block" if net.startswith("block") else net.replace("embedding_cache", "embedding")
-
-
-def _order_of_net(net: str) -> tuple:
-    kind, _, number = net.rpartition("_")
-    order = ("embedding", "block", "embedding_cache", "block_cache", "lm_head")
-    name = kind if number.isdigit() else net
-    return order.index(name) if name in order else len(order), int(number) if number.isdigit() else 0
 
 
 def net_share(ms: dict[str, dict[str, float]], layers: int, kind: str | None = None):
@@ -113,30 +110,23 @@ def net_share(ms: dict[str, dict[str, float]], layers: int, kind: str | None = N
     if kind is None:
         ms = {textwrap.fill(KINDS[label], 18): nets for label, nets in ms.items()}
     figure, axes = _figure(11, 1.6 + 0.55 * len(ms), columns=2)
-    for axis, phase in zip(axes, ("prefill", "decode"), strict=True):
-        seen = set()
-        for row, nets in enumerate(ms.values()):
-            left = 0.0
-            for net in phase_nets(layers, [net for net, value in nets.items() if value is not None])[phase]:
-                group = _kind_of_net(net)
-                axis.barh(
-                    row,
-                    nets[net],
-                    left=left,
-                    color=_COLOURS[group],
-                    edgecolor="white",
-                    linewidth=0.6,
-                    label=None if group in seen else group,
-                )
-                seen.add(group)
-                left += nets[net]
-            axis.annotate(f" {left:,.0f} ms" if left >= 1000 else f" {left:.3g} ms", (left, row), va="center")
-        axis.set_yticks(range(len(ms)), list(ms))
-        axis.invert_yaxis()
+    phases = {"prefill": "first token (prefill)", "decode": "each further token (decode)"}
+    drawn = set()
+    for axis, (phase, title) in zip(axes, phases.items(), strict=True):
+        for row, figures in enumerate(ms.values()):
+            nets = phase_nets(layers, [net for net, value in figures.items() if value is not None])[phase]
+            lengths = np.array([figures[net] for net in nets])
+            starts = np.cumsum(lengths) - lengths
+            total = lengths.sum()
+            colours = [_COLOURS[_kind(net)] for net in nets]
+            axis.barh([row] * len(nets), lengths, left=starts, color=colours, edgecolor="white", linewidth=0.6)
+            axis.annotate(f" {total:,.0f} ms" if total >= 1000 else f" {total:.3g} ms", (total, row), va="center")
+            drawn |= set(map(_kind, nets))
+        _name_rows(axis, list(ms))
         axis.margins(x=0.18)
-        axis.set_xlabel(f"ms, {KINDS[kind]}" if kind else "ms", fontsize=9)
-        axis.set_title({"prefill": "first token (prefill)", "decode": "each further token (decode)"}[phase])
-    _legend_below(figure, axes[0], columns=4)
+        axis.set(xlabel=f"ms, {KINDS[kind]}" if kind else "ms", title=title)
+    patches = [Patch(color=colour, label=net) for net, colour in _COLOURS.items() if net in drawn]
+    _legend_below(figure, patches, columns=4)
     return figure
 
 
@@ -148,10 +138,7 @@ def token_times(seconds: dict[str, list[float]], kind: str):
     figure, axis = _figure(9, 3.6)
     for label, values in seconds.items():
         axis.plot(range(1, len(values) + 1), np.asarray(values) * 1e3, marker="o", markersize=3, label=label)
-    axis.set_yscale("log")
-    axis.set_xlabel("token of the answer")
-    axis.set_ylabel("ms")
-    axis.set_title(f"Token by token: {KINDS[kind]}")
+    axis.set(yscale="log", xlabel="token of the answer", ylabel="ms", title=f"Token by token: {KINDS[kind]}")
     axis.legend(frameon=False)
     axis.grid(axis="y", alpha=0.3)
     return figure
@@ -163,46 +150,39 @@ def parity_ladder(parity: dict[str, dict[str, dict[str, float]]]):
     A logarithmic axis has no place for 0: where nothing differs there is no mark.
     """
     figure, axes = _figure(12, 4.8, columns=2)
-    nets = sorted({net for rung in parity.values() for net in rung}, key=_order_of_net)
-    for axis, key, label in (
-        (axes[0], "max_abs", "largest absolute difference"),
-        (axes[1], "cosine", "1 − cosine similarity"),
+    names = {net for rung in parity.values() for net in rung}
+    in_order = [net for phase in phase_nets(count_layers(names), names).values() for net in phase]
+    nets = [net for net in dict.fromkeys([*in_order, *sorted(names)]) if net in names]
+    for axis, label, title in (
+        (axes[0], "largest absolute difference", "Parity, net by net"),
+        (axes[1], "1 − cosine similarity", "(no mark: no difference, or not compared)"),
     ):
         for rung, figures in parity.items():
-            values = np.array([figures[net][key] if net in figures else np.nan for net in nets])
-            values = 1 - values if key == "cosine" else values
+            there = [figures.get(net, {"max_abs": np.nan, "cosine": np.nan}) for net in nets]
+            values = np.array([1 - f["cosine"] if axis is axes[1] else f["max_abs"] for f in there])
             values[values <= 0] = np.nan
             axis.plot(values, marker="o", markersize=5, linestyle="none", alpha=0.8, label=rung)
-        axis.set_yscale("log")
+        axis.set(yscale="log", xlim=(-0.5, len(nets) - 0.5), ylabel=label, title=title)
         axis.set_xticks(range(len(nets)), nets, rotation=90, fontsize=8)
-        axis.set_xlim(-0.5, len(nets) - 0.5)
         # Whole decades: else an axis of less than one may have no number.
         low, high = np.log10(axis.get_ylim())
         axis.set_ylim(10 ** np.floor(low), 10 ** np.ceil(high))
-        axis.set_ylabel(label)
         axis.grid(axis="y", alpha=0.3)
-    axes[0].set_title("Parity, net by net")
-    axes[1].set_title("(no mark: no difference, or not compared)", fontsize=9)
-    _legend_below(figure, axes[0], columns=3)
+    _legend_below(figure, axes[0].lines, columns=3)
     return figure
 
 
 def net_costs(nets: dict[str, dict], title: str):
     """Cycles and size of every net of a bmodel. nets: {net: {"cycles", "bytes"}}."""
     figure, axes = _figure(11, 0.6 + 0.24 * len(nets), columns=2, sharey=True)
-    names = list(nets)
-    for axis, key, scale, label in (
-        (axes[0], "cycles", 1e3, "thousand cycles, estimated by the compiler's cycle model"),
-        (axes[1], "bytes", 1e3, "kB of bmodel"),
+    for axis, key, label in (
+        (axes[0], "cycles", f"thousand cycles, {KINDS['estimated']}"),
+        (axes[1], "bytes", "kB of bmodel"),
     ):
-        axis.barh(
-            range(len(names)),
-            [(nets[name][key] or 0) / scale for name in names],
-            color=[_COLOURS.get(_kind_of_net(name), "#b35c9e") for name in names],
-        )
-        axis.set_xlabel(label, fontsize=9)
-    axes[0].set_yticks(range(len(names)), names, fontsize=8)
-    axes[0].invert_yaxis()
+        thousands = [(costs[key] or 0) / 1e3 for costs in nets.values()]
+        axis.barh(range(len(nets)), thousands, color=[_COLOURS[_kind(net)] for net in nets])
+        axis.set_xlabel(label)
+    _name_rows(axes[0], list(nets), fontsize=8)
     axes[0].set_title(title)
     return figure
 
@@ -213,21 +193,15 @@ def timeline(profiles: dict[str, list[dict]], marked: dict[str, list[dict]], tit
     profiles: {mode: commands} from helpers.compile.profile.commands. marked: {mode: commands} in another colour.
     """
     figure, axis = _figure(11, 1.2 + 0.8 * len(profiles))
-    rows = {}
-    for mode, commands in profiles.items():
+    rows = [f"{mode}, {part}" for mode in profiles for part in ("compute", "data movement")]
+    for place, (mode, commands) in enumerate(profiles.items()):
         moves = [command for command in commands if command["bytes"] is not None]
         compute = [command for command in commands if command["bytes"] is None]
-        for part, colour, chosen in (
-            ("compute", "#6aa84f", compute),
-            ("data movement", "#2f6db5", moves),
-            ("data movement", "#e08e2b", marked[mode]),
-        ):
-            row = rows.setdefault(f"{mode}, {part}", len(rows))
-            axis.broken_barh([(c["start"], c["cycles"]) for c in chosen], (row - 0.4, 0.8), color=colour)
-    axis.set_yticks(list(rows.values()), list(rows))
-    axis.invert_yaxis()
-    axis.set_xlabel("cycle, estimated by the compiler's cycle model (1 GHz); orange: small loads beside the weights")
-    axis.set_title(title)
+        for row, colour, chosen in ((0, _GREEN, compute), (1, _BLUE, moves), (1, _ORANGE, marked[mode])):
+            bars = [(command["start"], command["cycles"]) for command in chosen]
+            axis.broken_barh(bars, (2 * place + row - 0.4, 0.8), color=colour)
+    _name_rows(axis, rows)
+    axis.set(xlabel=f"cycle, {KINDS['estimated']} (1 GHz); orange: small loads beside the weights", title=title)
     return figure
 
 
@@ -239,16 +213,13 @@ def latency_over_prompts(record: dict, estimate_ms: dict[str, float] | None = No
     figure, axes = _figure(10, 3.6, columns=2)
     lengths = [prompt["tokens"] for prompt in record["prompts"]]
     for axis, key, title in ((axes[0], "first_token", "first token"), (axes[1], "decode", "each further token")):
-        medians = [prompt[key]["median_ms"] for prompt in record["prompts"]]
-        tails = [prompt[key]["p95_ms"] for prompt in record["prompts"]]
-        axis.plot(lengths, medians, marker="o", label="median")
-        axis.plot(lengths, tails, marker="^", linestyle=":", label="p95")
+        for label, marker, line in (("median", "o", "-"), ("p95", "^", ":")):
+            values = [prompt[key][f"{label}_ms"] for prompt in record["prompts"]]
+            axis.plot(lengths, values, marker=marker, linestyle=line, label=label)
         if estimate_ms and record["kind"] == "measured":
             axis.axhline(estimate_ms[f"{key}_ms"], color="#888", linestyle="--", label=KINDS["estimated"])
         # The axis begins at 0, and no mark is cut off at its top.
-        axis.set_ylim(0, 1.1 * axis.get_ylim()[1])
-        axis.set_xlabel("tokens of the prompt")
-        axis.set_ylabel("ms")
+        axis.set(ylim=(0, 1.1 * axis.get_ylim()[1]), xlabel="tokens of the prompt", ylabel="ms")
         axis.set_title(f"{title}: {KINDS[record['kind']]}", fontsize=10)
         axis.legend(frameon=False)
     return figure
