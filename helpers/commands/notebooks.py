@@ -26,12 +26,11 @@ def sources_digest() -> str:
     """What decides how a run goes, as one digest: code, notebooks, patches, the embedded model, the environment."""
     files = [ROOT / "requirements.txt"]
     for folder in ("helpers", "notebooks", "patches", "models"):
-        files += (path for path in (ROOT / folder).rglob("*") if path.is_file())
+        files += (path for path in (ROOT / folder).rglob("*") if path.is_file() and path.suffix != ".tiktoken")
     files = [path for path in files if not {"__pycache__", ".ipynb_checkpoints"} & set(path.parts)]
-    files = [path for path in files if path.suffix != ".tiktoken"]
     # A reader may run and save a notebook: what counts is its cells.
-    digest = {path: cells_digest(path) if path.suffix == ".ipynb" else sha256_file(path) for path in files}
-    return digest_of({str(path.relative_to(ROOT)): digest[path] for path in files})
+    of_kind = {".ipynb": cells_digest}
+    return digest_of({str(path.relative_to(ROOT)): of_kind.get(path.suffix, sha256_file)(path) for path in files})
 
 
 def add_arguments(parser) -> None:

@@ -1,12 +1,8 @@
-"""What a notebook declares, and whether it is and did that: before the run (`check_source`) and after (the others).
+"""What a notebook promises, and whether it is and did that: before the run (`check_source`) and after (the others).
 
-A notebook declares in its metadata, all of it optional:
+A notebook may say in its metadata what it makes, as paths below the out folder:
 
-    "tutorial": {
-        "makes": ["patched/config.json", "{name}_{mode}_1dev.bmodel"],   # paths below the out folder; {parameter}, *
-        "cell_seconds": 36000,   # a cell that runs longer hangs
-        "max_lines": 60          # no output is longer: a wall of log is not a tutorial
-    }
+    "tutorial": {"makes": ["patched/config.json", "{name}_{mode}_1dev.bmodel"]}   # {parameter}, *
 
 That a notebook did its work is never told by the clock, since a fast machine would be called a cheat. Evidence tells:
 every code cell ran, in order; checks (`assert`) ran, and passed; each promised artefact was written by this run, or has
@@ -14,40 +10,29 @@ a manifest that proves its content; a cell that shows a figure has one.
 """
 
 import ast
-import contextlib
 import json
 import symtable
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import onnx
 from IPython.core.inputtransformer2 import TransformerManager
 from PIL import Image
 
 from helpers.artefacts import is_whole, manifest_path, read_manifest
 from helpers.bmodel.bmodel import read_bmodel
-from helpers.files import sha256_file
 from helpers.patching import patching
 
+MAX_LINES = 60  # no output is longer: a wall of log is not a tutorial
 IMAGES = (".png", ".svg")
 SHOWS_FIGURE = ("plt.show(", "pyplot.show(", "plots.show(")
-
-
-@dataclass
-class Declaration:
-    """What a notebook's metadata.tutorial says about it. Seconds are wall time."""
-
-    makes: list[str] = field(default_factory=list)
-    cell_seconds: float = 36000
-    max_lines: int = 60
-
-    @classmethod
-    def of(cls, notebook) -> "Declaration":
-        """Raises ValueError where the metadata has a key that is not one of these."""
-        declared = dict(notebook.metadata.get("tutorial", {}))
-        if unknown := sorted(set(declared) - {f.name for f in fields(cls)}):
-            raise ValueError(f"metadata.tutorial has {', '.join(unknown)}, which the runner does not know")
-        return cls(**declared)
+# What raises an exception where a file is not what its suffix says.
+LOADERS = {
+    ".json": lambda path: json.loads(path.read_bytes()),
+    ".onnx": lambda path: onnx.load(path, load_external_data=False),
+    ".bmodel": read_bmodel,
+    ".png": lambda path: Image.open(path).verify(),
+}
 
 
 def tags(cell) -> list[str]:
@@ -69,6 +54,14 @@ def name_of(notebook, cell) -> str:
 # As written
 
 
+def promises_of(notebook) -> list[str]:
+    """What a notebook's metadata.tutorial says that it makes. Raises ValueError where that has any other key."""
+    declared = notebook.metadata.get("tutorial", {})
+    if unknown := sorted(set(declared) - {"makes"}):
+        raise ValueError(f"metadata.tutorial has {', '.join(unknown)}, which the runner does not know")
+    return declared.get("makes", [])
+
+
 def parameters_of(notebook) -> dict[str, object]:
     """Names and default values of the notebook's parameters.
 
@@ -78,26 +71,19 @@ def parameters_of(notebook) -> dict[str, object]:
     tagged = [cell for cell in code_cells(notebook) if "parameters" in tags(cell)]
     if len(tagged) != 1:
         raise ValueError(f"{len(tagged)} code cells have the tag `parameters`; needed: just one")
-    try:
-        statements = ast.parse(tagged[0].source).body
-    except SyntaxError as error:
-        raise ValueError(f"the parameters cell is not plain Python: {error}") from None
     values: dict[str, object] = {}
-    for statement in statements:
-        try:
-            match statement:
-                case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), _, value):
-                    literal = ast.literal_eval(value)
-                case _:
-                    raise ValueError
-        except ValueError:
-            raise ValueError(
-                f"the parameters cell holds `{ast.unparse(statement)}`; only `name = literal` may stand there "
-                "(derive other values in the next cell)"
-            ) from None
-        if name in values:
-            raise ValueError(f"the parameters cell sets {name} twice")
-        values[name] = literal
+    for statement in ast.parse(_python(tagged[0])).body:
+        match statement:
+            case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), _, value) if name not in values:
+                try:
+                    values[name] = ast.literal_eval(value)
+                    continue
+                except ValueError:
+                    pass
+        raise ValueError(
+            f"the parameters cell holds `{ast.unparse(statement)}`; only `name = literal`, once a name, may stand "
+            "there (derive other values in the next cell)"
+        )
     return values
 
 
@@ -117,18 +103,19 @@ def _assigned(cell) -> set[str]:
     return {symbol.get_name() for symbol in symbols if symbol.is_assigned()}
 
 
-def check_source(notebook) -> list[str]:
-    """What is wrong with a notebook as written: the ways in which a cell would silently not count."""
-    problems = []
+def check_source(notebook, given: Iterable[str] = ()) -> list[str]:
+    """What is wrong with a notebook as written: the ways in which a cell, or a given parameter, would not count."""
     try:
-        Declaration.of(notebook)
-        names = set(parameters_of(notebook))
+        promises_of(notebook)
+        names = parameters_of(notebook)
     except ValueError as error:
         return [str(error)]
+    known = ", ".join(names) or "none"
+    problems = [f"has no parameter {name} (it has {known})" for name in given if name not in names]
     for cell in notebook.cells:
         first = cell.source.lstrip().split("\n", 1)[0]
         sets_them = {"parameters", "injected-parameters"} & set(tags(cell))
-        again = ", ".join(sorted(_assigned(cell) & names)) if cell.cell_type == "code" and not sets_them else ""
+        again = ", ".join(sorted(_assigned(cell) & set(names))) if cell.cell_type == "code" and not sets_them else ""
         wrong = {
             "is a raw cell, which never runs": cell.cell_type == "raw",
             "is empty": cell.cell_type == "code" and not first,
@@ -145,16 +132,15 @@ def check_source(notebook) -> list[str]:
 # As run
 
 
-def check_executed(notebook, declaration: Declaration) -> list[str]:
+def check_executed(notebook, makes: list[str]) -> list[str]:
     """What an executed notebook shows to be wrong. Every code cell must have run, once, in order."""
     problems = []
     for count, cell in enumerate(code_cells(notebook), start=1):
         where = name_of(notebook, cell)
         errors = [output for output in cell.outputs if output.output_type == "error"]
         wanted = "raises-exception" in tags(cell)
-        for error in errors:
-            if error.ename == "SystemExit" or not wanted:
-                problems.append(f"{where}: {error.ename}: {error.evalue}".rstrip(": "))
+        unwanted = [error for error in errors if error.ename == "SystemExit" or not wanted]
+        problems += [f"{where}: {error.ename}: {error.evalue}".rstrip(": ") for error in unwanted]
         if wanted and not errors and cell.execution_count is not None:
             problems.append(f"{where} has the tag `raises-exception` and raised nothing")
         if problems:
@@ -162,11 +148,11 @@ def check_executed(notebook, declaration: Declaration) -> list[str]:
         if cell.execution_count != count:
             ran = "did not run" if cell.execution_count is None else f"ran as number {cell.execution_count}"
             return [f"{where} {ran}; it is code cell {count}"]
-        problems += [f"{where}: {noise}" for noise in _noise(cell, max_lines=declaration.max_lines)]
+        problems += [f"{where}: {noise}" for noise in _noise(cell)]
         if _shows_figure(cell) and not _figures(cell):
             problems.append(f"{where} shows a figure, and there is none in its output")
-    promises_figures = any(name.endswith(IMAGES) for name in declaration.makes)
-    if not problems and promises_figures and not any(map(_figures, code_cells(notebook))):
+    promised = any(name.endswith(IMAGES) for name in makes)
+    if not problems and promised and not any(map(_figures, code_cells(notebook))):
         problems.append("promises figures and shows none")
     return problems
 
@@ -181,7 +167,7 @@ def _figures(cell) -> list:
     return [o for o in cell.outputs if any(kind.startswith("image/") for kind in o.get("data", {}))]
 
 
-def _noise(cell, max_lines: int) -> Iterator[str]:
+def _noise(cell) -> Iterator[str]:
     for output in cell.outputs:
         text = output.get("text") or output.get("data", {}).get("text/plain", "")
         if output.output_type == "error" or "text/html" in output.get("data", {}):
@@ -191,62 +177,36 @@ def _noise(cell, max_lines: int) -> Iterator[str]:
             yield f"printed a traceback and went on ({[line for line in lines if line.strip()][-1].strip()})"
         if text.startswith("Couldn't find program:"):
             yield lines[0]
-        if len(lines) > max_lines:
-            yield f"one output has {len(lines)} lines; {max_lines} are allowed"
+        if len(lines) > MAX_LINES:
+            yield f"one output has {len(lines)} lines; {MAX_LINES} are allowed"
 
 
 # What it made
 
 
-def _promised(template: str, out: Path, parameters: dict[str, object]) -> tuple[str, list[Path]]:
-    """A promise with its parameters filled in, and what is there of it below `out`. Raises ValueError without one."""
-    try:
-        pattern = template.format(**parameters)
-    except (KeyError, IndexError, ValueError):
-        raise ValueError(f"promises {template}, which names a parameter that it does not have") from None
-    found = out.glob(pattern) if not Path(pattern).is_absolute() else []
-    return pattern, sorted(path for path in found if path.resolve().is_relative_to(out.resolve()))
-
-
-def _written(path: Path) -> dict[str, tuple]:
-    """What changes where something is written: each file with its inode, size and time of modification."""
-    files = [path, *path.rglob("*")] if path.is_dir() else [path]
-    status = {str(file): file.lstat() for file in files}
-    return {name: (found.st_ino, found.st_size, found.st_mtime_ns) for name, found in status.items()}
-
-
-def snapshot(makes: list[str], out: Path, parameters: dict[str, object]) -> dict[Path, dict]:
-    """What is there of the promised artefacts before a run: for `check_artefacts`, after it."""
-    there: dict[Path, dict] = {}
-    for template in makes:
-        with contextlib.suppress(ValueError):
-            there |= {path: _written(path) for path in _promised(template, out, parameters)[1]}
-    return there
-
-
-def check_artefacts(
-    makes: list[str], out: Path, parameters: dict[str, object], before: dict[Path, dict] | None = None
-) -> list[str]:
+def check_artefacts(makes: list[str], out: Path, parameters: dict[str, object], since: int = 0) -> list[str]:
     """Which of the promised artefacts are missing, do not load, or are not of this run.
 
     makes: paths below `out`, `{name}` standing for a parameter's value and `*` for anything. A file is loaded as its
     suffix says; a folder must hold something; where there is a manifest, all that it lists must be as it says.
-    before: what was there before the run (`snapshot`). What the run did not write must be proven by a manifest.
+    since: when the run began, in ns by the clock of `out`'s disk. What was written before must be proven by a manifest.
     """
     problems = []
     for template in makes:
         try:
-            pattern, found = _promised(template, out, parameters)
-        except ValueError as error:
-            problems.append(str(error))
+            pattern = template.format(**parameters)
+        except (KeyError, IndexError, ValueError):
+            problems.append(f"promises {template}, which names a parameter that it does not have")
             continue
+        found = out.glob(pattern) if not Path(pattern).is_absolute() else []
+        found = sorted(path for path in found if path.resolve().is_relative_to(out.resolve()))
         if not found:
             problems.append(f"promises {pattern} in {out}, where it is not")
         left = []
         for path in found:
             try:
-                _load(path)
-                if before and before.get(path) == _written(path) and not _proven(path, out):
+                files = _load(path)
+                if not _proven(path, out) and all(file.lstat().st_ctime_ns < since for file in files):
                     left.append(path)
             except Exception as error:  # whatever a loader raises, the artefact does not load
                 problems.append(f"made {path.relative_to(out)}, which does not load: {error}")
@@ -255,42 +215,30 @@ def check_artefacts(
     return problems
 
 
-def _load(path: Path) -> None:
-    """Raise where a file is not what its suffix says, a folder is empty, or either is not what its manifest says."""
-    if path.is_dir():
-        if not any(path.iterdir()):
-            raise ValueError("the folder is empty")
-    elif path.stat().st_size == 0:
+def _load(path: Path) -> list[Path]:
+    """A file, or a folder and all that is in it. Raises where a file is not what its suffix says, either is empty."""
+    files = [path, *path.rglob("*")]
+    if path.is_dir() and len(files) == 1:
+        raise ValueError("the folder is empty")
+    if path.is_file() and not path.stat().st_size:
         raise ValueError("the file is empty")
-    elif path.suffix == ".json":
-        json.loads(path.read_bytes())
-    elif path.suffix == ".onnx":
-        import onnx
-
-        if not onnx.load(path, load_external_data=False).graph.output:
-            raise ValueError("its graph is empty")
-    elif path.suffix == ".bmodel":
-        read_bmodel(path)
-    elif path.suffix == ".png":
-        with Image.open(path) as image:
-            image.verify()
-    if manifest_path(path).exists() and not is_whole(path, read_manifest(path)):
-        raise ValueError("its files are not those that its manifest lists")
+    if path.suffix in LOADERS and path.is_file():
+        LOADERS[path.suffix](path)
+    return files
 
 
 def _proven(path: Path, out: Path) -> bool:
     """Whether a manifest, its own or that of a folder above, says that this is the content that was made.
 
-    Its own has been compared by `_load`. A patched checkpoint's is the record of its patches. Raises UserError where
-    that does not fit.
+    A patched checkpoint's is the record of its patches. Raises ValueError or UserError where that does not fit.
     """
     if (path / patching.RECORD).exists():
         patching.require_patched(path)
         return True
-    if manifest_path(path).exists():
-        return True
-    folder = next((folder for folder in path.parents if manifest_path(folder).exists()), None)
-    if folder is None or not folder.is_relative_to(out) or not path.is_file():
-        return False
-    listed = read_manifest(folder).get("outputs", {}).get(str(path.relative_to(folder)))
-    return bool(listed) and sha256_file(path) == listed["sha256"]
+    for made in (path, *path.parents):
+        if made.is_relative_to(out) and manifest_path(made).exists():
+            manifest = read_manifest(made)
+            if not is_whole(made, manifest):
+                raise ValueError("its files are not those that its manifest lists")
+            return made == path or str(path.relative_to(made)) in manifest["outputs"]
+    return False

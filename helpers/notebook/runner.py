@@ -28,13 +28,13 @@ from tqdm import tqdm
 from helpers.errors import UserError
 from helpers.files import write_file
 from helpers.notebook import checks, strict_kernel
-from helpers.notebook.checks import Declaration, code_cells, name_of, parameters_of
+from helpers.notebook.checks import code_cells, name_of, parameters_of, promises_of
 from helpers.notebook.workspace import ROOT
 
 OUT = ROOT / "out"
-# Bounds for what hangs, not for what is slow: a second as a rule, on a slow and busy machine hundreds of times that.
-KERNEL_START_SECONDS = 3600
-OUTPUT_SECONDS = 3600
+# Bounds for what hangs, not for what is slow: of a cell; of a kernel's start and its answers, a second as a rule.
+CELL_SECONDS = 36000
+ANSWER_SECONDS = 3600
 # More text than this in one cell fills the memory of runner and reader before any time limit is reached.
 MAX_CELL_CHARACTERS = 5_000_000
 
@@ -44,7 +44,6 @@ class Report:
     """How a run went. `checks`: asserts that passed; `seconds`: wall time of the cells; `problems`: none if right."""
 
     notebook: str
-    executed: Path
     cells: int = 0
     checks: int = 0
     seconds: float = 0.0
@@ -70,9 +69,9 @@ class _Client(NotebookClient):
             km=AsyncKernelManager(kernel_spec_manager=KernelSpecManager(kernel_dirs=[])),
             # At its usual level the kernel writes to the runner's terminal that it listens on localhost.
             extra_arguments=[f"--IPKernelApp.extensions=['{strict_kernel.__name__}']", "--IPKernelApp.log_level=40"],
-            startup_timeout=KERNEL_START_SECONDS,
+            startup_timeout=ANSWER_SECONDS,
             timeout=math.ceil(cell_seconds),
-            iopub_timeout=OUTPUT_SECONDS,
+            iopub_timeout=ANSWER_SECONDS,
             raise_on_iopub_timeout=True,
             shutdown_kernel="immediate",
             resources={"metadata": {"path": str(folder)}},
@@ -150,24 +149,18 @@ def run_notebook(
     parameters: values by name.
     out: the folder that the notebook's promises are below; a notebook that has a parameter `out` (relative to the
     repository, as written) is given it.
-    cell_seconds: bound of each cell instead of the declared one.
+    cell_seconds: bound of each cell.
     Raises NotebookFailed, with all that is wrong, and UserError for a file that is no notebook.
     """
-    path, out = Path(path), Path(out).absolute()
-    notebook = read_notebook(path)
-    report = Report(path.name, Path(executed), problems=checks.check_source(notebook))
+    path, executed, out = Path(path), Path(executed), Path(out).absolute()
+    notebook, given = read_notebook(path), dict(parameters or {})
+    report = Report(path.name, problems=checks.check_source(notebook, given))
     if report.problems:
         raise NotebookFailed(report)
-    declaration, values, given = Declaration.of(notebook), parameters_of(notebook), dict(parameters or {})
+    makes, values = promises_of(notebook), parameters_of(notebook)
     # Notebooks work in the repository's root, wherever they were started.
     if "out" in values and ROOT / values["out"] != out:
         given = {"out": str(out)} | given
-    known = ", ".join(values) or "none"
-    report.problems += [f"has no parameter {name} (it has {known})" for name in given if name not in values]
-    if report.problems:
-        raise NotebookFailed(report)
-
-    before = checks.snapshot(declaration.makes, out, values | given)
     for cell in code_cells(notebook):
         cell.outputs, cell.execution_count = [], None
     if given:
@@ -175,20 +168,25 @@ def run_notebook(
         injected = nbformat.v4.new_code_cell(source, metadata={"tags": ["injected-parameters"]})
         place = next(i for i, cell in enumerate(notebook.cells) if "parameters" in checks.tags(cell))
         notebook.cells.insert(place + 1, injected)
-    client = _Client(notebook, path.absolute().parent, cell_seconds or declaration.cell_seconds)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out) as file:
+        began = os.fstat(file.fileno()).st_ctime_ns
+    client = _Client(notebook, path.absolute().parent, cell_seconds or CELL_SECONDS)
     stopped, said = _run_cells(client, report)
     _settle_progress(notebook)
-    report.executed.parent.mkdir(parents=True, exist_ok=True)
-    write_file(report.executed, (nbformat.writes(notebook) + "\n").encode())
-    _bring_pictures(path, report.executed)
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    write_file(executed, (nbformat.writes(notebook) + "\n").encode())
+    pictures = path.parent / "images"  # the text's links to them are relative
+    if pictures.is_dir() and path.parent.resolve() != executed.parent.resolve():
+        shutil.copytree(pictures, executed.parent / "images", dirs_exist_ok=True)
     report.cells = sum(cell.execution_count is not None for cell in code_cells(notebook))
     outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
     report.stderr_outputs = sum(output.get("name") == "stderr" for output in outputs)
     report.problems = (
         stopped
-        or checks.check_executed(notebook, declaration)
+        or checks.check_executed(notebook, makes)
         or said
-        or checks.check_artefacts(declaration.makes, out, values | given, before)
+        or checks.check_artefacts(makes, out, values | given, began)
     )
     if report.problems:
         raise NotebookFailed(report)
@@ -198,8 +196,6 @@ def run_notebook(
 def _run_cells(client: _Client, report: Report) -> tuple[list[str], list[str]]:
     """Run the cells up to the first that fails: what stopped the run, and what its kernel says is wrong."""
     cells = [(index, cell) for index, cell in enumerate(client.nb.cells) if cell.cell_type == "code"]
-    said: list[str] = []
-    stopped = None
     try:
         with client.kernel():
             started = time.monotonic()
@@ -207,20 +203,18 @@ def _run_cells(client: _Client, report: Report) -> tuple[list[str], list[str]]:
                 client.execute_cell(cell, index)
             report.seconds = round(time.monotonic() - started, 3)
             report.checks, said = client.last_words()
+            return [], said
     except CellExecutionError:
-        pass  # the error is an output of its cell, which check_executed reads
+        return [], []  # the error is an output of its cell, which check_executed reads
     except CellTimeoutError:
         stopped = f"ran longer than {client.timeout:g} s and was stopped"
     except DeadKernelError:
-        stopped = "ended its kernel"
-        if client.flooded:
-            stopped = f"printed more than {MAX_CELL_CHARACTERS:,} characters and was stopped"
+        flooded = f"printed more than {MAX_CELL_CHARACTERS:,} characters and was stopped"
+        stopped = flooded if client.flooded else "ended its kernel"
     except RuntimeError as error:
         if client.pid:
             raise
         return [f"its kernel did not start: {error}"], []
-    if stopped is None:
-        return [], said
     for output in cell.outputs:
         if output.output_type == "stream":
             output.text = output.text[-10_000:]
@@ -229,37 +223,27 @@ def _run_cells(client: _Client, report: Report) -> tuple[list[str], list[str]]:
     return [f"{name_of(client.nb, cell)}: {stopped}"], []
 
 
-_VIEW = "application/vnd.jupyter.widget-view+json"
-_STATES = "application/vnd.jupyter.widget-state+json"
-
-
-def _bring_pictures(path: Path, executed: Path) -> None:
-    """Copy the pictures that the notebooks' text shows: its links to them are relative."""
-    if (path.parent / "images").is_dir() and path.parent.resolve() != executed.parent.resolve():
-        shutil.copytree(path.parent / "images", executed.parent / "images", dirs_exist_ok=True)
-
-
 def _settle_progress(notebook) -> None:
     """Give the progress bars of an executed notebook their last text; take away those that took themselves away.
 
     A bar is a widget, which is drawn only where the reader trusts the notebook. Everywhere else there is the text that
     came with it when it was made, and that says 0 % for ever.
     """
-    models = notebook.metadata.get("widgets", {}).get(_STATES, {}).get("state", {})
+    states = notebook.metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {})
 
     def state(reference: str | None) -> dict:
-        return models.get((reference or "").removeprefix("IPY_MODEL_"), {}).get("state", {})
+        name = (reference or "").removeprefix("IPY_MODEL_")
+        return states.get("state", {}).get(name, {}).get("state", {})
 
     for cell in code_cells(notebook):
         for output in list(cell.outputs):
-            box = state(output.get("data", {}).get(_VIEW, {}).get("model_id"))
-            parts = [state(child) for child in box.get("children", ())]
-            if [part.get("_model_name") for part in parts] != ["HTMLModel", "FloatProgressModel", "HTMLModel"]:
-                continue
-            if state(box.get("layout")).get("visibility") == "hidden":
-                cell.outputs.remove(output)
-                continue
-            left, bar, right = parts
-            filled = round(10 * bar["value"] / (bar["max"] or 1))
-            text = f"{left['value']}|{'█' * filled}{' ' * (10 - filled)}|{right['value']}"
-            output.data["text/plain"] = html.unescape(text)
+            view = output.get("data", {}).get("application/vnd.jupyter.widget-view+json", {})
+            box = state(view.get("model_id"))
+            match [state(child) for child in box.get("children", ())]:
+                case [{"value": left}, {"value": done, "max": most}, {"value": right}]:
+                    if state(box.get("layout")).get("visibility") == "hidden":
+                        cell.outputs.remove(output)
+                        continue
+                    filled = round(10 * done / (most or 1))
+                    text = f"{left}|{'█' * filled}{' ' * (10 - filled)}|{right}"
+                    output.data["text/plain"] = html.unescape(text)

@@ -305,10 +305,9 @@ def test_cells_must_have_run_in_order():
     notebook = tutorial("first = 1", "second = 2")
     for count, one in enumerate(notebook.cells[1:], start=1):
         one.execution_count = count
-    declared = checks.Declaration()
-    assert checks.check_executed(notebook, declared) == []
+    assert checks.check_executed(notebook, []) == []
     notebook.cells[2].execution_count, notebook.cells[3].execution_count = 3, 2
-    assert checks.check_executed(notebook, declared) == ["cell 3 `first = 1` ran as number 3; it is code cell 2"]
+    assert checks.check_executed(notebook, []) == ["cell 3 `first = 1` ran as number 3; it is code cell 2"]
 
 
 def test_cell_that_hangs_is_stopped_with_what_it_started(fails, tmp_path):
@@ -467,14 +466,18 @@ def test_record_merges(tmp_path):
     record(tmp_path, {"bytes": {"b": 2}, "questions": [{"question": "q", "answer": "x", "tokens": {"int8": [1, 2]}}]})
     record(tmp_path, {"questions": [{"question": "r", "tokens": {"pytorch": [3]}}]})
     summary = record(tmp_path, {"questions": [{"question": "q", "tokens": {"int8": [9]}}]})
-    assert summary == json.loads((tmp_path / "summary.json").read_text()) == {
-        "model": "tiny",
-        "bytes": {"a": 1, "b": 2},
-        "questions": [
-            {"question": "q", "answer": "x", "tokens": {"pytorch": [1], "int8": [9]}},
-            {"question": "r", "tokens": {"pytorch": [3]}},
-        ],
-    }
+    assert (
+        summary
+        == json.loads((tmp_path / "summary.json").read_text())
+        == {
+            "model": "tiny",
+            "bytes": {"a": 1, "b": 2},
+            "questions": [
+                {"question": "q", "answer": "x", "tokens": {"pytorch": [1], "int8": [9]}},
+                {"question": "r", "tokens": {"pytorch": [3]}},
+            ],
+        }
+    )
     with pytest.raises(ValueError, match="no modle; it has model"):
         record(tmp_path, {"modle": "tiny"})
 
