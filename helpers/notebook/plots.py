@@ -59,15 +59,6 @@ def _draw_mask(axis, mask: np.ndarray, rows: Iterable, title: str) -> None:
     axis.set(title=title, xlabel="column: key", ylabel="row: query")
 
 
-def masks(pictures: dict[str, tuple[Iterable, np.ndarray]]):
-    """Attention masks side by side: white is 0, black is MASKED. pictures: {title: (labels of the rows, mask)}."""
-    widths = [mask.shape[1] / mask.shape[0] for _, mask in pictures.values()]
-    figure, _ = _figure(9, 3.2, columns=len(pictures), width_ratios=widths)
-    for axis, (title, (rows, mask)) in zip(figure.axes, pictures.items(), strict=True):
-        _draw_mask(axis, mask, rows, title)
-    return figure
-
-
 def step_mask(mask: np.ndarray, rows: list[str], title: str):
     """The mask of one lookahead step, its own rows framed. mask: [R,S+R], the cache on the left; rows: their names."""
     figure, axis = _figure(8.5, 4.6)

@@ -4,7 +4,7 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
-from helpers.nets import decode_mask, prefill_mask
+from helpers.nets import decode_mask
 from helpers.notebook import plots
 
 matplotlib.use("agg")
@@ -12,9 +12,9 @@ matplotlib.use("agg")
 
 def test_a_mask_is_drawn_as_it_is_with_its_rows_by_name():
     rows = np.concatenate([decode_mask(position, 8)[0, 0] for position in (5, 6)])
-    figure = plots.masks({"prefill": (range(8), prefill_mask(3, 8)[0, 0]), "decode": ((5, 6), rows)})
-    assert np.array_equal(figure.axes[1].images[0].get_array(), rows)
-    assert [text.get_text() for text in figure.axes[1].get_yticklabels()] == ["5", "6"]
+    figure = plots.step_mask(rows, ["5", "6"], "decode")
+    assert np.array_equal(figure.axes[0].images[0].get_array(), rows)
+    assert [text.get_text() for text in figure.axes[0].get_yticklabels()] == ["5", "6"]
 
 
 def test_one_token_a_step_is_plain_decoding():
