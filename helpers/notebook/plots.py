@@ -19,7 +19,6 @@ _COLOURS = {
     "block": _BLUE,
     "lm_head": _ORANGE,
     "greedy_head": _GREEN,
-    "penalty_sample_head": _PURPLE,
 }
 
 
@@ -171,7 +170,7 @@ def net_costs(nets: dict[str, dict], title: str):
         (axes[1], "bytes", "kB of bmodel"),
     ):
         thousands = [(costs[key] or 0) / 1e3 for costs in nets.values()]
-        axis.barh(range(len(nets)), thousands, color=[_COLOURS[_kind(net)] for net in nets])
+        axis.barh(range(len(nets)), thousands, color=[_COLOURS.get(_kind(net), _PURPLE) for net in nets])
         axis.set_xlabel(label)
     _name_rows(axes[0], list(nets), fontsize=8)
     axes[0].set_title(title)
