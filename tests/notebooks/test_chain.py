@@ -28,6 +28,7 @@ def number_of(notebook) -> str:
 # Short answers by one bmodel, the one that the simulator runs fastest, are enough for another run; the whole chain has
 # shown the rest.
 SHORTER = {
+    "03": ["--set", "real_block=no"],
     "04": ["--set", "max_new_tokens=3", "--set", "modes=['bf16']", "--set", "repetitions=1"],
     "05": ["--set", "clients=5", "--set", "mode=bf16"],
     "06": ["--set", "max_new_tokens=6"],
