@@ -193,23 +193,3 @@ def timeline(profiles: dict[str, list[dict]], marked: dict[str, list[dict]], tit
     _name_rows(axis, rows)
     axis.set(xlabel=f"cycle, {KINDS['estimated']} (1 GHz); orange: small loads beside the weights", title=title)
     return figure
-
-
-def latency_over_prompts(record: dict, estimate_ms: dict[str, float] | None = None):
-    """Median and p95 of first-token latency over prompt lengths, beside the compiler's estimate where it is the chip's.
-
-    record: from helpers.run.latency.measure. estimate_ms: drawn only beside a measurement on a chip.
-    """
-    figure, axes = _figure(10, 3.6, columns=2)
-    lengths = [prompt["tokens"] for prompt in record["prompts"]]
-    for axis, key, title in ((axes[0], "first_token", "first token"), (axes[1], "decode", "each further token")):
-        for label, marker, line in (("median", "o", "-"), ("p95", "^", ":")):
-            values = [prompt[key][f"{label}_ms"] for prompt in record["prompts"]]
-            axis.plot(lengths, values, marker=marker, linestyle=line, label=label)
-        if estimate_ms and record["kind"] == "measured":
-            axis.axhline(estimate_ms[f"{key}_ms"], color="#888", linestyle="--", label=KINDS["estimated"])
-        # The axis begins at 0, and no mark is cut off at its top.
-        axis.set(ylim=(0, 1.1 * axis.get_ylim()[1]), xlabel="tokens of the prompt", ylabel="ms")
-        axis.set_title(f"{title}: {KINDS[record['kind']]}", fontsize=10)
-        axis.legend(frameon=False)
-    return figure

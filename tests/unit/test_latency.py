@@ -28,11 +28,6 @@ def test_measuring_counts_repetitions_without_warm_up_and_names_its_kind(bmodel_
     (prompt,) = record["prompts"]
     assert (prompt["tokens"], prompt["first_token"]["count"], prompt["decode"]["count"]) == (8, 2, 4)
     assert record["nets"]["block_0"]["count"] == 2 and record["nets"]["block_cache_3"]["count"] == 4
-    figure = plots.latency_over_prompts(record, {"first_token_ms": 1.0, "decode_ms": 1.0})
-    titles = [axis.get_title() for axis in figure.axes]
-    assert all("simulator wall time, not the chip's" in title for title in titles)
-    # The estimate of a chip is not drawn beside a simulator's own time.
-    assert not any("cycle model" in text.get_text() for axis in figure.axes for text in axis.get_legend().get_texts())
 
 
 def test_figures_net_by_net_are_those_of_every_prompt():
@@ -75,16 +70,3 @@ def test_the_ladder_has_no_mark_where_nothing_differs_and_no_line_over_nets_that
     for axis in plots.parity_ladder({"one": rung}).axes:
         low, high = axis.get_ylim()
         assert len([tick for tick in axis.get_yticks() if low <= tick <= high]) > 1
-
-
-def test_no_mark_is_cut_off_at_the_top():
-    record = {
-        "kind": "measured",
-        "prompts": [
-            {"tokens": 8 * n, **dict.fromkeys(("first_token", "decode"), {"median_ms": 9.0, "p95_ms": 10.0})}
-            for n in (1, 2)
-        ],
-    }
-    for axis in plots.latency_over_prompts(record, {"first_token_ms": 12.0, "decode_ms": 1.0}).axes:
-        assert axis.get_ylim()[0] == 0 and axis.get_ylim()[1] > max(max(line.get_ydata()) for line in axis.lines) * 1.05
-        assert "estimated by the compiler's cycle model" in [text.get_text() for text in axis.get_legend().get_texts()]
