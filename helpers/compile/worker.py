@@ -28,6 +28,7 @@ CHIP = "bm1684x"
 KERNELS = "kernels"
 # <sys/personality.h>
 _ADDR_NO_RANDOMIZE = 0x0040000
+_ENVIRONMENT_BYTES = 1 << 15
 
 
 def compile_net(net: str, onnx: Path, settings: dict, work: Path, kernels: Path) -> None:
@@ -87,6 +88,10 @@ def _run_tool(*command: str) -> None:
     env = {name: os.environ[name] for name in toolchain.VARIABLES if name in os.environ}
     # Without PWD and HOME it aborts.
     env |= {"PWD": ".", "HOME": ".", "PPL_CACHE_PATH": os.environ.get("PPL_CACHE_PATH", f"./{KERNELS}/")}
+    # Always as long, whatever the PATH is and wherever the program: see the bytes that are never set, below.
+    program = shutil.which(command[0], path=env.get("PATH")) or command[0]
+    length = len(program) + sum(len(name) + len(value) for name, value in env.items())
+    env["PADDING"] = "." * (_ENVIRONMENT_BYTES - length)
     status = subprocess.run(command, env=env, check=False).returncode
     if status < 0:
         # The program's own last words are above in the log.
