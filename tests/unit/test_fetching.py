@@ -30,7 +30,7 @@ import pytest
 from helpers import artefacts, cli, machine
 from helpers.errors import UserError
 from helpers.fetch import fetching, hubs, network, prepared
-from helpers.files import locked, sha256_file
+from helpers.files import locked, remedy, sha256_file
 from helpers.patching import patching
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -950,8 +950,9 @@ def test_a_record_of_patches_that_may_not_be_read_is_said_to_be(hub):
         record = out / patching.RECORD
         record.chmod(0)
         with as_somebody_else():
-            with pytest.raises(UserError, match=f"^{record} may not be read: give yourself the right to read it"):
+            with pytest.raises(PermissionError) as refused:
                 patching.status(out)
+            assert refused.value.filename == str(record) and "Give yourself the right to it" in remedy(refused.value)
             assert fetching.fetch("two", "modelscope", out) == out
         assert (out / "modeling_qwen.py").read_bytes() == patched
 
