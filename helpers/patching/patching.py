@@ -340,6 +340,11 @@ def _write(folder: Path, originals: dict[str, str], steps: list[Step], seq_lengt
     return [name for name in FILES if current.get(name) != results[name]]
 
 
+def _same(one: Path, other: Path) -> bool:
+    """Whether two files have the same bytes; of links to one file none is read."""
+    return one.samefile(other) or filecmp.cmp(one, other, shallow=False)
+
+
 def _link(source: Path, target: Path, originals: dict[str, str], follows: bool) -> None:
     """Make `target` a copy of a checkpoint: links to every file of `source` but FILES.
 
@@ -348,8 +353,8 @@ def _link(source: Path, target: Path, originals: dict[str, str], follows: bool) 
     """
     theirs = [file.name for file in sorted(source.iterdir()) if file.is_file() and not file.name.startswith(".")]
     theirs = [name for name in theirs if name not in (*FILES, RECORD)]
-    # Links to one file have its size and time, and are not read.
-    _, others, missing = filecmp.cmpfiles(source, target, theirs)
+    missing = [name for name in theirs if not (target / name).exists()]
+    others = [name for name in theirs if name not in missing and not _same(source / name, target / name)]
     ours = [name for name in FILES if (target / name).exists() and _text(target / name) != originals[name]]
     if not follows and (foreign := [*others, *ours]):
         raise UserError(

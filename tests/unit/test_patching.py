@@ -862,6 +862,18 @@ def test_a_copy_follows_its_checkpoint(folder, tmp_path):
     assert bytes_of(out) == bytes_of(folder)
 
 
+def test_a_copy_is_compared_by_its_bytes_not_by_its_size_and_time(folder, tmp_path):
+    weights, out = folder / "model.safetensors", tmp_path / "copy"
+    out.mkdir()
+    weights.write_bytes(b"weights")
+    (out / weights.name).write_bytes(b"foreign")
+    for file in (weights, out / weights.name):
+        os.utime(file, (1, 1))
+    with pytest.raises(UserError, match=f"has another {weights.name}"):
+        patching.apply(folder, out=out)
+    assert (out / weights.name).read_bytes() == b"foreign"
+
+
 def test_a_copy_that_was_edited_is_not_overwritten(folder, tmp_path):
     out = tmp_path / "copy"
     patching.apply(folder, out=out)
