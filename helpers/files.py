@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from helpers.errors import UserError
@@ -53,6 +53,20 @@ def write_file(path: str | Path, content: bytes) -> None:
             partial.unlink(missing_ok=True)
         # A full disk is met while writing, where the system names no file.
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def link_or_copy(file: Path, place: Path, *links: Callable[[Path, Path], None]) -> bool:
+    """Put a file in a second place, by the first of the links (os.link …) that the disk can, else by a copy.
+
+    Returns whether it is a link.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
+    for link in links:
+        with contextlib.suppress(OSError):
+            link(file, place)
+            return True
+    shutil.copyfile(file, place)
+    return False
 
 
 _without_locks: set[int] = set()

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from helpers import artefacts, machine, toolchain
 from helpers.bmodel import bmodel
-from helpers.checkpoint.modeling import import_huggingface
 from helpers.checkpoint.vocabulary import copy_vocabulary
 from helpers.checkpoint.weights import Checkpoint
 from helpers.compile.log import own_error, read_log
@@ -136,7 +135,6 @@ def convert(
         raise UserError(f"seq_length is {seq_length}, it must be a whole number from 1 on (the documented one is 512).")
     toolchain.require()
     toolchain.require_parallel()
-    import_huggingface()
     checkpoint = Checkpoint.open(model_path)
     check_options(mode, num_device, addr_mode, checkpoint.heads, checkpoint.hidden_size)
     out = Path(out).absolute()
