@@ -1191,21 +1191,23 @@ def test_dfss_is_absent(tmp_path, monkeypatch):
 # Archives
 
 
-def test_an_archive_that_writes_outside_is_refused(tmp_path):
-    for i, name in enumerate(["../out.txt", "a/../../out.txt", "/tmp/out.txt", "..\\out.txt"]):
+def test_an_archive_writes_nothing_outside_its_folder(tmp_path):
+    names = ["../out.txt", "a/../../out.txt", f"{tmp_path}/out.txt", "..\\out.txt"]
+    for i, name in enumerate(names):
         archive = make_archive(tmp_path / f"{i}.zip", {"good": b"", name: b"x"})
-        with pytest.raises(UserError, match="out.txt, .* outside its folder"):
-            prepared.unpack(archive, tmp_path / f"to{i}")
-        assert list((tmp_path / f"to{i}").iterdir()) == []
+        prepared.unpack(archive, tmp_path / f"to{i}")
+        assert sum(path.is_file() for path in (tmp_path / f"to{i}").rglob("*")) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {f"{kind}{i}{end}" for i in range(4)
+        for kind, end in (("", ".zip"), ("to", ""))}  # fmt: skip
 
 
-def test_an_archive_with_a_link_is_refused(tmp_path):
+def test_a_link_in_an_archive_leads_nowhere(tmp_path):
     link = zipfile.ZipInfo("link")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr(link, "/etc")
-    with pytest.raises(UserError, match="holds link, a link"):
-        prepared.unpack(tmp_path / "a.zip", tmp_path / "to")
+    prepared.unpack(tmp_path / "a.zip", tmp_path / "to")
+    assert not (tmp_path / "to" / "link").is_symlink() and (tmp_path / "to" / "link").read_text() == "/etc"
 
 
 def test_a_damaged_archive(tmp_path):
@@ -1222,12 +1224,4 @@ def test_a_damaged_archive(tmp_path):
 def test_an_archive_without_a_file(tmp_path):
     archive = make_archive(tmp_path / "a.zip", {"onnx/": b""})
     with pytest.raises(UserError, match="holds no file"):
-        prepared.unpack(archive, tmp_path / "to")
-
-
-def test_an_archive_larger_than_the_disk(tmp_path, monkeypatch):
-    archive = make_archive(tmp_path / "a.zip", {"zeros": bytes(10_000_000)})
-    assert archive.stat().st_size < 20_000
-    monkeypatch.setattr(machine, "free_disk", lambda path: 1_000_000)
-    with pytest.raises(UserError, match="a.zip needs 0.0 GB more on the disk"):
         prepared.unpack(archive, tmp_path / "to")
