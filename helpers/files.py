@@ -55,18 +55,13 @@ def write_file(path: str | Path, content: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def link_or_copy(file: Path, place: Path, *links: Callable[[Path, Path], None]) -> bool:
-    """Put a file in a second place, by the first of the links (os.link …) that the disk can, else by a copy.
-
-    Returns whether it is a link.
-    """
+def link_or_copy(file: Path, place: Path, *links: Callable[[Path, Path], None]) -> None:
+    """Put a file in a second place, by the first of the links (os.link …) that the disk can, else by a copy."""
     place.parent.mkdir(parents=True, exist_ok=True)
     for link in links:
         with contextlib.suppress(OSError):
-            link(file, place)
-            return True
+            return link(file, place)
     shutil.copyfile(file, place)
-    return False
 
 
 _without_locks: set[int] = set()
