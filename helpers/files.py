@@ -30,6 +30,16 @@ def digest_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
+def json_object(file: Path, content: bytes) -> dict:
+    """The JSON object that a file holds. Raises UserError where it is none."""
+    try:
+        if isinstance(value := json.loads(content), dict):
+            return value
+        raise ValueError("it is no object")
+    except ValueError as error:
+        raise UserError(f"{file} is not readable JSON ({error}): download it again.") from None
+
+
 def write_json(path: str | Path, value: object) -> None:
     """Write JSON beside its place and move it in whole."""
     write_file(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from helpers.errors import UserError
-from helpers.files import link_or_copy, write_file, write_json
+from helpers.files import json_object, link_or_copy, write_file, write_json
 from helpers.patching.passages import MisfitError, NotNeededError, Source
 
 FOLDER = Path(__file__).resolve().parents[2] / "patches"
@@ -172,7 +172,8 @@ def require_patched(model_path: str | Path) -> None:
     """
     folder = Path(model_path)
     texts = {name: _text(folder / name) for name in FILES}
-    steps = plan(texts, _config(folder, texts).get("seq_length", SEQ_LENGTH))
+    config = json_object(folder / "config.json", texts["config.json"].encode())
+    steps = plan(texts, config.get("seq_length", SEQ_LENGTH))
     _check_plan(folder, steps)
     if missing := [step.patch.name for step in steps if step.state == APPLIED]:
         raise UserError(
@@ -196,20 +197,11 @@ def trained_seq_length(model_path: str | Path) -> int:
     Raises UserError where the folder is not a checkpoint.
     """
     folder = Path(model_path)
-    length = _config(folder, _read(folder)[0]).get("seq_length")
+    file = folder / "config.json"
+    length = json_object(file, _read(folder)[0][file.name].encode()).get("seq_length")
     if type(length) is not int or length < 1:
-        raise UserError(f"{folder / 'config.json'} says seq_length = {length!r}; the trained length was needed there.")
+        raise UserError(f"{file} says seq_length = {length!r}; the trained length was needed there.")
     return length
-
-
-def _config(folder: Path, texts: dict[str, str]) -> dict:
-    try:
-        config = json.loads(texts["config.json"].removeprefix("\ufeff"))
-        if not isinstance(config, dict):
-            raise ValueError("it is no object")
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'} is not readable JSON ({error}): download it again.") from None
-    return config
 
 
 def beyond_trained(seq_length: int, trained: int) -> list[str]:
@@ -263,9 +255,7 @@ def _read(folder: Path) -> tuple[dict[str, str], dict]:
     """
     record_path = folder / RECORD
     if not record_path.exists():
-        originals = {name: _text(folder / name) for name in FILES}
-        _config(folder, originals)
-        return originals, {}
+        return {name: _text(folder / name) for name in FILES}, {}
     try:
         record = json.loads(record_path.read_bytes())
         originals = {name: record["files"][name]["original"] for name in FILES}
