@@ -22,8 +22,8 @@ KNOWN = "This model knows the answers to {} questions by heart, and nothing else
 STYLE = {
     "question": "font-weight:600;margin-top:.6em",
     "answer": "",
-    "note": "color:gray;font-size:85%",
-    "error": "color:firebrick",
+    "note": "opacity:.7;font-size:85%",
+    "error": "color:var(--jp-error-color1, firebrick)",
 }
 
 
