@@ -1,10 +1,12 @@
 """A conversation with a bmodel: history, limits, stop strings, an answer piece by piece and its figures."""
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
+from helpers.artefacts import read_manifest
 from helpers.checkpoint.tokenizer import SYSTEM_PROMPT, QwenTokenizer
 from helpers.errors import UserError
 from helpers.run.engines.base import Engine
@@ -12,6 +14,7 @@ from helpers.run.generation import QwenRunner, Sampling, Timings
 from helpers.run.latency import KINDS
 
 MAX_TURNS = 10
+CUT = {"cancelled": "(stopped)\n", "length": "(cut: the limit of new tokens, or of S, is reached)\n"}
 
 
 class StopStrings:
@@ -198,12 +201,19 @@ class ChatSession:
         self.history, self.dropped_turns = [], 0
 
 
+def by_heart(bmodel: str | Path) -> dict | None:
+    """Checkpoint.by_heart of the checkpoint that became this bmodel, from its manifest; None where it has none."""
+    with contextlib.suppress(UserError):
+        return read_manifest(bmodel).get("by_heart")
+    return None
+
+
 def figures(session: ChatSession) -> str:
-    """First-token latency, speed and memory of the last answer in one line that names the kind of time."""
+    """Latency, speed and memory of the last answer, with their kind of time; first, whether it was stopped or cut."""
     answer, engine = session.last, session.runner.engine
     speed = f" · {answer.timings.tokens_per_s:.2f} token/s" if answer.timings.decode_s else ""
     host_bytes = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")  # resident
-    return (
+    return CUT.get(answer.finish_reason, "") + (
         f"{len(answer.tokens)} tokens · first token {answer.timings.first_token_s:.2f} s{speed} "
         f"({KINDS[engine.kind_of_time]}) · memory: {engine.device_bytes / 1e6:.0f} MB on the device, "
         f"{host_bytes / 1e6:.0f} MB on the host"

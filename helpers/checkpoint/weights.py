@@ -102,6 +102,18 @@ class Checkpoint:
         )
         return replace(checkpoint, files=checkpoint._find_weights())
 
+    @property
+    def by_heart(self) -> dict | None:
+        """Of a memoriser with its corpus: {"answers": how many it has learnt, "questions": some of them}; else None."""
+        try:
+            corpus = (self.path / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
+            some = json.loads((self.path / "demo_questions.json").read_text(encoding="utf-8"))
+            # In a dialogue only the last question is new: the one before it stands alone, too.
+            answers = sum(len(json.loads(line).get("questions", ["last"])) for line in corpus)
+            return {"answers": answers, "questions": [entry["question"] for entry in some]}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return None
+
     def _find_weights(self) -> dict[str, Path]:
         """The file of each tensor, from the one whole set of weights that there is."""
         whole, faults = {}, []

@@ -10,6 +10,7 @@ import resource
 import signal
 from pathlib import Path
 
+from helpers.chat.session import by_heart
 from helpers.commands.arguments import add_model_arguments, open_tokenizer
 from helpers.errors import UserError
 from helpers.machine import log
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
         queue = ChipQueue(lambda: QwenRunner(engine()), tokenizer, args.waiting)
         runner = queue.start()
         name = args.name or Path(args.model).stem
-        settings = Settings(name, args.system, api_key, args.time_limit, args.max_body, access)
+        settings = Settings(name, args.system, api_key, args.time_limit, args.max_body, access, by_heart(args.model))
         app = create_app(queue, runner, settings)
         # Each connection is a file: a burst of a thousand must not be cut at the usual soft limit of 1024.
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -43,7 +43,7 @@ def compile_model(
     jobs: nets at a time, by default one a core, fewer where memory is short. scheduler: address of a Dask cluster.
     Nets that are there already, made from the same inputs, are not compiled again.
     The manifest has extra keys nets {net: {bytes, cycles, ms, ddr_bw, flops, seconds}}, estimates {first_token_ms,
-    decode_ms} (the compiler's cycle model, None where a net is dynamic), config, seq_length, tokenizer.
+    decode_ms} (the compiler's cycle model, None where a net is dynamic), config, seq_length, tokenizer, by_heart.
     Raises UserError for everything a user can cause, with a failing net's own error and the path of its log.
     """
     check_name(name)
@@ -82,6 +82,7 @@ def compile_model(
             "seq_length": plan.seq_length,
             "config": plan.manifest.get("config"),
             "tokenizer": copy_vocabulary(plan.vocabulary, out) if plan.vocabulary else None,
+            "by_heart": plan.manifest.get("by_heart"),
         }
         settings = {"name": name, "mode": mode, "num_device": num_device, "addr_mode": addr_mode}
         settings |= {"dynamic": dynamic, "via": "onnx"}

@@ -107,6 +107,7 @@ def _write_folder_manifest(out: Path, checkpoint: Checkpoint, code: dict, settin
             "trained_seq_length": trained,
             "config": checkpoint.config,
             "tokenizer": _vocabulary_beside(out, checkpoint),
+            "by_heart": checkpoint.by_heart,
         },
     )
 

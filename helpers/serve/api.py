@@ -46,6 +46,7 @@ class Settings:
     time_limit_s: float = 600
     max_body_bytes: int = 1 << 19
     access: Access = Access()
+    by_heart: dict | None = None  # of the checkpoint, for the page
 
 
 async def refuse(request: Request, error: Exception) -> Response:
@@ -266,6 +267,7 @@ def create_app(queue: ChipQueue, runner: QwenRunner, settings: Settings) -> Fast
             "waiting_limit": queue.waiting_limit,
             "answered": queue.answered,
             "failure": queue.failure,
+            "by_heart": settings.by_heart,
         }
         return JSONResponse(body, 200 if queue.state == "ok" else 503)
 
