@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from urllib.parse import unquote, urlparse
+from urllib.parse import unquote
 
 from helpers import machine, toolchain
 from helpers.errors import UserError
@@ -48,13 +48,17 @@ def _check(name: str, ok: object, found: str, remedy: str = "", needed: bool = F
     return Check(name, OK, found) if ok else Check(name, NOT_OK if needed else OPTIONAL, found, remedy)
 
 
-def _output(*command: str, seconds: float = PATIENCE) -> str | None:
-    """What a program prints; None where it is missing, fails or does not answer."""
+def _run(*command: str | Path, seconds: float = PATIENCE, **options) -> tuple[str, str]:
+    """How a program fails, empty where it does not, and what it prints."""
+    options |= {"capture_output": True, "text": True, "errors": "replace"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+        done = subprocess.run(command, timeout=seconds, check=False, **options)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error), ""
+    if not done.returncode:
+        return "", done.stdout.strip()
+    said = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[0]
+    return f"dies with {done.returncode}: {said}", ""
 
 
 def check_toolchain(needed: bool = True) -> list[Check]:
@@ -77,7 +81,7 @@ def check_toolchain(needed: bool = True) -> list[Check]:
 
 
 def _check_wheel(wheel: Path, needed: bool) -> list[Check]:
-    suits, found = toolchain.glibc_suits(wheel)
+    _, suits, found = toolchain.glibc_state(wheel)
     fix = "python -m helpers doctor --fix"
     compiled = Path(importlib.util.cache_from_source(wheel / "python" / "transform" / "OnnxConverter.py")).exists()
     bytecode = "compiled" if compiled else "not compiled: every start of a tool takes some 10 s longer"
@@ -90,14 +94,8 @@ def _check_wheel(wheel: Path, needed: bool) -> list[Check]:
         # What follows from them is mended in toolchain.environment(); programs that are started by hand meet them.
         shown = "set and passed over: " + ", ".join(f"{name}={value}" for name, value in foreign.items())
         checks.append(Check("another TPU-MLIR", OPTIONAL, shown, f"unset {' '.join(foreign)}"))
-    command, options = [wheel / "bin" / "tpuc-opt", "--version"], {"capture_output": True, "timeout": PATIENCE}
-    try:
-        done = subprocess.run(command, env=toolchain.environment(), check=False, **options)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return [*checks, _check("tpuc-opt", False, str(error), "make setup", needed)]
-    said = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()
-    found = f"dies with {done.returncode}: {said[0] if said else 'no message'}" if done.returncode else "starts"
-    return [*checks, _check("tpuc-opt", done.returncode == 0, found, fix, needed)]
+    failure, _ = _run(wheel / "bin" / "tpuc-opt", "--version", env=toolchain.environment())
+    return [*checks, _check("tpuc-opt", not failure, failure or "starts", f"{fix}, or make setup", needed)]
 
 
 def check_pins(requirements: Path = ROOT / "requirements.txt", needed: bool = True) -> Check:
@@ -127,19 +125,16 @@ def check_helpers_importable() -> Check:
         url = json.loads(metadata.distribution(PACKAGE).read_text("direct_url.json") or "{}").get("url", "")
     except metadata.PackageNotFoundError:
         url = ""
-    folder = Path(unquote(urlparse(url).path))
-    ok = url and folder == ROOT
-    found = "in every folder" if ok else f"of {folder}, another copy" if url else "in this folder only"
+    folder = unquote(url).removeprefix("file://")
+    ok = folder == str(ROOT)
+    found = "in every folder" if ok else f"of {folder}, another copy" if folder else "in this folder only"
     remedy = "make setup (conda: pip install --no-deps --no-build-isolation -e .)"
     return _check("import helpers", ok, found, remedy)
 
 
 def check_cpu() -> Check:
     """Model, usable cores and the vector extensions that decide how fast torch and the simulator are."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        text = ""
+    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
     present = [flag for flag in CPU_FLAGS if flags and flag in flags[1].split()]
@@ -163,7 +158,7 @@ def check_disk(folder: Path = ROOT) -> Check:
 
 def check_gpu() -> Check:
     """An NVIDIA GPU and the build of torch: PyTorch's own answers then come from it; nothing here needs one."""
-    answer = _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+    _, answer = _run("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
     build = metadata.version("torch") if importlib.util.find_spec("torch") else "none"
     found = f"{'; '.join(answer.splitlines())} (torch {build})" if answer else "none; the CPU does everything"
     return _check("GPU", answer, found)
@@ -178,10 +173,10 @@ def check_c_compiler() -> Check:
 
 def check_parallel() -> Check:
     """GNU parallel, which only `compile --via llm_convert` uses."""
-    found = (_output("parallel", "--version") or "").splitlines()[:1]
-    ok = found and "GNU parallel" in found[0]
-    lost = "none; compile --via llm_convert needs it"
-    return _check("GNU parallel", ok, found[0] if ok else lost, "apt-get install parallel")
+    try:
+        return Check("GNU parallel", OK, toolchain.require_parallel())
+    except UserError:
+        return Check("GNU parallel", OPTIONAL, "none; compile --via llm_convert needs it", "apt-get install parallel")
 
 
 def chip_devices(root: Path = Path("/")) -> list[str]:
