@@ -1,4 +1,4 @@
-"""`python -m helpers doctor`: the report of helpers.doctor, as a table or as JSON."""
+"""`python -m helpers doctor`: what this machine has, what it lacks, and the remedy."""
 
 import json
 import sys
