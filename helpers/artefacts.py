@@ -16,7 +16,7 @@ from pathlib import Path
 
 from helpers.errors import UserError
 from helpers.files import sha256_file, write_json
-from helpers.machine import description, log, tool_versions
+from helpers.machine import log_once, tool_versions
 
 MANIFEST = "manifest.json"
 
@@ -47,12 +47,8 @@ def read_manifest(artefact: str | Path) -> dict:
         if not (described and named and all("sha256" in output for output in outputs.values())):
             raise ValueError("it does not say what a manifest says")
         return manifest
-    except FileNotFoundError:
-        raise UserError(f"{artefact} has no manifest ({path.name}): make it again with `python -m helpers`.") from None
-    except (ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path} is not a readable manifest ({error}): delete it and make the artefact again."
-        ) from None
+    except (FileNotFoundError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not a readable manifest ({error}): make the artefact again.") from None
 
 
 def is_whole(artefact: str | Path, manifest: dict) -> bool:
@@ -65,9 +61,6 @@ def is_whole(artefact: str | Path, manifest: dict) -> bool:
         and sha256_file(root / name) == described["sha256"]
         for name, described in outputs.items()
     )
-
-
-_said_older: set[Path] = set()
 
 
 def up_to_date(
@@ -87,9 +80,7 @@ def up_to_date(
     if {key: manifest.get(key) for key in wanted} != wanted:
         return False
     if manifest.get("code", {}) != (code or {}):
-        if artefact.parent not in _said_older:
-            _said_older.add(artefact.parent)
-            log(f"{artefact.parent}: other code of these helpers made what is there ({', '.join(code)}): made anew.")
+        log_once(f"{artefact.parent}: other code of these helpers made what is there ({', '.join(code)}): made anew.")
         return False
     return is_whole(artefact, manifest)
 
@@ -134,7 +125,6 @@ def building(
             "settings": settings,
             "code": code or {},
             "versions": tool_versions(),
-            "machine": description(),
             "seconds": round(time.monotonic() - started, 3),
             "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "outputs": {

@@ -1,6 +1,7 @@
 """This machine as a process sees it: memory and cores, the limits of its container included; disk, tool versions."""
 
 import contextlib
+import functools
 import math
 import os
 import platform
@@ -10,8 +11,6 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-
-TOOLS = ("tpu-mlir", "torch", "onnx", "onnxruntime", "transformers", "numpy")
 
 
 def memory(root: Path = Path("/")) -> tuple[int, int]:
@@ -82,17 +81,15 @@ def free_disk(path: str | Path) -> int:
 def tool_versions() -> dict[str, str]:
     """Installed versions of the tools that decide what an artefact contains, plus Python's."""
     versions = {"python": platform.python_version()}
-    for name in TOOLS:
+    for name in ("tpu-mlir", "torch", "onnx", "onnxruntime", "transformers", "numpy"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
 
 
-def description() -> dict[str, object]:
-    """Where an artefact was made: architecture, system, number of usable cores."""
-    return {"architecture": platform.machine(), "system": platform.system(), "cores": cores()}
-
-
 def log(message: str) -> None:
     """A line of progress for people: standard error, so that standard output stays machine-readable."""
     print(message, file=sys.stderr, flush=True)
+
+
+log_once = functools.cache(log)  # the same line a second time is not said
