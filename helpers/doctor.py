@@ -27,9 +27,6 @@ OK, NOT_OK, OPTIONAL = "OK", "NOT OK", "optional"
 GB = 1e9
 # Measured: compiling the embedded model takes 1.4 GB a net, its artefacts 0.5 GB; less than this cannot end well.
 NEEDED_MEMORY = NEEDED_DISK = 2 * GB
-# Seconds after which a program is taken to hang: far beyond what the slowest machine needs.
-PATIENCE = 600
-CPU_FLAGS = ("avx2", "avx512f", "f16c", "amx_tile")
 # What PyPI's CUDA build of torch needs and the CPU build does not.
 CUDA_ONLY = re.compile(r"(nvidia-|cuda-|triton$)")
 
@@ -48,8 +45,8 @@ def _check(name: str, ok: object, found: str, remedy: str = "", needed: bool = F
     return Check(name, OK, found) if ok else Check(name, NOT_OK if needed else OPTIONAL, found, remedy)
 
 
-def _run(*command: str | Path, seconds: float = PATIENCE, **options) -> tuple[str, str]:
-    """How a program fails, empty where it does not, and what it prints."""
+def _run(*command: str | Path, seconds: float = 600, **options) -> tuple[str, str]:
+    """How a program fails, empty where it does not, and what it prints. After so many seconds it is taken to hang."""
     options |= {"capture_output": True, "text": True, "errors": "replace"}
     try:
         done = subprocess.run(command, timeout=seconds, check=False, **options)
@@ -83,12 +80,9 @@ def check_toolchain(needed: bool = True) -> list[Check]:
 def _check_wheel(wheel: Path, needed: bool) -> list[Check]:
     _, suits, found = toolchain.glibc_state(wheel)
     fix = "python -m helpers doctor --fix"
-    compiled = Path(importlib.util.cache_from_source(wheel / "python" / "transform" / "OnnxConverter.py")).exists()
-    bytecode = "compiled" if compiled else "not compiled: every start of a tool takes some 10 s longer"
     checks = [
         Check("tpu-mlir", OK, metadata.version("tpu-mlir")),
         _check("glibc of the wheel", suits, found, f"{fix} moves it aside, or brings it back", needed),
-        _check("bytecode of the wheel", compiled, bytecode, f"python -m compileall -q -j 0 {wheel.parent}"),
     ]
     if foreign := toolchain.other_sdk():
         # What follows from them is mended in toolchain.environment(); programs that are started by hand meet them.
@@ -133,13 +127,9 @@ def check_helpers_importable() -> Check:
 
 
 def check_cpu() -> Check:
-    """Model, usable cores and the vector extensions that decide how fast torch and the simulator are."""
-    text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
-    present = [flag for flag in CPU_FLAGS if flags and flag in flags[1].split()]
-    name = model[1].strip() if model else os.uname().machine
-    return Check("CPU", OK, f"{name}, {machine.cores()} cores{', ' if present else ''}{' '.join(present)}")
+    """Model and usable cores."""
+    model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    return Check("CPU", OK, f"{model[1].strip() if model else os.uname().machine}, {machine.cores()} cores")
 
 
 def check_memory() -> Check:
@@ -217,9 +207,6 @@ def checks() -> list[Check]:
 
 
 def fix() -> list[str]:
-    """Apply the cures that touch only this environment; return what was done.
-
-    Raises UserError where the environment cannot be written.
-    """
+    """Apply the cures that touch only this environment; return what was done. Raises UserError where they cannot be."""
     moved = toolchain.cure(toolchain.wheel_path()) if importlib.util.find_spec("tpu_mlir") else []
     return [f"glibc of the wheel: moved {', '.join(moved)}"] if moved else []

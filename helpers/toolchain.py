@@ -1,7 +1,6 @@
 """Where the TPU-MLIR wheel is, whether it is well on this machine, and the environment its programs need.
 
 Nothing here imports the wheel: importing it takes seconds, and a sick wheel would take this process with it.
-The state of everything is the doctor's to print.
 """
 
 import contextlib
@@ -68,8 +67,8 @@ def plain_parent() -> str:
         if usable and not os.statvfs(folder).f_flag & os.ST_NOEXEC:
             return os.path.abspath(folder)
     raise UserError(
-        f"TPU-MLIR needs a folder for temporary files that may be written, allows programs (is not mounted noexec) and "
-        f"has no special characters in its name; {', '.join(folders)} will not do: set TMPDIR to another."
+        f"TPU-MLIR needs a folder for temporary files that may be written, is not mounted noexec and has no special "
+        f"characters in its name; {', '.join(folders)} will not do: set TMPDIR to another."
     )
 
 
@@ -93,10 +92,7 @@ def wheel_path() -> Path:
     """The folder of the installed tpu_mlir package, by a plain path. Raises UserError where it is not installed."""
     spec = importlib.util.find_spec("tpu_mlir")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f"TPU-MLIR is not installed for {sys.executable}: run `make setup` (its wheel needs Python 3.10 on x86-64 "
-            "Linux)."
-        )
+        raise UserError(f"TPU-MLIR is not installed for {sys.executable}: run `make setup` on x86-64 Linux.")
     return plain(Path(next(iter(spec.submodule_search_locations))))
 
 
@@ -216,10 +212,8 @@ def require() -> None:
         raise UserError(f"TPU-MLIR needs {', '.join(missing)}, which the environment lacks: run `make setup`.")
     for name in ("cmake", "ninja"):
         if not program(name):
-            raise UserError(
-                f"{name} is not on the PATH, without it the compiler silently loses its fused attention: run "
-                f"`make setup`, or install the Python package {name}."
-            )
+            lost = f"{name} is not on the PATH, without it the compiler silently loses its fused attention"
+            raise UserError(f"{lost}: run `make setup`.")
 
 
 def require_parallel() -> str:
