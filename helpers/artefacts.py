@@ -16,7 +16,7 @@ from pathlib import Path
 
 from helpers.errors import UserError
 from helpers.files import sha256_file, write_json
-from helpers.machine import log_once, tool_versions
+from helpers.machine import description, log_once, tool_versions
 
 MANIFEST = "manifest.json"
 
@@ -125,6 +125,7 @@ def building(
             "settings": settings,
             "code": code or {},
             "versions": tool_versions(),
+            "machine": description(),
             "seconds": round(time.monotonic() - started, 3),
             "made": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "outputs": {

@@ -66,8 +66,7 @@ def check_toolchain(needed: bool = True) -> list[Check]:
     try:
         checks += _check_wheel(toolchain.wheel_path(), needed)
     except UserError as error:
-        found = str(error) if importlib.util.find_spec("tpu_mlir") else "not installed"
-        checks.append(_check("tpu-mlir", False, found, "make setup", needed))
+        checks.append(_check("tpu-mlir", False, str(error), "make setup", needed))
     for name in ("cmake", "ninja"):
         path = toolchain.program(name)
         lost = "not found: the compiler would silently lose its fused attention"

@@ -18,7 +18,6 @@ def memory(root: Path = Path("/")) -> tuple[int, int]:
 
     The least of the machine's and of what each control group that the process is in (a container's, a job's) leaves.
     A group's page cache that was not used lately counts as free, as the kernel counts it for the machine.
-    root: where proc and sys are.
     """
     text = (root / "proc/meminfo").read_text(encoding="utf-8")
     total, free = (int(re.search(rf"^{field}:\s+(\d+)", text, re.M)[1]) << 10 for field in ("MemTotal", "MemAvailable"))
@@ -85,6 +84,11 @@ def tool_versions() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
+
+
+def description() -> dict[str, object]:
+    """Where an artefact was made: architecture, system, number of usable cores."""
+    return {"architecture": platform.machine(), "system": platform.system(), "cores": cores()}
 
 
 def log(message: str) -> None:

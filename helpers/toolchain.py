@@ -67,7 +67,7 @@ def plain_parent() -> str:
         if usable and not os.statvfs(folder).f_flag & os.ST_NOEXEC:
             return os.path.abspath(folder)
     raise UserError(
-        f"TPU-MLIR needs a folder for temporary files that may be written, is not mounted noexec and has no special "
+        "TPU-MLIR needs a folder for temporary files that may be written, is not mounted noexec and has no special "
         f"characters in its name; {', '.join(folders)} will not do: set TMPDIR to another."
     )
 
@@ -104,10 +104,9 @@ def host_glibc() -> tuple[int, ...]:
 
 def glibc_state(wheel: Path) -> tuple[str, bool, str]:
     """Where the wheel's own glibc files are ("active", "aside", "absent"), whether that suits this machine, and why."""
-    folders = [(state, wheel / folder) for state, folder in _GLIBC_FOLDERS.items()]
-    there = [found for found in folders if any((found[1] / name).exists() for name in GLIBC_FILES)]
-    state, folder = there[0] if there else ("absent", wheel)
-    libc = folder / "libc.so.6"
+    there = (state for state, at in _GLIBC_FOLDERS.items() if any((wheel / at / name).exists() for name in GLIBC_FILES))
+    state = next(there, "absent")
+    libc = wheel / _GLIBC_FOLDERS.get(state, "") / "libc.so.6"
     found = re.search(rb"GNU C Library[^\n]*version (\d+)\.(\d+)", libc.read_bytes() if libc.is_file() else b"")
     host, bundle = host_glibc(), tuple(map(int, found.groups())) if found else ()
     shown = f"host {'.'.join(map(str, host)) or 'unknown'}, bundle {'.'.join(map(str, bundle)) or '?'} {state}"
@@ -223,7 +222,6 @@ def require_parallel() -> str:
     if "GNU parallel" not in said:
         raise UserError(
             "The one-click converter (--via llm_convert) runs its jobs through GNU parallel, which is not installed "
-            "(moreutils has another program of that name): install it (Debian, Ubuntu: apt-get install parallel), or "
-            "compile with --via onnx."
+            "(moreutils has another of that name): `apt-get install parallel`, or compile with --via onnx."
         )
     return said.splitlines()[0]

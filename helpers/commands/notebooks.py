@@ -75,10 +75,9 @@ def _shares(settings: dict[str, object], paths: list[Path]) -> dict[Path, dict[s
     for path in paths:
         with contextlib.suppress(ValueError):  # running it will say what is wrong with its parameters
             names[path] = parameters_of(read_notebook(path))
-    known = {name for of_one in names.values() for name in of_one}
-    if unknown := settings.keys() - known:
-        had = f"no notebook of this run has that parameter; they have {', '.join(sorted(known))}."
-        raise UserError(f"--set {', '.join(sorted(unknown))}: {had}")
+    known = sorted({name for of_one in names.values() for name in of_one})
+    if unknown := ", ".join(settings.keys() - known):
+        raise UserError(f"--set {unknown}: no notebook of this run has that parameter; they have {', '.join(known)}.")
     return {path: {name: settings[name] for name in names[path] if name in settings} for path in paths}
 
 

@@ -99,6 +99,7 @@ def _write_folder_manifest(out: Path, checkpoint: Checkpoint, code: dict, settin
             "settings": settings,
             "code": _CODE,
             "versions": machine.tool_versions(),
+            "machine": next(iter(manifests.values()))["machine"],
             "seconds": round(sum(m["seconds"] for m in manifests.values()), 3),
             "outputs": {name: entry for m in manifests.values() for name, entry in m["outputs"].items()},
             "nets": {net: group for group, nets in groups.items() for net in nets},
