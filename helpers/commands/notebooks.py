@@ -71,14 +71,19 @@ def _settings(pairs: list[str]) -> dict[str, object]:
 
 def _shares(settings: dict[str, object], paths: list[Path]) -> dict[Path, dict[str, object]]:
     """Each notebook's own part of the settings; a setting that no notebook has is an error."""
-    names: dict[Path, dict[str, object]] = dict.fromkeys(paths, {})
+    defaults: dict[Path, dict[str, object]] = dict.fromkeys(paths, {})
     for path in paths:
         with contextlib.suppress(ValueError):  # running it will say what is wrong with its parameters
-            names[path] = parameters_of(read_notebook(path))
-    known = sorted({name for of_one in names.values() for name in of_one})
-    if unknown := ", ".join(settings.keys() - known):
-        raise UserError(f"--set {unknown}: no notebook of this run has that parameter; they have {', '.join(known)}.")
-    return {path: {name: settings[name] for name in names[path] if name in settings} for path in paths}
+            defaults[path] = parameters_of(read_notebook(path))
+    for name, value in settings.items():
+        examples = [of_one[name] for of_one in defaults.values() if name in of_one]
+        if not examples:
+            known = ", ".join(sorted({name for of_one in defaults.values() for name in of_one}))
+            raise UserError(f"--set {name}: no notebook of this run has that parameter; they have {known}.")
+        whole_for_float = isinstance(examples[0], float) and type(value) is int
+        if examples[0] is not None and type(value) is not type(examples[0]) and not whole_for_float:
+            raise UserError(f"--set {name}={value!r}: a value like {examples[0]!r} is needed.")
+    return {path: {name: settings[name] for name in of_one if name in settings} for path, of_one in defaults.items()}
 
 
 def run(args) -> int:

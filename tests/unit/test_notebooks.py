@@ -585,6 +585,8 @@ def test_whole_set_wants_a_whole_summary(tutorial_folder, tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--set", "seq_lenght=8"], "no notebook of this run has that parameter"),
+        (["--set", "seq_length=long"], "a value like 64 is needed"),
+        (["--set", "seq_length=True"], "a value like 64 is needed"),
         (["--set", "seq_length"], "needed is NAME=VALUE"),
         (["--only", "07"], "No notebook was chosen; there are 00_first.ipynb"),
         (["--only", ""], "No notebook was chosen"),
