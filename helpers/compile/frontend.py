@@ -59,10 +59,7 @@ def transform(net: str, path: str) -> None:
 
 
 def take_weights(model, folder: Path) -> dict:
-    """Take the large float32 tensors out of an onnx.ModelProto, leave the small ones in it with their data.
-
-    Returns name to numpy array, memory-mapped where the tensor lies outside of the file.
-    """
+    """Take the large float32 tensors out of a ModelProto, {name: array}; give the small ones their data."""
     weights, rest = {}, []
     for tensor in model.graph.initializer:
         outside = external_data_helper.uses_external_data(tensor)

@@ -50,7 +50,7 @@ class NetToCompile:
         digests = {}
         for path in [self.onnx, *(self.onnx.with_name(name) for name in sorted(self.signature.external))]:
             state = path.stat()
-            digests[path.name] = _digest(path, state.st_size, state.st_mtime_ns)
+            digests[path.name] = _digest(path, state.st_size, state.st_mtime_ns, state.st_ino)
             if self.recorded.get(path.name, digests[path.name]) != digests[path.name]:
                 raise UserError(
                     f"{path} is not what the export wrote (its SHA-256 differs): export again with `python -m helpers "
@@ -60,7 +60,7 @@ class NetToCompile:
 
 
 @functools.cache  # nets share their weights
-def _digest(path: Path, size: int, modified: int) -> str:
+def _digest(path: Path, *state: int) -> str:
     return sha256_file(path)
 
 
@@ -83,7 +83,6 @@ def compile_net(task: NetToCompile) -> dict:
 
 
 def _build(task: NetToCompile, artefact: Path, inputs: dict[str, str]) -> None:
-    task.folder.mkdir(parents=True, exist_ok=True)
     log = artefact.with_name(f"{task.net}.log")
     # Kernels depend on shapes and settings, which all blocks of a model share; a machine has its own.
     shapes = sorted(task.signature.inputs.items())

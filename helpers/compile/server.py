@@ -38,8 +38,7 @@ class CompilerServer:
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=said,
-                # Each net has kernels of its own, or those of a net before it (helpers.compile.worker).
-                env=toolchain.environment(threads=1, kernel_locks=False),
+                env=toolchain.environment(threads=1, kernel_locks=False),  # each net has kernels of its own
                 # From there it takes these helpers; a folder's name may have a colon, which PYTHONPATH cannot hold.
                 cwd=Path(__file__).resolve().parents[2],
                 # Ctrl-C goes to the whole foreground group: the parent decides what it means.
