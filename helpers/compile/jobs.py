@@ -125,6 +125,7 @@ def compile_nets(tasks: list[NetToCompile], jobs: int, scheduler: str | None, ti
     # The first of each kind goes first: those after it find its kernels; and the prefill block takes longest.
     ordered = sorted(tasks, key=lambda task: ("block_0", "block_cache_0", task.net).index(task.net))
     records: dict[str, dict] = {}
+    memory.gate = memory.MemoryGate()
     with ThreadPoolExecutor(jobs) if scheduler is None else _cluster(scheduler) as pool:
         nets: dict[Future, str] = {}
         try:
@@ -141,7 +142,6 @@ def compile_nets(tasks: list[NetToCompile], jobs: int, scheduler: str | None, ti
                 server.close_all()
                 time.sleep(0.05)
             server.close_all()
-            memory.gate = memory.MemoryGate()
     return {task.net: records[task.net] for task in tasks}
 
 
