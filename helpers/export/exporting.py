@@ -1,7 +1,7 @@
 """Write every net of a patched Qwen checkpoint as ONNX, one at a time, without ever holding the whole model.
 
 A net is traced once per kind, without its weights; then each layer's file is that graph with its own weights attached,
-streamed from the checkpoint tensor by tensor (helpers.export.tracing).
+streamed from the checkpoint tensor by tensor (helpers.export.tracing): more layers take no more memory.
 """
 
 from collections.abc import Callable
