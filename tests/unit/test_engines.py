@@ -143,7 +143,7 @@ def test_bytes_that_make_the_runtime_abort(bmodels, tmp_path):
 
 @pytest.mark.parametrize(
     "content, said",
-    [(b"", "is empty"), (b"not a bmodel" * 100, "is not a bmodel"), (None, "No such file"), ("half", "is cut off")],
+    [(b"", "it is empty"), (b"not a bmodel" * 100, "is not a bmodel"), (None, "No such file"), ("half", "is cut off")],
 )
 def test_files_that_are_no_bmodel(bmodels, tmp_path, content, said):
     file = tmp_path / "a.bmodel"
