@@ -87,7 +87,6 @@ class Engine:
             raise UserError(f"A device tensor has 1 to 8 dimensions of size 1 or more, not {list(shape)}.")
         if not 0 <= device < len(self.devices):
             raise UserError(f"The engine has {len(self.devices)} device(s), from 0; {device} was asked for.")
-        self._take_room(shape, dtype)
         return DeviceTensor(shape, dtype, device, self._allocate(shape, dtype, device))
 
     def view(self, tensor: DeviceTensor, offset_elements: int, shape: Sequence[int]) -> DeviceTensor:
@@ -173,9 +172,6 @@ class Engine:
         return self._net_memory[place]
 
     # What an engine does once all is checked. Where a tensor is made, its memory is returned.
-
-    def _take_room(self, shape: tuple[int, ...], dtype: str) -> None:
-        """Note what `allocate` is given; raise UserError where there is no more to give."""
 
     def _allocate(self, shape: tuple[int, ...], dtype: str, device: int) -> object:
         raise NotImplementedError
