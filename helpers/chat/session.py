@@ -8,7 +8,7 @@ from pathlib import Path
 from helpers.checkpoint.tokenizer import SYSTEM_PROMPT, QwenTokenizer
 from helpers.errors import UserError
 from helpers.run.engines.base import Engine
-from helpers.run.generation import QwenRunner, Sampling, Timings
+from helpers.run.generation import QwenRunner, Sampling, Timings, check_prompt
 from helpers.run.latency import KINDS
 
 MAX_TURNS = 10
@@ -83,17 +83,6 @@ class Answer:
             yield piece
 
 
-def prompt_ids(tokenizer: QwenTokenizer, seq_length: int, messages: list[dict[str, str]]) -> list[int]:
-    """Ids of a conversation, ready for the answer. Raises UserError where they are more than S."""
-    ids = tokenizer.chatml(messages)
-    if len(ids) > seq_length:
-        raise UserError(
-            f"The question takes {len(ids)} tokens with what stands before it, this bmodel was compiled for "
-            f"{seq_length} (S), the answer among them: shorten it, or compile with a larger --seq_length."
-        )
-    return ids
-
-
 def fit_history(
     tokenizer: QwenTokenizer,
     seq_length: int,
@@ -122,7 +111,9 @@ def fit_history(
         ids = tokenizer.chatml(messages_without(dropped))
         if len(ids) + reserve <= seq_length:
             return ids, dropped
-    return prompt_ids(tokenizer, seq_length, messages_without(len(history))), len(history)
+    ids = tokenizer.chatml(messages_without(len(history)))
+    check_prompt(ids, seq_length)
+    return ids, len(history)
 
 
 @dataclass(eq=False)

@@ -23,9 +23,9 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from helpers.chat.session import figures_object, fit_history, prompt_ids
+from helpers.chat.session import figures_object, fit_history
 from helpers.errors import UserError
-from helpers.run.generation import QwenRunner
+from helpers.run.generation import QwenRunner, check_prompt
 from helpers.serve.access import Access
 from helpers.serve.queue import ChipQueue, Job
 from helpers.serve.requests import ApiError, CompletionRequest, DocumentedRequest, parse, read_body, refusal
@@ -200,7 +200,8 @@ def create_app(queue: ChipQueue, runner: QwenRunner, settings: Settings) -> Fast
             raise ApiError(400, "This bmodel has no penalty_sample_head: ask with temperature 0.")
         queue.check_room()
         try:
-            ids = await asyncio.to_thread(prompt_ids, queue.tokenizer, seq_length, messages)
+            ids = await asyncio.to_thread(queue.tokenizer.chatml, messages)
+            check_prompt(ids, seq_length)
         except UserError as error:
             raise ApiError(400, str(error), "context_length_exceeded", "messages") from None
         most = asked.max_completion_tokens or asked.max_tokens

@@ -1178,36 +1178,6 @@ def test_a_client_that_leaves_the_queue_is_never_answered(serve, stream, version
     assert len(service.runners[0].answers) == 1
 
 
-@pytest.mark.parametrize("version", ["1.0", "1.1"])
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_closes_its_half_gets_its_answer(serve, stream, version):
-    """As `nc -N` does; the first byte of the answer is the sign that the service has noticed."""
-    service = serve(allowed=0)
-    with service.send({"question": "q", "stream": stream}, "/chat/completions", version) as client:
-        service.wait_until(lambda: service.queue.busy)
-        client.shutdown(socket.SHUT_WR)
-        assert client.recv(1, socket.MSG_PEEK) == b"H"
-        service.allow()
-        status, body = read_all(client)
-        assert status == 200 and (
-            body.endswith(f"event: done\ndata: {one_event(TEXT)}\n\n") if stream else TEXT in json.loads(body)["data"]
-        )
-        assert client.recv(1) == b"", "the connection is not closed"
-
-
-def one_event(text):
-    return text.replace("\n", "\ndata: ")
-
-
-def test_requests_in_a_row_before_the_client_closes_its_half_are_all_answered(serve):
-    service = serve()
-    with socket.create_connection(("127.0.0.1", service.port), timeout=600) as client:
-        client.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3)
-        client.shutdown(socket.SHUT_WR)
-        received = b"".join(iter(lambda: client.recv(1 << 16), b""))
-    assert received.count(b"HTTP/1.1 200 OK") == 3 and received.count(b'"id":"tiny"') == 3
-
-
 @pytest.mark.parametrize(
     "sent",
     [
@@ -1226,9 +1196,9 @@ def test_a_client_that_leaves_amid_a_request_leaves_nothing_behind(serve, sent, 
         client.sendall(sent)
         if half:
             client.shutdown(socket.SHUT_WR)
-            assert b"".join(iter(lambda: client.recv(1 << 16), b"")).startswith(
-                b"HTTP/1.1 200" if b"GET" in sent else b""
-            )
+            # It counts as gone: the connection is closed, answered or not.
+            while client.recv(1 << 16):
+                pass
     service.wait_until(lambda: not service.server.server_state.connections)
     assert service.http.post("/v1/chat/completions", json=ask()).status_code == 200
 
