@@ -44,10 +44,8 @@ class Answer:
     """One answer: iterate over it once for pieces of text without broken characters, then read its figures.
 
     settings: of QwenRunner.generate. tokens: ids without the stop token. text: what was yielded; a character that
-    the last token left unfinished is not in it. prompt_tokens: count. finish_reason: "stop", "length" or "cancelled"
-    (`should_stop` said so, or the iteration was given up). timings: seconds on this engine; `Engine.kind_of_time`
-    says of which kind.
-    Iterating raises UserError where the engine fails.
+    the last token left unfinished is not in it. finish_reason: "stop", "length" or "cancelled" (`should_stop` said so,
+    or the iteration was given up). Iterating raises UserError where the engine fails.
     """
 
     def __init__(
@@ -95,8 +93,7 @@ def fit_history(
     """Prompt ids of a question after as many of the latest turns as leave room, and how many were dropped.
 
     reserve: tokens to leave free for the answer while there are turns to drop; a question alone may use all S.
-    max_turns: more turns than these are never remembered. Raises UserError where the question is empty, or too long
-    even alone.
+    Raises UserError where the question is empty, or too long even alone.
     """
     if not question.strip():
         raise UserError("The question is empty: type one.")

@@ -234,8 +234,8 @@ def check_prompt(ids: Sequence[int], seq_length: int) -> None:
     """Raise UserError where a prompt is empty or longer than S."""
     if not 0 < len(ids) <= seq_length:
         raise UserError(
-            f"The question takes {len(ids)} tokens with what stands before it, this bmodel was compiled for {seq_length} "
-            f"(S), the answer among them: give it 1 to {seq_length}, or compile with a larger --seq_length."
+            f"The question takes {len(ids)} tokens with what stands before it, this bmodel was compiled for "
+            f"{seq_length} (S), the answer among them: give it 1 to S, or compile with a larger --seq_length."
         )
 
 

@@ -428,7 +428,7 @@ def test_heads_are_answered(serve):
 def test_a_wrong_method_is_told_the_right_ones(serve):
     service, refused = serve(), 0
     paths = ("/", "/health", "/v1/models", "/v1/models/tiny", "/models", "/v1/chat/completions", "/chat/completions",
-             "/openapi.json", "/web/chat.js")  # fmt: skip
+             "/web/chat.js")  # fmt: skip
     for path in paths:
         for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "BREW"):
             response = service.http.request(method, path)
@@ -719,7 +719,7 @@ def test_an_option_that_names_nobody_is_told_at_the_start(option, value):
         access(option, value)
 
 
-@pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/web/chat.js", "/openapi.json", "/nowhere"])
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/web/chat.js", "/nowhere"])
 def test_a_name_that_another_site_has_resolved_to_here_is_refused(serve, path):
     service = serve(settings=access("--host", "my.box", "--allow-host", "Chat.example.com", "--allow-host", "::2"))
     for name, good in (
