@@ -282,8 +282,7 @@ class Sampling:
 class Timings:
     """Seconds of one answer on this engine; what kind of time that is, `Engine.kind_of_time` says.
 
-    first_token_s: of the prefill and its token; decode_s: of each further token. A runner makes one anew for each
-    answer and fills it as it goes, so whoever holds the answer can hold this.
+    first_token_s: of the prefill and its token; decode_s: of each further token. A runner makes one for each answer.
     """
 
     first_token_s: float = 0.0

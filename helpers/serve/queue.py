@@ -132,9 +132,8 @@ class ChipQueue:
         """Refuse, stop after the token being computed, or after a while amid it, and close the engine."""
         self.refuse()
         self._thread.join(CLOSE_WITHIN_S)
-        if self._thread.is_alive():
-            self._close_engine()
-            self._thread.join(CLOSE_WITHIN_S)
+        self._close_engine()
+        self._thread.join(CLOSE_WITHIN_S)
 
     @property
     def state(self) -> str:

@@ -117,7 +117,7 @@ def test_out_of_device_memory_is_told(bmodels):
 
 
 def test_the_runtimes_last_words_are_told(bmodels, monkeypatch):
-    for name in ("FIRMWARE_BYTES", "RUNTIME_BYTES", "SLACK_BYTES"):
+    for name in ("FIRMWARE_BYTES", "RUNTIME_BYTES"):
         monkeypatch.setattr(simulator, name, 0)
     with pytest.raises(UserError) as caught:
         open_engine(bmodels["io_alone"], engine="simulator")

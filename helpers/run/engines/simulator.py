@@ -37,10 +37,8 @@ CMODEL = "libcmodel_bm1684x.so"
 TELLING = ("Memory exhausted", "FATAL", "ASSERT /", "BMRT_ASSERT", "ssertion", "what():", "rror")
 # bmlib hands out memory from 0x105100000 on; what lies between it and 0x100000000 belongs to the firmware.
 FIRMWARE_BYTES = 0x5100000
-# What the runtime takes for itself, and alignment to pages.
-RUNTIME_BYTES = 64 << 20
-# For `allocate`.
-SLACK_BYTES = 256 << 20
+# 64 MB for the runtime itself and alignment to pages, 256 MB for `allocate`.
+RUNTIME_BYTES = (64 + 256) << 20
 
 
 class SimulatorEngine(Engine):
@@ -160,7 +158,7 @@ class SimulatorProcess:
             "LD_PRELOAD": "" if self.no_yield else "./simulator_yield.so",
             "OMP_NUM_THREADS": "1",
             # Hexadecimal. The simulator takes it from the host page by page, as it is touched.
-            "CMODEL_GLOBAL_MEM_SIZE": hex(FIRMWARE_BYTES + need + need // 4 + RUNTIME_BYTES + SLACK_BYTES),
+            "CMODEL_GLOBAL_MEM_SIZE": hex(FIRMWARE_BYTES + need + need // 4 + RUNTIME_BYTES),
         }
         with theirs:
             self._process = subprocess.Popen(
