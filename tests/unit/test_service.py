@@ -431,7 +431,7 @@ def test_heads_are_answered(serve):
 def test_a_wrong_method_is_told_the_right_ones(serve):
     service, refused = serve(), 0
     paths = ("/", "/health", "/v1/models", "/v1/models/tiny", "/models", "/v1/chat/completions", "/chat/completions",
-             "/openapi.json", "/web/chat.js")  # fmt: skip
+             "/web/chat.js")  # fmt: skip
     for path in paths:
         for method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "BREW"):
             response = service.http.request(method, path)
@@ -722,7 +722,7 @@ def test_an_option_that_names_nobody_is_told_at_the_start(option, value):
         access(option, value)
 
 
-@pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/web/chat.js", "/openapi.json", "/nowhere"])
+@pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/web/chat.js", "/nowhere"])
 def test_a_name_that_another_site_has_resolved_to_here_is_refused(serve, path):
     service = serve(settings=access("--host", "my.box", "--allow-host", "Chat.example.com", "--allow-host", "::2"))
     for name, good in (
@@ -1181,36 +1181,6 @@ def test_a_client_that_leaves_the_queue_is_never_answered(serve, stream, version
     assert len(service.runners[0].answers) == 1
 
 
-@pytest.mark.parametrize("version", ["1.0", "1.1"])
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_closes_its_half_gets_its_answer(serve, stream, version):
-    """As `nc -N` does; the first byte of the answer is the sign that the service has noticed."""
-    service = serve(allowed=0)
-    with service.send({"question": "q", "stream": stream}, "/chat/completions", version) as client:
-        service.wait_until(lambda: service.queue.busy)
-        client.shutdown(socket.SHUT_WR)
-        assert client.recv(1, socket.MSG_PEEK) == b"H"
-        service.allow()
-        status, body = read_all(client)
-        assert status == 200 and (
-            body.endswith(f"event: done\ndata: {one_event(TEXT)}\n\n") if stream else TEXT in json.loads(body)["data"]
-        )
-        assert client.recv(1) == b"", "the connection is not closed"
-
-
-def one_event(text):
-    return text.replace("\n", "\ndata: ")
-
-
-def test_requests_in_a_row_before_the_client_closes_its_half_are_all_answered(serve):
-    service = serve()
-    with socket.create_connection(("127.0.0.1", service.port), timeout=600) as client:
-        client.sendall(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n" * 3)
-        client.shutdown(socket.SHUT_WR)
-        received = b"".join(iter(lambda: client.recv(1 << 16), b""))
-    assert received.count(b"HTTP/1.1 200 OK") == 3 and received.count(b'"id":"tiny"') == 3
-
-
 @pytest.mark.parametrize(
     "sent",
     [
@@ -1229,9 +1199,9 @@ def test_a_client_that_leaves_amid_a_request_leaves_nothing_behind(serve, sent, 
         client.sendall(sent)
         if half:
             client.shutdown(socket.SHUT_WR)
-            assert b"".join(iter(lambda: client.recv(1 << 16), b"")).startswith(
-                b"HTTP/1.1 200" if b"GET" in sent else b""
-            )
+            # It counts as gone: the connection is closed, answered or not.
+            while client.recv(1 << 16):
+                pass
     service.wait_until(lambda: not service.server.server_state.connections)
     assert service.http.post("/v1/chat/completions", json=ask()).status_code == 200
 
