@@ -130,7 +130,7 @@ def net_share(ms: dict[str, dict[str, float]], layers: int, kind: str | None = N
             axis.annotate(f" {total:,.0f} ms" if total >= 1000 else f" {total:.3g} ms", (total, row), va="center")
             drawn |= set(map(_kind, nets))
         _name_rows(axis, list(ms))
-        axis.margins(x=0.18)
+        axis.margins(x=0.24)
         axis.set(xlabel=f"ms, {KINDS[kind]}" if kind else "ms", title=title)
     patches = [Patch(color=colour, label=net) for net, colour in _COLOURS.items() if net in drawn]
     _legend_below(figure, patches, columns=4)
@@ -171,7 +171,7 @@ def parity_ladder(parity: dict[str, dict[str, dict[str, float]]]):
             there = [figures.get(net, {"max_abs": np.nan, "cosine": np.nan}) for net in nets]
             values = np.array([1 - f["cosine"] if axis is axes[1] else f["max_abs"] for f in there])
             values[values <= 0] = np.nan
-            axis.plot(values, marker="o", markersize=5, linestyle="none", alpha=0.8, label=rung)
+            axis.plot(values, marker="o", markersize=5, linestyle="none", label=rung)
         axis.set(yscale="log", xlim=(-0.5, len(nets) - 0.5), ylabel=label, title=title)
         axis.set_xticks(range(len(nets)), nets, rotation=90, fontsize=9)
         # Whole decades: else an axis of less than one may have no number.
