@@ -107,7 +107,7 @@ class Checkpoint:
         whole, faults = {}, []
         for file in (self.path / name for name in WEIGHT_FILES if (self.path / name).is_file()):
             try:
-                files = _weights_of(file)
+                files = weights_of(file)
                 self._require_all(files)
                 whole[file] = files
             except UserError as error:
@@ -261,7 +261,7 @@ def _read_config(path: Path) -> dict:
     return config
 
 
-def _weights_of(file: Path) -> dict[str, Path]:
+def weights_of(file: Path) -> dict[str, Path]:
     """The file of each tensor, of the shards that an index names or of a single file."""
     if not file.name.endswith(".index.json"):
         with opened(file, "np") as tensors:

@@ -1,0 +1,147 @@
+"""Where a model to convert is: a GGUF file, or a folder as Hugging Face has it. No weight is read before it is asked for.
+
+Both have the same few members, so that what converts need not know which it has:
+file: for errors. column: 0 for a GGUF, 1 for Hugging Face, the column of the tables in architecture and converting.
+kind: "llama" or "qwen2". tensors: (dtype, shape) by name; the dtype is the narrowest that holds every value exactly.
+get(key): what the file says; None where it says nothing. read(name): one tensor.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import gguf
+import numpy as np
+
+from helpers.checkpoint.weights import WEIGHT_FILES, opened, weights_of
+from helpers.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+KINDS = ("llama", "qwen2")
+_WANTED = f"{' or '.join(KINDS)} was needed, of which first-generation Qwen is the more general case: take another model"
+
+
+class Gguf:
+    """A GGUF file, its tensors dequantised one by one.
+
+    Raises UserError where it is none, is not whole, is one of several parts, or has a type that gguf cannot dequantise.
+    """
+
+    column = 0
+
+    def __init__(self, file: str | Path):
+        self.file = Path(file)
+        if not self.file.is_file():
+            raise UserError(f"{file} is not a file: give a GGUF with --gguf.")
+        with open(self.file, "rb") as start:
+            if (magic := start.read(4)) != b"GGUF":
+                what = f"begins with {magic!r}" if magic else "is empty"
+                raise UserError(f"{file} is no GGUF file, it {what}: download the model again.")
+        try:
+            reader = gguf.GGUFReader(self.file)
+            self._fields = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+            self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+            self._text = {name: field.contents() for name, field in self._fields.items() if name.startswith("general.")}
+        except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
+            raise UserError(
+                f"{file} ({self.file.stat().st_size} bytes) is cut off or damaged, or of a GGUF newer than this reader "
+                f"({error}): download it again."
+            ) from None
+        self.kind = self.get("general.architecture")
+        if self.kind not in KINDS:
+            raise UserError(f"{file} says general.architecture = {self.kind!r}; {_WANTED}.")
+        if (parts := self.get("split.count") or 1) != 1:
+            raise UserError(f"{file} is one of {parts} parts (split.count): join them first, `llama-gguf-split --merge`.")
+        self.tensors = {name: self._described(tensor) for name, tensor in self._tensors.items()}
+
+    def _described(self, tensor: gguf.ReaderTensor) -> tuple[torch.dtype, tuple[int, ...]]:
+        import torch
+
+        kind = tensor.tensor_type
+        try:
+            gguf.dequantize(tensor.data[:1], kind)
+        except NotImplementedError:
+            raise UserError(
+                f"{self.file} has {tensor.name} as {kind.name}, which the package gguf cannot dequantise: take the "
+                "model in another quantisation, Q8_0 for instance."
+            ) from None
+        narrow = {"F16": torch.float16, "BF16": torch.bfloat16}
+        return narrow.get(kind.name, torch.float32), tuple(int(size) for size in reversed(tensor.shape))
+
+    def keys(self) -> list[str]:
+        return list(self._fields)
+
+    def get(self, key: str) -> object:
+        value = self._fields[key].contents() if key in self._fields else None
+        # 1e-05 was meant by the float32 that reads 9.999999747378752e-06.
+        return float(str(np.float32(value))) if isinstance(value, float) else value
+
+    def read(self, name: str) -> torch.Tensor:
+        import torch
+
+        tensor, (dtype, shape) = self._tensors[name], self.tensors[name]
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        return torch.from_numpy(values if values.flags.writeable else values.copy()).view(shape).to(dtype)
+
+
+class Folder:
+    """A folder with a config.json of Hugging Face's and safetensors. Raises UserError where it is not whole."""
+
+    column = 1
+
+    def __init__(self, folder: str | Path):
+        self.folder, self.file = Path(folder), Path(folder) / "config.json"
+        self._values = read_json(self.file)
+        self.kind = self.get("model_type")
+        if self.kind not in KINDS:
+            raise UserError(f"{self.file} says model_type = {self.kind!r}; {_WANTED}.")
+        weights = next((self.folder / n for n in WEIGHT_FILES if "safetensors" in n and (self.folder / n).is_file()), None)
+        if weights is None:
+            raise UserError(f"{folder} has no weights as safetensors ({', '.join(WEIGHT_FILES[:2])}): download them.")
+        self._files, self.tensors = weights_of(weights), {}
+        for file in sorted(set(self._files.values())):
+            with opened(file, "np") as held:
+                for name in (name for name, place in self._files.items() if place == file):
+                    described = held.get_slice(name)
+                    self.tensors[name] = self._dtype(name, described.get_dtype()), tuple(described.get_shape())
+
+    def _dtype(self, name: str, dtype: str) -> torch.dtype:
+        import torch
+
+        dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        if dtype not in dtypes:
+            raise UserError(
+                f"{self._files[name]} has {name} as {dtype}, not as one of {', '.join(dtypes)}: take the weights that "
+                "are not quantised."
+            )
+        return dtypes[dtype]
+
+    def keys(self) -> list[str]:
+        return list(self._values)
+
+    def get(self, key: str) -> object:
+        return self._values.get(key)
+
+    def read(self, name: str) -> torch.Tensor:
+        with opened(self._files[name]) as tensors:
+            return tensors.get_tensor(name)
+
+
+Source = Gguf | Folder
+
+
+def read_json(file: Path) -> dict:
+    """An object out of a JSON file; {} where there is no such file. Raises UserError where it holds something else."""
+    if not file.is_file():
+        return {}
+    try:
+        held = json.loads(file.read_bytes())
+        if not isinstance(held, dict):
+            raise ValueError("it is no object")
+        return held
+    except ValueError as error:
+        raise UserError(f"{file} is not readable JSON ({error}): download it again.") from None
