@@ -51,6 +51,8 @@ class QwenTokenizer:
 
         ranks, own = parse_ranks(vocabulary, path), described(vocabulary, path)
         names = CHATML_SPECIALS + (EXTRA_SPECIALS if len(ranks) == GENUINE_RANKS else ())
+        if (split := own.get("split", "qwen2")) not in SPLITS:
+            raise UserError(f"{path} says split {split!r}, {' or '.join(SPLITS)} was needed: convert the model again.")
         self.path, self.vocabulary = path, vocabulary
         self.specials = own["specials"] if own else {name: len(ranks) + i for i, name in enumerate(names)}
         self.endoftext, self.im_start, self.im_end = (self.specials.get(name) for name in CHATML_SPECIALS)
@@ -62,7 +64,7 @@ class QwenTokenizer:
         lacking = (bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks)
         ranks |= {byte: self._length + i for i, byte in enumerate(lacking)}
         self._encoding = tiktoken.Encoding(
-            "qwen", pat_str=SPLITS[own.get("split", "qwen2")], mergeable_ranks=ranks, special_tokens=self.specials
+            "qwen", pat_str=SPLITS[split], mergeable_ranks=ranks, special_tokens=self.specials
         )
 
     @classmethod

@@ -251,7 +251,8 @@ def _read_config(path: Path) -> dict:
     if kind != "qwen":
         raise UserError(
             f"{file} says model_type {kind!r}; first-generation Qwen ('qwen') was needed: take Qwen-1.8B-Chat, "
-            "Qwen-7B-Chat, Qwen-14B-Chat or models/tiny. TPU-MLIR's own llm_convert.py takes many of the others."
+            "Qwen-7B-Chat, Qwen-14B-Chat or models/tiny. `python -m helpers fetch --source FOLDER` converts models of "
+            "llama and qwen2 architecture; TPU-MLIR's own llm_convert.py takes many of the others."
         )
     if config.get("quantization_config") is not None:
         raise UserError(

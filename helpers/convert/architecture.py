@@ -1,4 +1,4 @@
-"""Which models are special cases of first-generation Qwen, and the config.json that makes them one.
+"""Which models are special cases of first-generation Qwen, and of what sizes they are.
 
 A decoder with RMSNorm, rotary embedding over whole heads, SwiGLU, a bias on query, key and value and on nothing else,
 as many heads for keys as for queries. What differs in anything else is refused, by the key or the tensor that says so.
@@ -21,9 +21,7 @@ _SIZES = {
     "rotary_base": ("rope.freq_base", "rope_theta"),
 }
 # What transformers takes where its config.json says nothing; of a GGUF only what llama.cpp does without.
-_DEFAULTS = {"kv_heads": None, "rotary_base": 10000.0}, {
-    **{"kv_heads": None, "rotary_base": 10000.0, "eps": 1e-6, "context": 2048}
-}
+_DEFAULTS = {"kv_heads": None, "rotary_base": 10000.0}, {"kv_heads": None, "rotary_base": 10000.0, "eps": 1e-6}
 
 # What changes the function, and the one value that does not. "head": the size of a head.
 _NEUTRAL = (
@@ -51,12 +49,9 @@ _NEUTRAL = (
         "quantization_config": ("weights that are quantised", None),
     },
 )
-# Of a GGUF's other keys after its kind, those that say nothing about the function. Keys that are in no table are refused.
+# Of a GGUF's other keys after its kind, those that say nothing about the function. The rest is refused.
 _HARMLESS = {"vocab_size", "tensor_data_layout", "attention.layer_norm_epsilon", "rope.scaling.original_context_length"}
 _HARMLESS |= {"rope.scaling.finetuned"}
-
-# The code keeps a mask of this many tokens squared; what is exported does not.
-_MOST_POSITIONS = 8192
 
 
 @dataclass(frozen=True)
@@ -74,44 +69,9 @@ class Architecture:
     vocab_size: int
     tied: bool
 
-    def config(self) -> dict:
-        """config.json of a first-generation Qwen of these sizes."""
-        return {
-            "architectures": ["QWenLMHeadModel"],
-            "auto_map": {
-                "AutoConfig": "configuration_qwen.QWenConfig",
-                "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
-            },
-            "attn_dropout_prob": 0.0,
-            "bf16": False,
-            "emb_dropout_prob": 0.0,
-            "fp16": False,
-            "fp32": False,
-            "hidden_size": self.hidden_size,
-            "initializer_range": 0.02,
-            "intermediate_size": 2 * self.inner,
-            "kv_channels": self.hidden_size // self.heads,
-            "layer_norm_epsilon": self.eps,
-            "max_position_embeddings": min(self.context, _MOST_POSITIONS),
-            "model_type": "qwen",
-            "no_bias": True,
-            "num_attention_heads": self.heads,
-            "num_hidden_layers": self.layers,
-            "rotary_emb_base": self.rotary_base,
-            "rotary_pct": 1.0,
-            "scale_attn_weights": True,
-            "seq_length": self.context,
-            "tie_word_embeddings": False,
-            "use_cache": True,
-            "use_dynamic_ntk": False,
-            "use_flash_attn": False,
-            "use_logn_attn": False,
-            "vocab_size": self.vocab_size,
-        }
-
 
 def understand(source: Source) -> Architecture:
-    """The sizes of a model. Raises UserError where it is no special case of first-generation Qwen, or sizes are none."""
+    """The sizes of a model. Raises UserError where it is no special case of first-generation Qwen."""
     prefix = "" if source.column else f"{source.kind}."
     found = dict(_DEFAULTS[source.column])
     for name, keys in _SIZES.items():
@@ -134,14 +94,14 @@ def understand(source: Source) -> Architecture:
             f"{found['kv_heads']} for keys: each was needed to be a multiple of the next; download it again."
         )
     _refuse_what_differs(source, prefix, found)
-    embedding = _EMBEDDING[source.column]
-    if embedding not in source.tensors:
-        raise UserError(f"{source.file} has no tensor {embedding}: a whole language model was needed; download it again.")
-    tied = source.get("tie_word_embeddings") is True if source.column else "output.weight" not in source.tensors
-    return Architecture(**found, vocab_size=source.tensors[embedding][1][0], tied=tied)
-
-
-_EMBEDDING = "token_embd.weight", "model.embed_tokens.weight"
+    if source.column:
+        rows, tied = source.get("vocab_size"), source.get("tie_word_embeddings") is True
+    else:
+        rows = source.tensors.get("token_embd.weight", (None, (None,)))[1][0]
+        tied = "output.weight" not in source.tensors
+    if type(rows) is not int or rows < 1:
+        raise UserError(f"{source.file} does not say for how many tokens it is: a whole language model was needed.")
+    return Architecture(**found, vocab_size=rows, tied=tied)
 
 
 def _rotary_base(source: Source, default: float) -> object:
@@ -178,6 +138,6 @@ def _refuse_what_differs(source: Source, prefix: str, found: dict) -> None:
 def _refused(source: Source, key: str, value: object, what: str) -> UserError:
     shown = repr(value)
     return UserError(
-        f"{source.file} says {key} = {shown[:80]}{'…' * (len(shown) > 80)}: {what}, which first-generation Qwen does not "
-        "have, so the model cannot become one exactly; take one without."
+        f"{source.file} says {key} = {shown[:80]}{'…' * (len(shown) > 80)}: {what}, which first-generation Qwen does "
+        "not have, so the model cannot become one exactly; take one without."
     )

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 from tqdm.auto import tqdm
 
 from helpers import artefacts, machine
-from helpers.checkpoint.vocabulary import VOCABULARY
+from helpers.checkpoint.vocabulary import VOCABULARY, described
 from helpers.checkpoint.weights import Checkpoint
 from helpers.convert.architecture import Architecture, understand
-from helpers.convert.sources import Source
+from helpers.convert.sources import Source, read_json
 from helpers.convert.tokenizing import vocabulary_of
 from helpers.errors import UserError
 from helpers.files import write_json
@@ -66,9 +66,12 @@ def assemble(name: str, source: Source, sizes: Architecture) -> torch.Tensor:
     query, key, value = parts
     if not source.column and source.kind == "llama":
         query, key = halves(query, sizes.heads), halves(key, sizes.kv_heads)
-    shared = sizes.heads // sizes.kv_heads
-    key, value = (rows.unflatten(0, (sizes.kv_heads, -1)).repeat_interleave(shared, 0).flatten(0, 1) for rows in (key, value))
-    return torch.cat((query, key, value))
+    return torch.cat((query, repeated(key, sizes), repeated(value, sizes)))
+
+
+def repeated(rows: torch.Tensor, sizes: Architecture) -> torch.Tensor:
+    """Rows of the heads for keys or values, each head once for every query head that shares it."""
+    return rows.unflatten(0, (sizes.kv_heads, -1)).repeat_interleave(sizes.heads // sizes.kv_heads, 0).flatten(0, 1)
 
 
 def halves(rows: torch.Tensor, heads: int) -> torch.Tensor:
@@ -79,14 +82,34 @@ def halves(rows: torch.Tensor, heads: int) -> torch.Tensor:
     return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
 
+def configuration(sizes: Architecture) -> dict:
+    """config.json of a first-generation Qwen of these sizes; what no size decides is as in the embedded model's."""
+    return read_json(_MODEL / "config.json") | {
+        "hidden_size": sizes.hidden_size,
+        "intermediate_size": 2 * sizes.inner,
+        "kv_channels": sizes.hidden_size // sizes.heads,
+        "layer_norm_epsilon": sizes.eps,
+        "max_position_embeddings": min(sizes.context, _MOST_POSITIONS),
+        "num_attention_heads": sizes.heads,
+        "num_hidden_layers": sizes.layers,
+        "rotary_emb_base": sizes.rotary_base,
+        "seq_length": sizes.context,
+        "use_dynamic_ntk": False,
+        "use_logn_attn": False,
+        "vocab_size": sizes.vocab_size,
+    }
+
+
 # The rest writes it.
 
-_CODE_FOLDER = Path(__file__).resolve().parents[2] / "models" / "tiny"
+_MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny"
 _CODE_FILES = "modeling_qwen.py", "configuration_qwen.py"
+# The code keeps a mask of so many tokens squared, which is not exported.
+_MOST_POSITIONS = 8192
 CODE = artefacts.code_of("convert.architecture", "convert.converting", "convert.sources", "convert.tokenizing")
 _SHARD_BYTES = 4_000_000_000
 # Python with torch; and how many times the largest tensor is there while it is read and put together.
-_BASE_MEMORY, _COPIES = 500_000_000, 3
+_BASE_MEMORY, _COPIES = 800_000_000, 3
 
 
 class Conversion:
@@ -94,12 +117,15 @@ class Conversion:
 
     def __init__(self, source: Source):
         self.source, self.sizes = source, understand(source)
-        config, sizes = self.sizes.config(), self.sizes
-        self._checkpoint = Checkpoint(
-            *(source.file, config, {}, sizes.layers, sizes.hidden_size, sizes.heads, config["kv_channels"]),
+        sizes, self.config = self.sizes, configuration(self.sizes)
+        if sizes.layers > len(source.tensors):  # nonsense would have no end of names
+            raise UserError(
+                f"{source.place} has {len(source.tensors)} tensors for {sizes.layers} layers: it is damaged."
+            )
+        self.shapes = Checkpoint(
+            *(source.place, self.config, {}, sizes.layers, sizes.hidden_size, sizes.heads, self.config["kv_channels"]),
             *(sizes.inner, sizes.vocab_size, sizes.eps, sizes.rotary_base),
-        )
-        self.shapes = self._checkpoint.shapes() if sizes.layers <= len(source.tensors) else {}
+        ).shapes()
         self.dtypes = {name: self._dtype(name, shape) for name, shape in self.shapes.items()}
         self._require_all_used()
         self.vocabulary = vocabulary_of(source, sizes.vocab_size)
@@ -130,7 +156,7 @@ class Conversion:
             dtype, has = self.source.tensors.get(part, (None, None))
             if has != (wanted := (length, *shape[1:])):
                 raise UserError(
-                    f"{self.source.file} has {part} {f'of shape {list(has)}' if has else 'not at all'}, but its sizes "
+                    f"{self.source.place} has {part} {f'of shape {list(has)}' if has else 'not at all'}, but its sizes "
                     f"ask for {list(wanted)}: it is cut off or put together of two models; download it again."
                 )
         dtypes = {dtype for dtype, _ in found}
@@ -142,9 +168,14 @@ class Conversion:
             if self.sizes.tied and name == "lm_head.weight" or name.endswith("rotary_emb.inv_freq"):
                 continue  # what old files hold and nothing reads
             raise UserError(
-                f"{self.source.file} has a tensor {name}, for which first-generation Qwen has no place: the model cannot "
-                "become one exactly; take one of llama or qwen2 architecture without."
+                f"{self.source.place} has a tensor {name}, for which first-generation Qwen has no place: the model "
+                "cannot become one exactly; take one of llama or qwen2 architecture without."
             )
+
+    def cannot_chat(self, folder: Path) -> str | None:
+        """Why a model cannot be chatted with; None where it can."""
+        description = described(self.vocabulary, folder / VOCABULARY)
+        return description.get("refused") or description.get("not_chatml")
 
     def __str__(self) -> str:
         s = self.sizes
@@ -166,8 +197,8 @@ class Conversion:
         """Write the whole checkpoint into a new folder, one tensor in memory at a time."""
         folder.mkdir()
         for name in _CODE_FILES:
-            shutil.copy(_CODE_FOLDER / name, folder)
-        write_json(folder / "config.json", self.sizes.config())
+            shutil.copy(_MODEL / name, folder)
+        write_json(folder / "config.json", self.config)
         (folder / VOCABULARY).write_bytes(self.vocabulary)
         shards: list[list[str]] = [[]]
         for name in self.shapes:

@@ -1,13 +1,15 @@
-"""Where a model to convert is: a GGUF file, or a folder as Hugging Face has it. No weight is read before it is asked for.
+"""Where a model to convert is: a GGUF file, or a folder as Hugging Face has it. Weights are read when asked for.
 
 Both have the same few members, so that what converts need not know which it has:
-file: for errors. column: 0 for a GGUF, 1 for Hugging Face, the column of the tables in architecture and converting.
+file, place: what says the sizes, and what has the tensors, for errors. column: of the tables in architecture and
+converting, 0 for a GGUF, 1 for Hugging Face.
 kind: "llama" or "qwen2". tensors: (dtype, shape) by name; the dtype is the narrowest that holds every value exactly.
 get(key): what the file says; None where it says nothing. read(name): one tensor.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     import torch
 
 KINDS = ("llama", "qwen2")
-_WANTED = f"{' or '.join(KINDS)} was needed, of which first-generation Qwen is the more general case: take another model"
+_WANTED = "llama or qwen2 was needed, special cases of first-generation Qwen: take another model"
 
 
 class Gguf:
@@ -34,7 +36,7 @@ class Gguf:
     column = 0
 
     def __init__(self, file: str | Path):
-        self.file = Path(file)
+        self.file = self.place = Path(file)
         if not self.file.is_file():
             raise UserError(f"{file} is not a file: give a GGUF with --gguf.")
         with open(self.file, "rb") as start:
@@ -55,7 +57,7 @@ class Gguf:
         if self.kind not in KINDS:
             raise UserError(f"{file} says general.architecture = {self.kind!r}; {_WANTED}.")
         if (parts := self.get("split.count") or 1) != 1:
-            raise UserError(f"{file} is one of {parts} parts (split.count): join them first, `llama-gguf-split --merge`.")
+            raise UserError(f"{file} is one of {parts} parts (split.count): join them, `llama-gguf-split --merge`.")
         self.tensors = {name: self._described(tensor) for name, tensor in self._tensors.items()}
 
     def _described(self, tensor: gguf.ReaderTensor) -> tuple[torch.dtype, tuple[int, ...]]:
@@ -89,25 +91,36 @@ class Gguf:
 
 
 class Folder:
-    """A folder with a config.json of Hugging Face's and safetensors. Raises UserError where it is not whole."""
+    """A folder with a config.json of Hugging Face's and safetensors, which may come later than it.
+
+    Raises UserError where it is not whole.
+    """
 
     column = 1
 
     def __init__(self, folder: str | Path):
-        self.folder, self.file = Path(folder), Path(folder) / "config.json"
+        self.place, self.file = Path(folder), Path(folder) / "config.json"
         self._values = read_json(self.file)
         self.kind = self.get("model_type")
         if self.kind not in KINDS:
             raise UserError(f"{self.file} says model_type = {self.kind!r}; {_WANTED}.")
-        weights = next((self.folder / n for n in WEIGHT_FILES if "safetensors" in n and (self.folder / n).is_file()), None)
-        if weights is None:
-            raise UserError(f"{folder} has no weights as safetensors ({', '.join(WEIGHT_FILES[:2])}): download them.")
-        self._files, self.tensors = weights_of(weights), {}
+
+    @functools.cached_property
+    def _files(self) -> dict[str, Path]:
+        names = (name for name in WEIGHT_FILES if "safetensors" in name)
+        if (weights := next((self.place / n for n in names if (self.place / n).is_file()), None)) is None:
+            raise UserError(f"{self.place} has no safetensors ({' or '.join(WEIGHT_FILES[:2])}): download them.")
+        return weights_of(weights)
+
+    @functools.cached_property
+    def tensors(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        found = {}
         for file in sorted(set(self._files.values())):
             with opened(file, "np") as held:
                 for name in (name for name, place in self._files.items() if place == file):
                     described = held.get_slice(name)
-                    self.tensors[name] = self._dtype(name, described.get_dtype()), tuple(described.get_shape())
+                    found[name] = self._dtype(name, described.get_dtype()), tuple(described.get_shape())
+        return found
 
     def _dtype(self, name: str, dtype: str) -> torch.dtype:
         import torch

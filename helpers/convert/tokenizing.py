@@ -28,7 +28,7 @@ class RefusedError(Exception):
 
 
 def byte_alphabet() -> dict[str, int]:
-    """GPT-2's letters for bytes: printable ones of Latin-1 stand for themselves, the others for those from U+0100 on."""
+    """GPT-2's letters for bytes: printable ones of Latin-1 for themselves, those from U+0100 on for the others."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
@@ -37,19 +37,21 @@ def byte_alphabet() -> dict[str, int]:
 def vocabulary_of(source: Source, rows: int) -> bytes:
     """The contents of qwen.tiktoken for a model, of whose embedding there are so many rows.
 
-    Raises UserError where vocabulary and weights disagree.
+    Raises UserError where vocabulary and weights disagree, and where it cannot be read.
     """
+    alphabet = byte_alphabet()
     try:
         ids, description, merges = (_of_gguf if isinstance(source, Gguf) else _of_folder)(source, rows)
         _require_order(ids, merges)
-        alphabet = byte_alphabet()
-        tokens = sorted((token, bytes(alphabet[letter] for letter in text)) for text, token in ids.items())
-    except KeyError as error:
-        tokens, description = [], {"refused": f"its tokens are not written in GPT-2's alphabet of bytes ({error} is in)."}
+        if unknown := {letter for text in ids for letter in text} - alphabet.keys():
+            raise RefusedError(f"its tokens have {min(unknown)!r}, which is no letter of GPT-2's alphabet of bytes.")
     except RefusedError as reason:
-        tokens, description = [], {"refused": f"{reason} The model itself is converted."}
+        ids, description = {}, {"refused": f"{reason} The model itself is converted."}
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(f"The vocabulary of {source.file} cannot be read ({error!r}): download it again.") from None
     lines = [b"# " + json.dumps(description).encode()]
-    lines += [base64.b64encode(token) + b" %d" % rank for rank, token in tokens]
+    for text, token in sorted(ids.items(), key=lambda entry: entry[1]):
+        lines.append(base64.b64encode(bytes(alphabet[letter] for letter in text)) + b" %d" % token)
     return b"\n".join(lines) + b"\n"
 
 
@@ -61,14 +63,15 @@ def _of_gguf(source: Gguf, rows: int) -> tuple[dict[str, int], dict, list]:
     if len(tokens) not in (0, rows) or source.get(f"{source.kind}.vocab_size") not in (None, rows):
         raise UserError(
             f"{source.file} has a vocabulary of {len(tokens)} tokens (vocab_size says "
-            f"{source.get(f'{source.kind}.vocab_size')}) and weights for {rows}: they are of two models; download it again."
+            f"{source.get(f'{source.kind}.vocab_size')}) and weights for {rows}: they are of two models."
         )
     if kind != "gpt2":
         what = "SentencePiece" if kind == "llama" else "another kind"
         raise RefusedError(f"its vocabulary is of {what} (tokenizer.ggml.model = {kind!r}), byte pairs were needed.")
-    split = _SAME_SPLIT.get(said("pre"), said("pre"))
+    pre = said("pre") or source.kind  # which old files do not say
+    split = _SAME_SPLIT.get(pre, pre)
     if split not in SPLITS:
-        raise RefusedError(f"its text is split in a way that is not known here (tokenizer.ggml.pre = {said('pre')!r}).")
+        raise RefusedError(f"its text is split in a way that is not known here (tokenizer.ggml.pre = {pre!r}).")
     kinds = said("token_type") or [NORMAL] * len(tokens)
     ids = {text: i for i, (text, kind) in enumerate(zip(tokens, kinds, strict=False)) if kind == NORMAL}
     specials = {t: i for i, (t, kind) in enumerate(zip(tokens, kinds, strict=False)) if kind in (CONTROL, USER_DEFINED)}
@@ -81,7 +84,7 @@ def _of_gguf(source: Gguf, rows: int) -> tuple[dict[str, int], dict, list]:
 
 
 def _of_folder(source: Source, rows: int) -> tuple[dict[str, int], dict, list]:
-    folder: Path = source.folder
+    folder: Path = source.place
     held, settings = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
     if not held:
         raise RefusedError("it came without a tokenizer.json.")
@@ -90,11 +93,11 @@ def _of_folder(source: Source, rows: int) -> tuple[dict[str, int], dict, list]:
     ids = {text: i for text, i in (model.get("vocab") or {}).items() if text not in specials}
     if (highest := max([-1, *ids.values(), *specials.values()])) >= rows:
         raise UserError(
-            f"{folder} has a vocabulary up to id {highest} and weights for {rows}: they are of two models; take all files "
-            "from one repository."
+            f"{folder} has a vocabulary up to id {highest} and weights for {rows}: they are of two models; take all "
+            "files from one repository."
         )
     if model.get("type") != "BPE" or model.get("byte_fallback"):
-        raise RefusedError(f"its tokenizer.json is of another kind ({model.get('type')}), byte pairs over bytes were needed.")
+        raise RefusedError(f"its tokenizer.json is of the kind {model.get('type')}, byte pairs were needed.")
     split, normalizer = _split_of(held.get("pre_tokenizer")), held.get("normalizer")
     if normalizer not in (None, {"type": "NFC"}):
         raise RefusedError(f"its tokenizer.json changes text before it is cut ({json.dumps(normalizer)[:80]}).")
@@ -132,7 +135,7 @@ def _split_of(pre: dict | None) -> str:
 def _require_order(ids: dict[str, int], merges: list) -> None:
     """Raise RefusedError where merging by ids would not be merging in the order of `merges` ("a b", or [a, b])."""
     made = [ids.get("".join(merge.split(" ")) if isinstance(merge, str) else "".join(merge), -1) for merge in merges]
-    if any(before > after for before, after in zip([0, *made], made, strict=False)):
+    if min(made, default=0) < 0 or made != sorted(made):
         raise RefusedError("its pairs are merged in another order than that of their ids.")
 
 
