@@ -430,10 +430,13 @@ def test_folders_that_are_no_special_case_are_refused(tmp_path, smollm, capsys, 
 def test_files_that_are_no_whole_gguf_are_refused(tmp_path, smollm, capsys):
     whole = write_gguf(tmp_path / "whole.gguf", reference("qwen2", True), smollm).read_bytes()
     file = tmp_path / "model.gguf"
+    tokens = whole.index(key := b"tokenizer.ggml.tokens") + len(key)  # then the types of array and elements, the length
     for content, match in [
         (b"", "is empty"),
         (b"PK\3\4 and so on", "begins with b'PK"),
         *((whole[:size], "cut off or damaged") for size in (4, 20, 500, 20_000, len(whole) // 2, len(whole) - 200)),
+        (whole.replace(b"<file_sep>", b"<file_\xff\xff\xff>"), "can't decode"),
+        (whole[: tokens + 8] + struct.pack("<Q", 1 << 60) + whole[tokens + 16 :], "longer"),
         (whole[:4] + struct.pack("<I", 9) + whole[8:], "newer"),
         (whole.replace(b"qwen2", b"qwen3", 1), "general.architecture = 'qwen3'"),
         (whole.replace(b"blk.1.attn_v.weight", b"blk.1.attn_w.weight"), "attn_v.weight not at all"),
