@@ -82,7 +82,7 @@ class QwenTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text. A special token's name in it is text like any other, never the special id.
 
-        (Some converted models have names that are recognised in text, such as <tool_call>.)
+        Some converted models have names that are recognised in text, such as <tool_call>.
         Raises UserError for more text than any Qwen takes.
         """
         if len(text) > MAX_CHARACTERS:
@@ -109,8 +109,7 @@ class QwenTokenizer:
         apart, so no pair is merged across them.
         Raises UserError where a converted model was trained for another form of conversation.
         """
-        if self._not_chatml:
-            raise UserError(f"{self.path} is of a model to chat with in another way: {self._not_chatml}")
+        self.require_chatml()
         newline = self.encode("\n")
         ids: list[int] = []
         for message in messages:
@@ -118,6 +117,11 @@ class QwenTokenizer:
             ids += [self.im_start, *self.encode(message["role"]), *newline]
             ids += [*self.encode(message["content"]), self.im_end]
         return [*ids, *newline, self.im_start, *self.encode("assistant"), *newline]
+
+    def require_chatml(self) -> None:
+        """Raise UserError, with the reason, where a converted model was trained for another form of conversation."""
+        if self._not_chatml:
+            raise UserError(f"{self.path} is of a model to chat with in another way: {self._not_chatml}")
 
     def prompt(self, question: str) -> list[int]:
         """Ids of one question with the usual system prompt, ready for the answer."""
