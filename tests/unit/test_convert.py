@@ -365,6 +365,8 @@ def test_a_model_that_talks_otherwise_is_refused_for_chat(tmp_path, smollm, caps
     assert tokenizer.encode(TEXT) == smollm.encode(TEXT).ids
     with pytest.raises(UserError, match=match):
         tokenizer.prompt("Who?")
+    assert cli.main(["chat", "--model", "absent.bmodel", "--tokenizer", str(folder)]) == 2
+    assert match in capsys.readouterr().err
 
 
 # Refused
