@@ -123,7 +123,7 @@ def _refuse_what_differs(source: Source, prefix: str, found: dict) -> None:
     for key, (what, neutral) in _NEUTRAL[source.column].items():
         value = source.get(prefix + key)
         if value is not None and value != (head if neutral == "head" else neutral):
-            if key == "attention.sliding_window" and value >= found["context"]:
+            if key == "attention.sliding_window" and type(value) is int and value >= found["context"]:
                 continue  # as wide as all that it was trained for
             raise _refused(source, prefix + key, value, what)
     if any(kind != "full_attention" for kind in source.get("layer_types") or ()):
