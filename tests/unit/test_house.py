@@ -16,7 +16,7 @@ FLOORS = (
     ("errors", "home", "machine", "tensors"),
     ("files", "nets"),
     ("artefacts", "checkpoint", "cli", "patching", "toolchain"),
-    ("bmodel", "export", "patches"),
+    ("bmodel", "convert", "export", "patches"),
     ("compile", "fetch", "run"),
     ("chat", "doctor", "notebook", "parity"),
     ("serve",),
