@@ -17,9 +17,7 @@ from helpers.checkpoint.vocabulary import GENUINE_RANKS, described, parse_ranks,
 from helpers.errors import UserError
 
 # How text is split before pairs are merged: the patterns of the models' own tokenizers, named as in GGUF files.
-_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {
     "qwen2": _SPLIT % r"\p{N}",  # also that of first-generation Qwen, in its tokenization_qwen.py
     "llama-bpe": _SPLIT % r"\p{N}{1,3}",
@@ -60,6 +58,9 @@ class QwenTokenizer:
         self._not_chatml, self._nfc = own.get("not_chatml"), own.get("nfc", True)
         self._matched = set(own.get("matched", ()))
         self._length = 1 + max(*ranks.values(), *self.specials.values())
+        never = set(own.get("never_cut", ()))
+        self._never_cut = {rank: token for token, rank in ranks.items() if rank in never}
+        ranks = {token: rank for token, rank in ranks.items() if rank not in never}
         # A byte that the vocabulary lacks would end tiktoken; it gets an id that `encode` leaves out.
         lacking = (bytes([byte]) for byte in range(256) if bytes([byte]) not in ranks)
         ranks |= {byte: self._length + i for i, byte in enumerate(lacking)}
@@ -82,7 +83,7 @@ class QwenTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text. A special token's name in it is text like any other, never the special id.
 
-        (Some converted models have names that are recognised in text, such as <tool_call>.)
+        Some converted models have names that are recognised in text, such as <tool_call>.
         Raises UserError for more text than any Qwen takes.
         """
         if len(text) > MAX_CHARACTERS:
@@ -98,7 +99,7 @@ class QwenTokenizer:
     def token_bytes(self, token: int) -> bytes:
         """The bytes of one token; those of U+FFFD for an id that only pads the model's vocabulary."""
         try:
-            return self._encoding.decode_single_token_bytes(token)
+            return self._never_cut.get(token) or self._encoding.decode_single_token_bytes(token)
         except KeyError:
             return "\N{REPLACEMENT CHARACTER}".encode()
 
@@ -109,8 +110,7 @@ class QwenTokenizer:
         apart, so no pair is merged across them.
         Raises UserError where a converted model was trained for another form of conversation.
         """
-        if self._not_chatml:
-            raise UserError(f"{self.path} is of a model to chat with in another way: {self._not_chatml}")
+        self.require_chatml()
         newline = self.encode("\n")
         ids: list[int] = []
         for message in messages:
@@ -118,6 +118,11 @@ class QwenTokenizer:
             ids += [self.im_start, *self.encode(message["role"]), *newline]
             ids += [*self.encode(message["content"]), self.im_end]
         return [*ids, *newline, self.im_start, *self.encode("assistant"), *newline]
+
+    def require_chatml(self) -> None:
+        """Raise UserError, with the reason, where a converted model was trained for another form of conversation."""
+        if self._not_chatml:
+            raise UserError(f"{self.path} is of a model to chat with in another way: {self._not_chatml}")
 
     def prompt(self, question: str) -> list[int]:
         """Ids of one question with the usual system prompt, ready for the answer."""

@@ -71,7 +71,8 @@ def described(contents: bytes, file: Path) -> dict:
     """What the first line of a converted model's vocabulary says; {} of Qwen's own, which has no such line.
 
     split: how text is cut, a name in helpers.checkpoint.tokenizer.SPLITS. nfc: whether it is normalised before.
-    specials: ids by name, and matched: those of them that are recognised in text. stop_ids: what ends an answer.
+    specials: ids by name, and matched: those of them that are recognised in text. never_cut: ids that no text is cut
+    into. stop_ids: what ends an answer.
     not_chatml, refused: why the model cannot be chatted with, and why its text cannot be cut; None where it can.
     Raises UserError where the line cannot be read.
     """
@@ -80,7 +81,7 @@ def described(contents: bytes, file: Path) -> dict:
         return {}
     try:
         found = json.loads(first[1:])
-        kinds = {"split": str, "nfc": bool, "specials": dict, "matched": list, "stop_ids": list}
+        kinds = {"split": str, "nfc": bool, "specials": dict, "matched": list, "never_cut": list, "stop_ids": list}
         if not found.get("refused"):
             whole = all(isinstance(found[key], kind) for key, kind in kinds.items())
             if not whole or any(type(i) is not int for i in [*found["specials"].values(), *found["stop_ids"]]):

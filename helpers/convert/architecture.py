@@ -130,7 +130,7 @@ def _refuse_what_differs(source: Source, prefix: str, found: dict) -> None:
         raise _refused(source, "layer_types", source.get("layer_types"), "sliding windows")
     if not source.column:
         known = {keys[0] for keys in _SIZES.values()} | _NEUTRAL[0].keys() | _HARMLESS
-        for key in source.keys():
+        for key in source.fields:
             if key.startswith(prefix) and key.removeprefix(prefix) not in known:
                 raise _refused(source, key, source.get(key), "something that is not known here")
 

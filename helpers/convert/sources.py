@@ -4,7 +4,7 @@ Both have the same few members, so that what converts need not know which it has
 file, place: what says the sizes, and what has the tensors, for errors. column: of the tables in architecture and
 converting, 0 for a GGUF, 1 for Hugging Face.
 kind: "llama" or "qwen2". tensors: (dtype, shape) by name; the dtype is the narrowest that holds every value exactly.
-get(key): what the file says; None where it says nothing. read(name): one tensor.
+get(key): what the file says; None where it says nothing. read(name): one tensor. fields, of a GGUF: its keys.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Gguf:
             reader = _Reader(self.file)
         except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
             raise self._damaged(error) from None
-        self._fields, self._tensors = reader.fields, {tensor.name: tensor for tensor in reader.tensors}
+        self.fields, self._tensors = reader.fields, {tensor.name: tensor for tensor in reader.tensors}
         self.kind = self.get("general.architecture")
         if self.kind not in KINDS:
             raise UserError(f"{file} says general.architecture = {self.kind!r}; {_WANTED}.")
@@ -88,12 +88,9 @@ class Gguf:
         narrow = {"F16": torch.float16, "BF16": torch.bfloat16}
         return narrow.get(kind.name, torch.float32), tuple(int(size) for size in reversed(tensor.shape))
 
-    def keys(self) -> list[str]:
-        return list(self._fields)
-
     def get(self, key: str) -> object:
         try:
-            value = self._fields[key].contents() if key in self._fields else None
+            value = self.fields[key].contents() if key in self.fields else None
         except UnicodeDecodeError as error:
             raise self._damaged(error) from None
         # 1e-05 was meant by the float32 that reads 9.999999747378752e-06.
@@ -149,9 +146,6 @@ class Folder:
                 "are not quantised."
             )
         return dtypes[dtype]
-
-    def keys(self) -> list[str]:
-        return list(self._values)
 
     def get(self, key: str) -> object:
         return self._values.get(key)

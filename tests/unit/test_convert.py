@@ -319,6 +319,18 @@ def test_the_genuine_vocabulary_comes_out_of_a_qwen2_gguf(tmp_path, monkeypatch)
     assert header.startswith(b"# {") and rest == genuine_vocabulary()
 
 
+def test_a_token_that_no_merge_makes_is_not_cut_and_is_read(tmp_path, smollm):
+    """As the library does, which merges pairs and does not look for whole words."""
+    held = json.loads(smollm.to_str())
+    held["model"]["vocab"]["xylophone"] = ROWS - 8
+    theirs = Tokenizer.from_str(json.dumps(held))
+    file = write_gguf(tmp_path / "model.gguf", reference("qwen2", tied=True), theirs)
+    ours = QwenTokenizer(tokenizing.vocabulary_of(Gguf(file), ROWS), tmp_path / VOCABULARY)
+    ids = ours.encode("xylophone")
+    assert ids == theirs.encode("xylophone").ids and len(ids) > 1
+    assert ours.decode([ROWS - 8]) == theirs.decode([ROWS - 8]) == "xylophone"
+
+
 @pytest.mark.parametrize(
     ("more", "match"),
     [
@@ -353,6 +365,8 @@ def test_a_model_that_talks_otherwise_is_refused_for_chat(tmp_path, smollm, caps
     assert tokenizer.encode(TEXT) == smollm.encode(TEXT).ids
     with pytest.raises(UserError, match=match):
         tokenizer.prompt("Who?")
+    assert cli.main(["chat", "--model", "absent.bmodel", "--tokenizer", str(folder)]) == 2
+    assert match in capsys.readouterr().err
 
 
 # Refused

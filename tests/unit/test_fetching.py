@@ -314,6 +314,13 @@ def test_a_model_of_another_architecture_is_converted_on_the_way(hub, tmp_path, 
     assert len(hub.starts("model.safetensors")) == 1  # said before the weights come
 
 
+def test_a_qwen_by_its_name_on_the_hub_comes_as_it_is_and_not_in_the_place_of_another(hub, tmp_path):
+    out = fetching.fetch(REPO, "huggingface", tmp_path / "out")
+    assert fetched_files(out) == NEEDED - {"README.md"} | {"manifest.json"}
+    refused("another model", "two", "huggingface", out)
+    assert artefacts.is_whole(out, artefacts.read_manifest(out))
+
+
 CONVERTED = ("model.safetensors.index.json", "model-00001-of-00001.safetensors")
 
 
