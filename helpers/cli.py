@@ -15,6 +15,7 @@ COMMANDS = {
     "doctor": "what this machine has, what it lacks, and the remedy",
     "fetch": "bring a checkpoint or a prepared artefact to this machine",
     "patch": "change Qwen's code so that it exports; --revert takes it back",
+    "calibrate": "choose weights that int4 hurts less",
     "export": "write every net of a patched checkpoint as ONNX",
     "compile": "compile the ONNX nets to one bmodel for BM1684X",
     "chat": "talk with a bmodel, on the chip or on the simulator",
