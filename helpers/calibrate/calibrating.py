@@ -20,14 +20,14 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from helpers import artefacts, machine
-from helpers.calibrate.folding import FOLDS, fold, search_scales
+from helpers.calibrate.folding import FOLDS, fold, order_inner, search_scales
 from helpers.calibrate.gptq import compensate, inverse_factor
 from helpers.calibrate.layers import HEAD, Layers
-from helpers.calibrate.rounding import BITS, rounded
+from helpers.calibrate.rounding import rounded
 from helpers.calibrate.texts import PIECE, pieces_of, python_text, read_text
 from helpers.checkpoint.tokenizer import QwenTokenizer
 from helpers.checkpoint.weights import WEIGHT_FILES, Checkpoint
-from helpers.compile.options import Q_GROUP_SIZE
+from helpers.compile.options import Q_GROUP_SIZE, QUANTIZE
 from helpers.errors import UserError
 from helpers.files import digest_of, locked, sha256_file, write_json
 
@@ -49,16 +49,17 @@ def calibrate(
     folds: bool = True,
     compensation: bool = True,
 ) -> Path:
-    """Write a checkpoint to `out` whose weights are chosen for a mode (int4 or int8); return `out`.
+    """Write a checkpoint to `out` whose weights are chosen for int4; return `out`.
 
-    Same layout, code and dtypes as the one at model_path. head_mode: that of lm_head, where it is another; bf16 leaves
-    it alone. text: a file to calibrate on, in place of Python's own help topics. folds, compensation: the ingredients.
+    Same layout, code and dtypes as the one at model_path. head_mode: int8 or bf16 leaves lm_head alone. text: a file
+    to calibrate on, in place of Python's own help topics. folds, compensation: the ingredients.
     Raises UserError for everything a user can cause.
     """
     checkpoint, out = Checkpoint.open(model_path), Path(out)
-    if mode not in BITS or (head_mode or mode) not in (*BITS, "bf16"):
+    if mode != "int4" or (head_mode or mode) not in QUANTIZE:
         raise UserError(
-            f"mode is {mode!r} and head_mode {head_mode!r}: int4 or int8 was needed, bf16 for the head only."
+            f"mode is {mode!r} and head_mode {head_mode!r}: int4 was needed, the only one that costs enough, and for "
+            f"the head one of {', '.join(QUANTIZE)}."
         )
     if MARK in checkpoint.config:
         raise UserError(
@@ -145,7 +146,9 @@ def calibrate_block(
     if settings["folds"]:
         for before, products in FOLDS.items():
             if products[0] in inputs:
-                _fold(weights, before, inputs[products[0]], mode)
+                inputs[products[0]] = _fold(weights, before, inputs[products[0]], mode)
+        order_inner(weights, inputs["mlp.c_proj"])
+    right = (inputs["attn.c_attn"] @ weights["attn.c_attn.weight"].T).mean(0)
     inputs.clear()
     factor = None
 
@@ -154,10 +157,14 @@ def calibrate_block(
         nonlocal factor
         matrix = f"{name}.weight"
         if settings["compensation"]:
-            if name != "mlp.w2":  # which has the inputs of w1
-                factor = _factor(seen)
-            weights[matrix] = compensate(weights[matrix], factor, BITS[mode], dtypes[matrix])
+            # c_attn has a bias, which makes up for what is the same for all tokens. w2 has the inputs of w1.
+            mean = seen.flatten(0, 1).mean(0) if name == "attn.c_attn" else 0
+            factor = factor if name == "mlp.w2" else _factor(seen - mean)
+            weights[matrix] = compensate(weights[matrix], factor, dtypes[matrix])
         chosen[matrix], weights[matrix] = weights[matrix], rounded(weights[matrix], mode)
+        if settings["compensation"] and name == "attn.c_attn":
+            bias = weights["attn.c_attn.bias"] + right - weights[matrix] @ mean
+            weights["attn.c_attn.bias"] = bias.to(dtypes["attn.c_attn.bias"]).float()
 
     chosen: dict[str, torch.Tensor] = {}
     states = layers.block(weights, states, choose)
@@ -171,20 +178,22 @@ def calibrate_head(
     norm, matrix = "transformer.ln_f.weight", f"{HEAD}.weight"
     before = {name: tensor for prefix in (norm, matrix) for name, tensor in layers.checkpoint.tensors(prefix)}
     mode = settings["head_mode"]
-    if mode not in BITS:
+    if mode != "int4":
         return before
     weights = {"ln_f.weight": before[norm].float(), matrix: before[matrix].float()}
     if settings["folds"]:
         _fold(weights, "ln_f", layers.norm(golden, weights["ln_f.weight"]).flatten(0, 1), mode)
     if settings["compensation"]:
         factor = _factor(layers.norm(states, weights["ln_f.weight"]))
-        weights[matrix] = compensate(weights[matrix], factor, BITS[mode], before[matrix].dtype)
+        weights[matrix] = compensate(weights[matrix], factor, before[matrix].dtype)
     return {norm: weights["ln_f.weight"].to(before[norm].dtype), matrix: weights[matrix].to(before[matrix].dtype)}
 
 
-def _fold(weights: dict[str, torch.Tensor], before: str, inputs: torch.Tensor, mode: str) -> None:
-    matrices = [weights[f"{name}.weight"] for name in FOLDS[before]]
-    fold(weights, before, search_scales(matrices, inputs, inputs.T @ inputs, mode))
+def _fold(weights: dict[str, torch.Tensor], before: str, inputs: torch.Tensor, mode: str) -> torch.Tensor:
+    """Search and fold scales; return the inputs [tokens, K] as they are then."""
+    scales = search_scales([weights[f"{name}.weight"] for name in FOLDS[before]], inputs, inputs.T @ inputs, mode)
+    fold(weights, before, scales)
+    return inputs / scales
 
 
 def _factor(inputs: torch.Tensor) -> torch.Tensor:

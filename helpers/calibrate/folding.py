@@ -52,3 +52,16 @@ def fold(weights: dict[str, torch.Tensor], before: str, scales: torch.Tensor) ->
     for name in (f"{before}.weight", f"{before}.bias"):
         if name in weights:
             weights[name] = weights[name] / (scales if weights[name].dim() == 1 else scales[:, None])
+
+
+def order_inner(weights: dict[str, torch.Tensor], inputs: torch.Tensor) -> None:
+    """Order the MLP's inner values by size, in place: what goes into mlp.c_proj, [tokens, F], and what makes it.
+
+    The function is the same. But groups of c_proj's weights then hold columns that matter alike, and those that matter
+    most are rounded first, when the most others are left to make up for them.
+    """
+    order = inputs.square().mean(0).argsort(descending=True)
+    for name in ("mlp.w1.weight", "mlp.w1.bias", "mlp.w2.weight", "mlp.w2.bias"):
+        if name in weights:
+            weights[name] = weights[name][order]
+    weights["mlp.c_proj.weight"] = weights["mlp.c_proj.weight"][:, order]

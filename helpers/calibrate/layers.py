@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from helpers.checkpoint.weights import Checkpoint
+from helpers.errors import UserError
 from helpers.export.modules import rotary_tables
 
 # A block's products, in the order in which they run. w1 and w2 have one input.
@@ -40,8 +41,13 @@ class Layers:
         }
 
     def embed(self, pieces: torch.Tensor) -> torch.Tensor:
-        """ids [pieces, T] -> states [pieces, T, H]"""
+        """ids [pieces, T] -> states [pieces, T, H]. Raises UserError where the vocabulary has ids the model lacks."""
         (_, table), *_ = self.checkpoint.tensors("transformer.wte.weight")
+        if pieces.max() >= len(table):
+            raise UserError(
+                f"The vocabulary of {self.checkpoint.path} has id {int(pieces.max())}, its weights have {len(table)} "
+                "ids: they are not of one model; take both from one repository."
+            )
         return table[pieces].float()
 
     def norm(self, states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
