@@ -26,13 +26,14 @@ from helpers.calibrate.layers import HEAD, Layers
 from helpers.calibrate.rounding import rounded
 from helpers.calibrate.texts import PIECE, pieces_of, python_text, read_text
 from helpers.checkpoint.tokenizer import QwenTokenizer
-from helpers.checkpoint.weights import WEIGHT_FILES, Checkpoint
+from helpers.checkpoint.weights import WEIGHT_FILES, Checkpoint, opened
 from helpers.compile.options import Q_GROUP_SIZE, QUANTIZE
 from helpers.errors import UserError
 from helpers.files import digest_of, locked, sha256_file, write_json
 
 # The key of config.json that says what a checkpoint's weights were made for.
 MARK = "calibrated"
+_KIND = "calibrated checkpoint"
 TOKENS = 4096
 _CODE = artefacts.code_of(*(f"calibrate.{name}" for name in ("calibrating", "folding", "gptq", "layers", "rounding")))
 # Seconds of one core a weight, measured on SmolLM2-135M with 4096 tokens; bytes that torch takes.
@@ -72,8 +73,8 @@ def calibrate(
                 f"{checkpoint.path} has a product with {inputs} inputs, which groups of {Q_GROUP_SIZE} weights do not "
                 "divide: this model cannot be compiled in int4 or int8, take bf16."
             )
-    if out.exists() and out.resolve() == checkpoint.path.resolve():
-        raise UserError(f"{out} is the checkpoint itself: name another folder for --out.")
+    if out.exists() and any(out.iterdir()) and not _made_here(out):
+        raise UserError(f"{out} holds something else than a calibrated checkpoint: name another folder for --out.")
     source = python_text(for_calibration=True) if text is None else read_text(text)
     pieces = pieces_of(
         source, QwenTokenizer.open(checkpoint.path), max(1, tokens // PIECE), text or "Python's own help text"
@@ -92,10 +93,16 @@ def calibrate(
         with torch.no_grad():
             _calibrate_parts(checkpoint, pieces, settings, work)
         config = checkpoint.config | {MARK: settings | {"tokens": pieces.numel()}}
-        with artefacts.building(out, kind="checkpoint", inputs=inputs, settings=settings, code=_CODE) as partial:
+        with artefacts.building(out, kind=_KIND, inputs=inputs, settings=settings, code=_CODE) as partial:
             _finish(checkpoint, work, partial, config)
     shutil.rmtree(work)
     return out
+
+
+def _made_here(out: Path) -> bool:
+    with contextlib.suppress(UserError):
+        return artefacts.read_manifest(out).get("kind") == _KIND
+    return False
 
 
 def _begin(work: Path, record: dict) -> None:
@@ -231,7 +238,8 @@ def _finish(checkpoint: Checkpoint, work: Path, partial: Path, config: dict) -> 
             os.link(work / file.name, file)
         except OSError:  # a disk without links
             shutil.copy(work / file.name, file)
-        shards |= dict.fromkeys(load_file(file), file.name)
+        with opened(file, "np") as tensors:
+            shards |= dict.fromkeys(tensors.keys(), file.name)
         total += file.stat().st_size
     write_json(partial / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": shards})
     Checkpoint.open(partial).check_files()

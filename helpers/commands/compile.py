@@ -36,9 +36,7 @@ def run(args) -> int:
         if not args.model_path:
             raise UserError("--via llm_convert needs --model_path DIR, the folder of the checkpoint.")
         if args.head_mode:
-            raise UserError(
-                "--head_mode goes with --via onnx: the converter compiles lm_head in the mode of the blocks."
-            )
+            raise UserError("--head_mode goes with --via onnx: the converter has one mode for all nets, leave it out.")
         seq_length = SEQ_LENGTH if args.seq_length is None else args.seq_length
         common |= {"addr_mode": args.addr_mode or "io_alone"}
         target = llm_convert.convert(args.model_path, args.out, args.name, args.mode, seq_length, **common)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from helpers.calibrate.gptq import compensate, inverse_factor
 from helpers.calibrate.rounding import BITS, grid_between, quantise, round_half_away, rounded
 from helpers.compile import jobs
 from helpers.compile.options import net_settings
@@ -39,7 +40,8 @@ def matrices(model):
 
 @pytest.fixture(scope="module")
 def nets(tmp_path_factory):
-    """Nets with odd groups in the head; the same with weights as int8 and int4 round them; what was in them."""
+    """Nets with odd groups in the head, and calibrated ones; the same with weights as int8 and int4 round them; what
+    was in them."""
     root = tmp_path_factory.mktemp("rounding")
     small_nets.write_nets(root / "onnx", nets=NETS)
     weights = {}
@@ -47,7 +49,11 @@ def nets(tmp_path_factory):
         model = onnx.load(root / "onnx" / f"{net}.onnx")
         weights[net] = [torch.tensor(numpy_helper.to_array(tensor).T) for tensor in matrices(model)]
         if net == "lm_head":
-            weights[net][0][:12] = edge_groups(torch.Generator().manual_seed(3))
+            generator = torch.Generator().manual_seed(3)
+            inputs = torch.randn(200, HIDDEN, generator=generator)
+            weights[net][0][:12] = edge_groups(generator)
+            factor = inverse_factor(inputs.T @ inputs)
+            weights[net][0][64:128] = compensate(weights[net][0][64:128], factor, torch.float32)
         for folder, mode in (("onnx", None), ("int8", "int8"), ("int4", "int4")):
             (root / folder).mkdir(exist_ok=True)
             for tensor, weight in zip(matrices(model), weights[net], strict=True):
