@@ -62,6 +62,8 @@ def calibrate(
             f"mode is {mode!r} and head_mode {head_mode!r}: int4 was needed, the only one that costs enough, and for "
             f"the head one of {', '.join(QUANTIZE)}."
         )
+    if tokens < PIECE:
+        raise UserError(f"tokens is {tokens}, it must be {PIECE} or more: a few thousand calibrate well.")
     if MARK in checkpoint.config:
         raise UserError(
             f"{checkpoint.path} is calibrated already ({MARK} in its config.json): name the checkpoint that it was "
@@ -76,9 +78,7 @@ def calibrate(
     if out.exists() and any(out.iterdir()) and not _made_here(out):
         raise UserError(f"{out} holds something else than a calibrated checkpoint: name another folder for --out.")
     source = python_text(for_calibration=True) if text is None else read_text(text)
-    pieces = pieces_of(
-        source, QwenTokenizer.open(checkpoint.path), max(1, tokens // PIECE), text or "Python's own help text"
-    )
+    pieces = pieces_of(source, QwenTokenizer.open(checkpoint.path), tokens // PIECE, text or "Python's own help text")
     settings = {"mode": mode, "head_mode": head_mode or mode, "folds": folds, "compensation": compensation}
     weight_files = sorted(set(checkpoint.files.values()))
     inputs = {file.name: sha256_file(file) for file in [*weight_files, *_other_files(checkpoint)]}

@@ -238,6 +238,8 @@ def test_too_little_room_is_said_before_the_first_layer(checkpoint, tmp_path, mo
 def test_what_it_cannot_round_for(checkpoint, tmp_path):
     with pytest.raises(UserError, match="mode is 'bf16'"):
         calibrate(checkpoint, tmp_path / "out", mode="bf16")
+    with pytest.raises(UserError, match="tokens is 9, it must be 256 or more"):
+        calibrate(checkpoint, tmp_path / "out", tokens=9)
     with pytest.raises(UserError, match="holds something else"):
         calibrate(checkpoint, checkpoint)
     odd = tmp_path / "odd"
