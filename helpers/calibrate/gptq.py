@@ -66,9 +66,8 @@ def _on_grid(codes: torch.Tensor, grid: Grid, dtype: torch.dtype) -> torch.Tenso
     values = torch.where(codes == 0, least[:, None], grid.values(codes))
     weights = torch.where(codes == _TOP, greatest[:, None], values).to(dtype)
     again, derived = quantise(weights, _BITS)
-    if not all(
-        map(torch.equal, (again[:, 0], derived.scale[:, 0], derived.zero[:, 0]), (codes, grid.scale, grid.zero))
-    ):
+    pairs = (again[:, 0], codes), (derived.scale[:, 0], grid.scale), (derived.zero[:, 0], grid.zero)
+    if not all(torch.equal(*pair) for pair in pairs):
         raise RuntimeError("the compiler would not find these codes again")
     return weights
 

@@ -25,7 +25,7 @@ FLOORS = (
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Lines of all of helpers/, and of the story that one reads in an evening. More is a decision, made here. The plan of
 # the house had 10,300 for the first, before there were guards for strange machines: it is the number to come down to.
-MOST_LINES = 11_700
+MOST_LINES = 11_950
 MOST_STORY_LINES = 2_600
 
 MODULES = {
