@@ -122,9 +122,8 @@ def test_the_compiler_finds_the_compensated_weights_again(seed, shift, size, dty
     assert found.dtype == dtype and found.shape == weight.shape
     codes, grid = quantise(found, 4)
     assert (codes.amin(-1) == 0).all() and (codes.amax(-1) == 15).all()
-    if dtype == torch.bfloat16:
-        inside = (codes > 0) & (codes < 15)  # the ends of a group may be one step of bfloat16 off
-        torch.testing.assert_close(grid.values(codes)[inside], found.float().view_as(codes)[inside], rtol=0, atol=0)
+    if dtype != torch.float16:  # which is coarser than bfloat16 where weights are tiny
+        assert torch.equal(grid.values(codes).view_as(weight), rounded(found, "bf16"))
 
 
 def test_compensating_beats_rounding_to_nearest():
@@ -154,8 +153,8 @@ def test_a_calibrated_checkpoint_is_the_same_in_layout_and_better_in_int4(checkp
     kl = {cost.label: cost.kl.value for cost in costs}
     assert kl["float32"] == 0 and kl["bf16"] < kl["int8"] < kl["calibrated"] < 0.6 * kl["int4"]
     assert kl["int4, head int8"] < kl["int4"]
-    # Its weights are what int4 makes of them, but for the ends of groups.
-    assert abs(kl["calibrated, in bf16"] - kl["calibrated"]) < 0.1 * kl["calibrated"]
+    # Its weights are what int4 makes of them.
+    assert kl["calibrated, in bf16"] == kl["calibrated"]
     own, first = costs[3].own, costs[3].accumulated[0]
     assert len(own) == one.layers and abs(own[0] - first) < 0.1 * first
     shown = table(costs)
