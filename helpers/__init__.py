@@ -8,6 +8,7 @@
     export        write it as ONNX, net by net
     parity        the same nets in PyTorch, in onnxruntime and in an engine, compared
     compile       compile the nets with TPU-MLIR, to one bmodel
+    calibrate     what rounding to int8 and int4 costs, and weights that round well
     bmodel        what such a file contains
     run           the engines (the chip, the simulator), prefill and decode, lookahead, latency
     chat serve    a conversation; the same over HTTP
