@@ -262,7 +262,7 @@ def test_a_bmodel_that_lacks_a_net_is_refused_by_its_name(net):
 def test_before_its_first_answer_a_runner_has_nothing_to_tell():
     runner = QwenRunner(NumpyEngine(RandomModel(30, seed=4), 8))
     assert (runner.position, runner.visited, runner.timings, runner.finish_reason) == (0, [], Timings(), None)
-    with pytest.raises(UserError, match="empty"):
+    with pytest.raises(UserError, match="takes 0 tokens"):
         next(runner.generate([]))
 
 
