@@ -2,6 +2,7 @@
 
     errors files machine tensors nets artefacts toolchain home cli    the ground floor
     checkpoint    weights, tokenizer and code of a Qwen checkpoint
+    convert       make one of a llama or a Qwen2
     fetch         bring one here
     patching      change its code so that it exports (the changes are in patches/)
     export        write it as ONNX, net by net

@@ -7,11 +7,12 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from helpers.errors import UserError
-from helpers.machine import log
+from helpers.machine import log_once
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -41,7 +42,7 @@ def write_file(path: str | Path, content: bytes) -> None:
     The mode of a file that was there stays. Raises OSError, which names the file.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{threading.get_native_id()}.partial")
     try:
         if not path.is_file() or path.stat().st_size != len(content) or path.read_bytes() != content:
             partial.write_bytes(content)
@@ -53,9 +54,6 @@ def write_file(path: str | Path, content: bytes) -> None:
             partial.unlink(missing_ok=True)
         # A full disk is met while writing, where the system names no file.
         raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-_without_locks: set[int] = set()
 
 
 @contextlib.contextmanager
@@ -83,13 +81,8 @@ def locked(path: str | Path, busy: str | None = None) -> Iterator[bool]:
         except BlockingIOError:
             raise UserError(busy) from None
         except OSError as error:
-            disk = os.fstat(file.fileno()).st_dev
-            if disk not in _without_locks:
-                _without_locks.add(disk)
-                log(
-                    f"warning: the disk that holds {path.parent} has no file locks ({error.strerror}): do not run two "
-                    "commands at once that write there."
-                )
+            what_to_do = "do not run two commands at once that write there."
+            log_once(f"warning: the disk that holds {path.parent} has no file locks ({error.strerror}): {what_to_do}")
         yield held
 
 

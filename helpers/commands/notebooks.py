@@ -34,7 +34,6 @@ def sources_digest() -> str:
 
 
 def add_arguments(parser) -> None:
-    """Arguments of `python -m helpers notebooks`."""
     parser.add_argument("notebooks", nargs="*", type=Path, help="these instead of notebooks/NN*.ipynb")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the artefacts (default: out)")
     parser.add_argument(
@@ -45,9 +44,14 @@ def add_arguments(parser) -> None:
     parser.add_argument("--cell-seconds", type=float, help="stop a cell that runs longer")
 
 
+def on_demand(path: Path) -> bool:
+    """Whether a notebook runs only where it is asked for by name."""
+    return read_notebook(path).metadata.get("tutorial", {}).get("on_demand", False)
+
+
 def _chosen(args) -> list[Path]:
     every = sorted(NOTEBOOKS.glob("[0-9][0-9]*.ipynb"))
-    chosen = args.notebooks or every
+    chosen = args.notebooks or [path for path in every if args.only or not on_demand(path)]
     if args.only:
         chosen = [path for path in chosen if any(start and path.name.startswith(start) for start in args.only)]
     if args.first:
@@ -72,20 +76,14 @@ def _settings(pairs: list[str]) -> dict[str, object]:
 
 def _shares(settings: dict[str, object], paths: list[Path]) -> dict[Path, dict[str, object]]:
     """Each notebook's own part of the settings; a setting that no notebook has is an error."""
-    defaults: dict[Path, dict[str, object]] = dict.fromkeys(paths, {})
+    names: dict[Path, dict[str, object]] = dict.fromkeys(paths, {})
     for path in paths:
         with contextlib.suppress(ValueError):  # running it will say what is wrong with its parameters
-            defaults[path] = parameters_of(read_notebook(path))
-    known = ", ".join(sorted({name for values in defaults.values() for name in values}))
-    for name, value in settings.items():
-        examples = [values[name] for values in defaults.values() if name in values]
-        if not examples:
-            raise UserError(f"--set {name}: no notebook of this run has that parameter; they have {known}.")
-        for example in examples:
-            whole_for_float = isinstance(example, float) and type(value) is int
-            if example is not None and type(value) is not type(example) and not whole_for_float:
-                raise UserError(f"--set {name}={value!r}: a value like {example!r} is needed.")
-    return {path: {name: settings[name] for name in settings if name in defaults[path]} for path in paths}
+            names[path] = parameters_of(read_notebook(path))
+    known = sorted({name for of_one in names.values() for name in of_one})
+    if unknown := ", ".join(settings.keys() - known):
+        raise UserError(f"--set {unknown}: no notebook of this run has that parameter; they have {', '.join(known)}.")
+    return {path: {name: settings[name] for name in names[path] if name in settings} for path in paths}
 
 
 def run(args) -> int:
@@ -111,9 +109,8 @@ def run(args) -> int:
                 print(f"  as far as it came: {os.path.relpath(executed)}", file=sys.stderr)
             return 1
         record(out, {"wall_s": {path.stem: report.seconds}})
-        noise = f"  {report.stderr_outputs} outputs on stderr" if report.stderr_outputs else ""
         done = f"{report.cells:3} cells {report.checks:5} checks {report.seconds:7.1f} s"
-        print(f"{path.name:32} ok  {done}{noise}", flush=True)
+        print(f"{path.name:32} ok  {done}", flush=True)
     if whole:
         problems = check_summary(json.loads((out / SUMMARY).read_text(encoding="utf-8")))
         for problem in problems:

@@ -14,9 +14,9 @@ ROOT = Path(helpers.__file__).resolve().parents[1]
 # From the ground up: a room imports its own modules and those of floors below it. The order is written down here only.
 FLOORS = (
     ("errors", "home", "machine", "tensors"),
-    ("files", "nets", "toolchain"),
-    ("artefacts", "checkpoint", "cli", "patching"),
-    ("bmodel", "export", "patches"),
+    ("files", "nets"),
+    ("artefacts", "checkpoint", "cli", "patching", "toolchain"),
+    ("bmodel", "convert", "export", "patches"),
     ("compile", "fetch", "run"),
     ("calibrate", "chat", "doctor", "notebook", "parity"),
     ("serve",),
@@ -25,7 +25,8 @@ FLOORS = (
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 # Lines of all of helpers/, and of the story that one reads in an evening. More is a decision, made here. The plan of
 # the house had 10,300 for the first, before there were guards for strange machines: it is the number to come down to.
-MOST_LINES = 11_950
+# 950 of it are for real models: convert, the wheel, tokenizers other than Qwen's.
+MOST_LINES = 12_700
 MOST_STORY_LINES = 2_600
 
 MODULES = {
