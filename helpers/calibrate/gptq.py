@@ -23,13 +23,13 @@ _TOP = 2**_BITS - 1
 
 
 def inverse_factor(hessian: torch.Tensor) -> torch.Tensor:
-    """Upper Cholesky factor [K, K] of a damped Hessian's [K, K] inverse.
+    """Upper Cholesky factor [K, K] of the inverse of a Hessian [K, K], which is damped in place.
 
     Its row j says how the error of column j is spread over the columns after it.
     """
     diagonal = hessian.diagonal()
-    damped = hessian + torch.diag(torch.full_like(diagonal, DAMPING * float(diagonal.mean()) + 1e-10))
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(damped)), upper=True)
+    diagonal += DAMPING * float(diagonal.mean()) + 1e-10
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
 
 
 def compensate(weight: torch.Tensor, factor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
