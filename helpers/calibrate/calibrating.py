@@ -16,6 +16,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -215,8 +216,14 @@ def _as_before(checkpoint: Checkpoint, prefix: str, weights: dict[str, torch.Ten
 
 def _save(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     partial = file.with_name(f".{file.name}.partial")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-    os.replace(partial, file)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
+        os.replace(partial, file)
+    except SafetensorError as error:
+        raise UserError(
+            f"{file} cannot be written ({error}): free some space, or choose another --out, and run the same command "
+            "again; what was finished is kept."
+        ) from None
 
 
 def _other_files(checkpoint: Checkpoint) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -232,6 +233,19 @@ def test_too_little_room_is_said_before_the_first_layer(checkpoint, tmp_path, mo
     with pytest.raises(UserError, match=said):
         calibrate(checkpoint, tmp_path / "out", tokens=TOKENS)
     assert os.listdir(tmp_path) == []
+
+
+def test_a_part_that_cannot_be_written_is_said_in_one_sentence(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(UserError, match="cannot be written"):
+            calibrating._save(tmp_path / "part.safetensors", {"weight": torch.zeros(1000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+    assert not (tmp_path / "part.safetensors").exists()
 
 
 def test_what_it_cannot_round_for(checkpoint, tmp_path):
