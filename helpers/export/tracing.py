@@ -54,7 +54,7 @@ def keep_attention_unfused(model: ModelProto) -> None:
     """Write the additive mask as the first operand of its Add, in place: the compiler then sees no attention to fuse.
 
     Its fused attention takes 8 rows of keys at a time, for 8 of the new rows. With 10 new rows a decode block of the
-    embedded model (S = 256, io_alone) costs 101,640 cycles fused and 17,678 unfused in bf16, 124,396 and 42,023 in int8:
+    embedded model (S = 256, io_alone) costs 101,640 cycles fused, 17,678 unfused in bf16; 124,396, 42,023 in int8:
     `python -m benchmarks.fused_attention`, which also takes other sizes.
     Raises ValueError where the graph has no softmax over a masked sum.
     """
