@@ -19,6 +19,7 @@ COMMANDS = {
     "compile": "compile the ONNX nets to one bmodel for BM1684X",
     "chat": "talk with a bmodel, on the chip or on the simulator",
     "serve": "serve a bmodel over HTTP",
+    "forecast": "what the chip will do with a model, before you own one",
     "info": "what a bmodel contains and what memory it needs",
     "notebooks": "run the notebooks headless",
 }
