@@ -7,13 +7,13 @@ atlas has what it said. About two minutes a point on two idle cores, 12 GB of me
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from helpers.compile.options import QUANTIZE
 from helpers.errors import UserError
 from helpers.files import write_json
 from helpers.forecast import figures
+from helpers.forecast.compiling import compile_figures
 from helpers.forecast.shape import Shape, shape_of
 
 
@@ -37,7 +37,7 @@ def fill(shapes: list[Shape], out: Path = figures.OUT) -> None:
         for kinds in (("embedding", "embedding_cache"), ("block", "block_cache"), ("lm_head",)):
             if wanted := [kind for kind in kinds if kind in missing]:
                 try:
-                    there |= figures.compile_figures(shape, wanted, out)
+                    there |= compile_figures(shape, wanted, out)
                 except UserError as error:
                     if "did not compile" not in str(error):
                         raise  # of this machine, not of the shape

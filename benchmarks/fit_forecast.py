@@ -50,7 +50,7 @@ def published_rows() -> list[Row]:
                 (host for host in ("SoC", "PCIe") if host in row["board"] and "RISC-V" not in row["board"]), ""
             )
             whole = row["model"] in SHAPES and mode in ("bf16", "int8", "int4") and row["devices"] == "1"
-            if whole and board and row["seq_length"]:
+            if whole and board != "RISC-V" and row["seq_length"]:
                 shape = shape_of(**SHAPES[row["model"]], mode=mode, seq_length=int(row["seq_length"]))
                 numbers = [float(row[key] or "nan") for key in ("first_token_s", "tokens_per_s")]
                 rows.append(Row(row["model"], board, shape, *numbers, row["source"]))

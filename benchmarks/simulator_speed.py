@@ -35,6 +35,8 @@ def processor_seconds(engine: SimulatorEngine) -> float:
 def measure(model: str, scheduling: str, tokens: int) -> dict:
     """One fresh engine: seconds of a prefill, seconds of each decoded token, processor seconds of both, the tokens."""
     with SimulatorEngine(model, scheduling) as engine:
+        if engine.scheduling != scheduling:
+            raise UserError(f"The simulator's threads cannot be made to yield. {engine.no_yield}.")
         runner = QwenRunner(engine)
         runner.prefill(PROMPT)
         answer = [runner.greedy_token()]

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from helpers.errors import UserError
-from helpers.files import DISK_IS_FULL, sha256_file, write_json
-from helpers.machine import description, log, tool_versions
+from helpers.files import sha256_file, write_json
+from helpers.machine import description, log_once, tool_versions
 
 MANIFEST = "manifest.json"
 
@@ -36,27 +36,19 @@ def manifest_path(artefact: str | Path) -> Path:
 
 
 def read_manifest(artefact: str | Path) -> dict:
-    """The manifest of an artefact.
-
-    Raises UserError where there is none or it cannot be read.
-    """
+    """The manifest of an artefact. Raises UserError where there is none or it cannot be read."""
     path = manifest_path(artefact)
     try:
         manifest = json.loads(path.read_bytes())
         # What every reader relies on, where it is there at all.
         inputs, settings, outputs = (manifest.get(key, {}) for key in ("inputs", "settings", "outputs"))
-        described = (inputs, settings, outputs, *outputs.values())
-        if not all(isinstance(part, dict) for part in described) or not all("sha256" in o for o in outputs.values()):
+        described = all(isinstance(part, dict) for part in (inputs, settings, outputs, *outputs.values()))
+        named = isinstance(manifest.get("tokenizer"), str | None)
+        if not (described and named and all("sha256" in output for output in outputs.values())):
             raise ValueError("it does not say what a manifest says")
-        if not isinstance(manifest.get("tokenizer", ""), str | None):
-            raise ValueError("its tokenizer is no name")
         return manifest
-    except FileNotFoundError:
-        raise UserError(f"{artefact} has no manifest ({path.name}): make it again with `python -m helpers`.") from None
-    except (ValueError, AttributeError) as error:
-        raise UserError(
-            f"{path} is not a readable manifest ({error}): delete it and make the artefact again."
-        ) from None
+    except (FileNotFoundError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is not a readable manifest ({error}): make the artefact again.") from None
 
 
 def is_whole(artefact: str | Path, manifest: dict) -> bool:
@@ -69,9 +61,6 @@ def is_whole(artefact: str | Path, manifest: dict) -> bool:
         and sha256_file(root / name) == described["sha256"]
         for name, described in outputs.items()
     )
-
-
-_said_older: set[Path] = set()
 
 
 def up_to_date(
@@ -87,14 +76,11 @@ def up_to_date(
         manifest = read_manifest(artefact)
     except UserError:
         return False
-    made_from = (manifest.get("inputs"), manifest.get("settings"), manifest.get("versions"))
-    wanted = (inputs, json.loads(json.dumps(settings)), tool_versions())
-    if made_from != wanted:
+    wanted = {"inputs": inputs, "settings": json.loads(json.dumps(settings)), "versions": tool_versions()}
+    if {key: manifest.get(key) for key in wanted} != wanted:
         return False
     if manifest.get("code", {}) != (code or {}):
-        if artefact.parent not in _said_older:
-            _said_older.add(artefact.parent)
-            log(f"{artefact.parent}: other code of these helpers made what is there ({', '.join(code)}): made anew.")
+        log_once(f"{artefact.parent}: other code of these helpers made what is there ({', '.join(code)}): made anew.")
         return False
     return is_whole(artefact, manifest)
 
@@ -114,8 +100,8 @@ def building(
     Yields the path to create, a file or a folder, in a staging folder of its own. Files made beside a file artefact
     there (its external weights, say) are companions: they are listed in its manifest and moved in with it.
     `inputs` and `extra` may be filled while building: they are read at the end. What was at `artefact` before stays
-    until the new one is whole.
-    Raises UserError where the disk is full.
+    until the new one is whole. What killed processes left of it is removed.
+    Raises OSError, which names the artefact where the system names no file, as on a full disk.
     """
     artefact = Path(artefact)
     if artefact.is_symlink() and not artefact.is_file():
@@ -123,7 +109,9 @@ def building(
         artefact = Path(os.path.realpath(artefact))
     artefact.parent.mkdir(parents=True, exist_ok=True)
     staging = artefact.parent / f".{artefact.name}.{os.getpid()}.partial"
-    _remove_abandoned(artefact)
+    for left in artefact.parent.glob(f".{glob.escape(artefact.name)}.*.partial"):
+        if (pid := left.name.split(".")[-2]) == str(os.getpid()) or not Path(f"/proc/{pid}").exists():
+            shutil.rmtree(left, ignore_errors=True)
     started = time.monotonic()
     try:
         staging.mkdir()
@@ -160,22 +148,7 @@ def building(
             for name in manifest["outputs"]:
                 os.replace(staging / name, artefact.parent / name)
     except OSError as error:
-        if error.errno in DISK_IS_FULL:
-            raise UserError(
-                f"No space left on the disk that holds {artefact.parent}: free some, or choose another --out, and run "
-                "the same command again; what was finished is kept."
-            ) from error
+        error.filename = error.filename or str(artefact)
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def _remove_abandoned(artefact: Path) -> None:
-    """Remove what processes left that no longer run: they were killed."""
-    for staging in artefact.parent.glob(f".{glob.escape(artefact.name)}.*.partial"):
-        pid = staging.name.split(".")[-2]
-        if not pid.isdigit() or int(pid) == os.getpid() or not Path(f"/proc/{pid}").exists():
-            if staging.is_dir():
-                shutil.rmtree(staging, ignore_errors=True)
-            else:
-                staging.unlink(missing_ok=True)

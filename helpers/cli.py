@@ -7,22 +7,13 @@ import argparse
 import importlib
 import os
 import sys
+from pathlib import Path
 
 from helpers.errors import UserError
 from helpers.files import remedy
 
-COMMANDS = {
-    "doctor": "what this machine has, what it lacks, and the remedy",
-    "fetch": "bring a checkpoint or a prepared artefact to this machine",
-    "patch": "change Qwen's code so that it exports; --revert takes it back",
-    "export": "write every net of a patched checkpoint as ONNX",
-    "compile": "compile the ONNX nets to one bmodel for BM1684X",
-    "chat": "talk with a bmodel, on the chip or on the simulator",
-    "serve": "serve a bmodel over HTTP",
-    "forecast": "what the chip will do with a model, before you own one",
-    "info": "what a bmodel contains and what memory it needs",
-    "notebooks": "run the notebooks headless",
-}
+# In the order in which one needs them. What each does is said at the top of its module.
+COMMANDS = ("doctor", "fetch", "patch", "export", "compile", "chat", "serve", "info", "forecast", "notebooks")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -70,14 +61,13 @@ def _let_go_of_stdout() -> None:
 
 def _run(argv: list[str]) -> int:
     if sys.flags.optimize > 1:
-        raise UserError(
-            "Python was told to leave out docstrings (PYTHONOPTIMIZE=2 or -OO), which transformers and the patches "
-            "read: unset PYTHONOPTIMIZE."
-        )
+        raise UserError("Python leaves out docstrings, which transformers and patches read: unset PYTHONOPTIMIZE.")
     parser = argparse.ArgumentParser(prog="python -m helpers", description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     asked = next((word for word in argv if not word.startswith("-")), None)
-    for name, summary in COMMANDS.items():
+    for name in COMMANDS:
+        module = Path(__file__).with_name("commands") / f"{name}.py"
+        summary = module.read_text(encoding="utf-8").splitlines()[0].partition(": ")[2].rstrip('."')
         command = commands.add_parser(name, help=summary, description=summary)
         # Only the asked command's module is imported: a box with a chip lacks what the others need.
         if name == asked:

@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from urllib.parse import unquote, urlparse
+from urllib.parse import unquote
 
 from helpers import machine, toolchain
 from helpers.errors import UserError
@@ -27,9 +27,6 @@ OK, NOT_OK, OPTIONAL = "OK", "NOT OK", "optional"
 GB = 1e9
 # Measured: compiling the embedded model takes 1.4 GB a net, its artefacts 0.5 GB; less than this cannot end well.
 NEEDED_MEMORY = NEEDED_DISK = 2 * GB
-# Seconds after which a program is taken to hang: far beyond what the slowest machine needs.
-PATIENCE = 600
-CPU_FLAGS = ("avx2", "avx512f", "f16c", "amx_tile")
 # What PyPI's CUDA build of torch needs and the CPU build does not.
 CUDA_ONLY = re.compile(r"(nvidia-|cuda-|triton$)")
 
@@ -48,13 +45,17 @@ def _check(name: str, ok: object, found: str, remedy: str = "", needed: bool = F
     return Check(name, OK, found) if ok else Check(name, NOT_OK if needed else OPTIONAL, found, remedy)
 
 
-def _output(*command: str, seconds: float = PATIENCE) -> str | None:
-    """What a program prints; None where it is missing, fails or does not answer."""
+def _run(*command: str | Path, seconds: float = 600, **options) -> tuple[str, str]:
+    """How a program fails, empty where it does not, and what it prints. After so many seconds it is taken to hang."""
+    options |= {"capture_output": True, "text": True, "errors": "replace"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
+        done = subprocess.run(command, timeout=seconds, check=False, **options)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error), ""
+    if not done.returncode:
+        return "", done.stdout.strip()
+    said = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[0]
+    return f"dies with {done.returncode}: {said}", ""
 
 
 def check_toolchain(needed: bool = True) -> list[Check]:
@@ -65,8 +66,7 @@ def check_toolchain(needed: bool = True) -> list[Check]:
     try:
         checks += _check_wheel(toolchain.wheel_path(), needed)
     except UserError as error:
-        found = str(error) if importlib.util.find_spec("tpu_mlir") else "not installed"
-        checks.append(_check("tpu-mlir", False, found, "make setup", needed))
+        checks.append(_check("tpu-mlir", False, str(error), "make setup", needed))
     for name in ("cmake", "ninja"):
         path = toolchain.program(name)
         lost = "not found: the compiler would silently lose its fused attention"
@@ -77,27 +77,18 @@ def check_toolchain(needed: bool = True) -> list[Check]:
 
 
 def _check_wheel(wheel: Path, needed: bool) -> list[Check]:
-    suits, found = toolchain.glibc_suits(wheel)
+    _, suits, found = toolchain.glibc_state(wheel)
     fix = "python -m helpers doctor --fix"
-    compiled = Path(importlib.util.cache_from_source(wheel / "python" / "transform" / "OnnxConverter.py")).exists()
-    bytecode = "compiled" if compiled else "not compiled: every start of a tool takes some 10 s longer"
     checks = [
         Check("tpu-mlir", OK, metadata.version("tpu-mlir")),
         _check("glibc of the wheel", suits, found, f"{fix} moves it aside, or brings it back", needed),
-        _check("bytecode of the wheel", compiled, bytecode, f"python -m compileall -q -j 0 {wheel.parent}"),
     ]
     if foreign := toolchain.other_sdk():
         # What follows from them is mended in toolchain.environment(); programs that are started by hand meet them.
         shown = "set and passed over: " + ", ".join(f"{name}={value}" for name, value in foreign.items())
         checks.append(Check("another TPU-MLIR", OPTIONAL, shown, f"unset {' '.join(foreign)}"))
-    command, options = [wheel / "bin" / "tpuc-opt", "--version"], {"capture_output": True, "timeout": PATIENCE}
-    try:
-        done = subprocess.run(command, env=toolchain.environment(), check=False, **options)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return [*checks, _check("tpuc-opt", False, str(error), "make setup", needed)]
-    said = (done.stderr or done.stdout).decode(errors="replace").strip().splitlines()
-    found = f"dies with {done.returncode}: {said[0] if said else 'no message'}" if done.returncode else "starts"
-    return [*checks, _check("tpuc-opt", done.returncode == 0, found, fix, needed)]
+    failure, _ = _run(wheel / "bin" / "tpuc-opt", "--version", env=toolchain.environment())
+    return [*checks, _check("tpuc-opt", not failure, failure or "starts", f"{fix}, or make setup", needed)]
 
 
 def check_pins(requirements: Path = ROOT / "requirements.txt", needed: bool = True) -> Check:
@@ -127,24 +118,17 @@ def check_helpers_importable() -> Check:
         url = json.loads(metadata.distribution(PACKAGE).read_text("direct_url.json") or "{}").get("url", "")
     except metadata.PackageNotFoundError:
         url = ""
-    folder = Path(unquote(urlparse(url).path))
-    ok = url and folder == ROOT
-    found = "in every folder" if ok else f"of {folder}, another copy" if url else "in this folder only"
+    folder = unquote(url).removeprefix("file://")
+    ok = folder == str(ROOT)
+    found = "in every folder" if ok else f"of {folder}, another copy" if folder else "in this folder only"
     remedy = "make setup (conda: pip install --no-deps --no-build-isolation -e .)"
     return _check("import helpers", ok, found, remedy)
 
 
 def check_cpu() -> Check:
-    """Model, usable cores and the vector extensions that decide how fast torch and the simulator are."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    except OSError:
-        text = ""
-    model = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", text, re.MULTILINE)
-    present = [flag for flag in CPU_FLAGS if flags and flag in flags[1].split()]
-    name = model[1].strip() if model else os.uname().machine
-    return Check("CPU", OK, f"{name}, {machine.cores()} cores{', ' if present else ''}{' '.join(present)}")
+    """Model and usable cores."""
+    model = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    return Check("CPU", OK, f"{model[1].strip() if model else os.uname().machine}, {machine.cores()} cores")
 
 
 def check_memory() -> Check:
@@ -163,7 +147,7 @@ def check_disk(folder: Path = ROOT) -> Check:
 
 def check_gpu() -> Check:
     """An NVIDIA GPU and the build of torch: PyTorch's own answers then come from it; nothing here needs one."""
-    answer = _output("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
+    _, answer = _run("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
     build = metadata.version("torch") if importlib.util.find_spec("torch") else "none"
     found = f"{'; '.join(answer.splitlines())} (torch {build})" if answer else "none; the CPU does everything"
     return _check("GPU", answer, found)
@@ -178,10 +162,10 @@ def check_c_compiler() -> Check:
 
 def check_parallel() -> Check:
     """GNU parallel, which only `compile --via llm_convert` uses."""
-    found = (_output("parallel", "--version") or "").splitlines()[:1]
-    ok = found and "GNU parallel" in found[0]
-    lost = "none; compile --via llm_convert needs it"
-    return _check("GNU parallel", ok, found[0] if ok else lost, "apt-get install parallel")
+    try:
+        return Check("GNU parallel", OK, toolchain.require_parallel())
+    except UserError:
+        return Check("GNU parallel", OPTIONAL, "none; compile --via llm_convert needs it", "apt-get install parallel")
 
 
 def chip_devices(root: Path = Path("/")) -> list[str]:
@@ -222,9 +206,6 @@ def checks() -> list[Check]:
 
 
 def fix() -> list[str]:
-    """Apply the cures that touch only this environment; return what was done.
-
-    Raises UserError where the environment cannot be written.
-    """
+    """Apply the cures that touch only this environment; return what was done. Raises UserError where they cannot be."""
     moved = toolchain.cure(toolchain.wheel_path()) if importlib.util.find_spec("tpu_mlir") else []
     return [f"glibc of the wheel: moved {', '.join(moved)}"] if moved else []

@@ -7,11 +7,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from helpers.errors import UserError
-from helpers.machine import log
+from helpers.machine import log_once
 
 DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -30,6 +31,16 @@ def digest_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
+def json_object(file: Path, content: bytes) -> dict:
+    """The JSON object that a file holds. Raises UserError where it is none."""
+    try:
+        if isinstance(value := json.loads(content), dict):
+            return value
+        raise ValueError("it is no object")
+    except ValueError as error:
+        raise UserError(f"{file} is not readable JSON ({error}): download it again.") from None
+
+
 def write_json(path: str | Path, value: object) -> None:
     """Write JSON beside its place and move it in whole."""
     write_file(path, (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode())
@@ -41,7 +52,7 @@ def write_file(path: str | Path, content: bytes) -> None:
     The mode of a file that was there stays. Raises OSError, which names the file.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{threading.get_native_id()}.partial")
     try:
         if not path.is_file() or path.stat().st_size != len(content) or path.read_bytes() != content:
             partial.write_bytes(content)
@@ -55,7 +66,13 @@ def write_file(path: str | Path, content: bytes) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-_without_locks: set[int] = set()
+def link_or_copy(file: Path, place: Path, *links: Callable[[Path, Path], None]) -> None:
+    """Put a file in a second place, by the first of the links (os.link …) that the disk can, else by a copy."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    for link in links:
+        with contextlib.suppress(OSError):
+            return link(file, place)
+    shutil.copyfile(file, place)
 
 
 @contextlib.contextmanager
@@ -83,13 +100,8 @@ def locked(path: str | Path, busy: str | None = None) -> Iterator[bool]:
         except BlockingIOError:
             raise UserError(busy) from None
         except OSError as error:
-            disk = os.fstat(file.fileno()).st_dev
-            if disk not in _without_locks:
-                _without_locks.add(disk)
-                log(
-                    f"warning: the disk that holds {path.parent} has no file locks ({error.strerror}): do not run two "
-                    "commands at once that write there."
-                )
+            what_to_do = "do not run two commands at once that write there."
+            log_once(f"warning: the disk that holds {path.parent} has no file locks ({error.strerror}): {what_to_do}")
         yield held
 
 

@@ -1,6 +1,7 @@
 """This machine as a process sees it: memory and cores, the limits of its container included; disk, tool versions."""
 
 import contextlib
+import functools
 import math
 import os
 import platform
@@ -11,24 +12,23 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-TOOLS = ("tpu-mlir", "torch", "onnx", "onnxruntime", "transformers", "numpy")
-
 
 def memory(root: Path = Path("/")) -> tuple[int, int]:
     """(free, total) bytes of memory: what this process may still take without swapping, and what there is.
 
     The least of the machine's and of what each control group that the process is in (a container's, a job's) leaves.
     A group's page cache that was not used lately counts as free, as the kernel counts it for the machine.
-    root: where proc and sys are.
     """
     text = (root / "proc/meminfo").read_text(encoding="utf-8")
     total, free = (int(re.search(rf"^{field}:\s+(\d+)", text, re.M)[1]) << 10 for field in ("MemTotal", "MemAvailable"))
     for group in _control_groups("memory", root):
+        # v1 counts the groups below in total_inactive_file only, which stands last; v2 has one line for both.
+        idle = ["0", *re.findall(r"^(?:total_)?inactive_file (\d+)", _text(group / "memory.stat"), re.M)][-1]
         # Of cgroup v2, and of v1. A limit of "max" is none.
         for limit_file, used_file in (("max", "current"), ("limit_in_bytes", "usage_in_bytes")):
-            limit, used = _number(group / f"memory.{limit_file}"), _number(group / f"memory.{used_file}")
-            if limit is not None and used is not None:
-                total, free = min(total, limit), min(free, max(0, limit - used + _idle_cache(group)))
+            limit, used = (_text(group / f"memory.{file}").strip() for file in (limit_file, used_file))
+            if limit.isdecimal() and used.isdecimal():
+                total, free = min(total, int(limit)), min(free, max(0, int(limit) - int(used) + int(idle)))
     return free, total
 
 
@@ -41,11 +41,10 @@ def cores(root: Path = Path("/")) -> int:
     """Cores that this process may use at once: those it may run on, or the share of a container where that is less."""
     usable = len(os.sched_getaffinity(0))
     for group in _control_groups("cpu", root):
-        quota, period = _number(group / "cpu.cfs_quota_us"), _number(group / "cpu.cfs_period_us")
-        with contextlib.suppress(OSError, ValueError):
-            quota, period = map(int, (group / "cpu.max").read_text(encoding="utf-8").split())
-        if quota and period and quota > 0:
-            usable = min(usable, math.ceil(quota / period))
+        of_v1 = " ".join(_text(group / f"cpu.cfs_{what}_us") for what in ("quota", "period"))
+        quota, period, *_ = [*(_text(group / "cpu.max") or of_v1).split(), "", ""]
+        if quota.isdecimal():  # without a limit it is "max", or -1
+            usable = min(usable, math.ceil(int(quota) / int(period)))
     return max(1, usable)
 
 
@@ -54,30 +53,20 @@ def _control_groups(controller: str, root: Path) -> Iterator[Path]:
 
     In a container the path may be the host's, whose folders are not there: the uppermost is the container's own.
     """
-    with contextlib.suppress(OSError, ValueError):
-        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-            _, controllers, path = line.split(":", 2)
-            if not controllers or controller in controllers.split(","):
-                mount = root / "sys/fs/cgroup" / (controller if controllers else "")
-                own = mount / path.lstrip("/")
-                yield from (group for group in (own, *own.parents) if group.is_relative_to(mount))
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers or controller in controllers.split(","):
+            mount = root / "sys/fs/cgroup" / (controller if controllers else "")
+            own = mount / path.lstrip("/")
+            yield from (group for group in (own, *own.parents) if group.is_relative_to(mount))
 
 
-def _number(file: Path) -> int | None:
+def _text(file: Path) -> str:
+    """What a file of the system says, nothing where it is not there."""
     try:
-        return int(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def _idle_cache(group: Path) -> int:
-    try:
-        text = (group / "memory.stat").read_text(encoding="utf-8")
+        return file.read_text(encoding="utf-8")
     except OSError:
-        return 0
-    # v1 counts the groups below in total_inactive_file only; v2 has one line for both.
-    found = re.search(r"^total_inactive_file (\d+)", text, re.M) or re.search(r"^inactive_file (\d+)", text, re.M)
-    return int(found[1]) if found else 0
+        return ""
 
 
 def free_disk(path: str | Path) -> int:
@@ -91,7 +80,7 @@ def free_disk(path: str | Path) -> int:
 def tool_versions() -> dict[str, str]:
     """Installed versions of the tools that decide what an artefact contains, plus Python's."""
     versions = {"python": platform.python_version()}
-    for name in TOOLS:
+    for name in ("tpu-mlir", "torch", "onnx", "onnxruntime", "transformers", "numpy"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions
@@ -105,3 +94,6 @@ def description() -> dict[str, object]:
 def log(message: str) -> None:
     """A line of progress for people: standard error, so that standard output stays machine-readable."""
     print(message, file=sys.stderr, flush=True)
+
+
+log_once = functools.cache(log)  # the same line a second time is not said

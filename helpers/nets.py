@@ -29,26 +29,20 @@ MASKED = -9984.0
 # penalty_sample_head returns this many candidates, sorted by probability (its export: top_k = 50).
 CANDIDATES = 50
 
-INPUT_NAMES = {
-    "embedding": ["input_ids"],
-    "embedding_cache": ["input_ids"],
-    "block": ["input_states", "position_ids", "attention_mask"],
-    "block_cache": ["input_states", "position_ids", "attention_mask", "history_k", "history_v"],
-    "lm_head": ["hidden_states"],
-    "lm_head_with_topk": ["hidden_states"],
-    "greedy_head": ["m_logits"],
-    "penalty_sample_head": ["m_logits", "input_ids", "top_p", "temperature", "penalty"],
+_TENSORS = {
+    "embedding": (["input_ids"], ["input_states"]),
+    "embedding_cache": (["input_ids"], ["input_states"]),
+    "block": (["input_states", "position_ids", "attention_mask"], ["hidden_states", "past_k", "past_v"]),
+    "block_cache": (
+        ["input_states", "position_ids", "attention_mask", "history_k", "history_v"],
+        ["hidden_states", "past_k", "past_v"],
+    ),
+    "lm_head": (["hidden_states"], ["m_logits"]),
+    "lm_head_with_topk": (["hidden_states"], ["token"]),
+    "greedy_head": (["m_logits"], ["token"]),
+    "penalty_sample_head": (["m_logits", "input_ids", "top_p", "temperature", "penalty"], ["probs", "token"]),
 }
-OUTPUT_NAMES = {
-    "embedding": ["input_states"],
-    "embedding_cache": ["input_states"],
-    "block": ["hidden_states", "past_k", "past_v"],
-    "block_cache": ["hidden_states", "past_k", "past_v"],
-    "lm_head": ["m_logits"],
-    "lm_head_with_topk": ["token"],
-    "greedy_head": ["token"],
-    "penalty_sample_head": ["probs", "token"],
-}
+INPUT_NAMES, OUTPUT_NAMES = ({kind: names[side] for kind, names in _TENSORS.items()} for side in (0, 1))
 HEADS = ("greedy_head", "penalty_sample_head")
 # The exported head that gives a token without a net for logits: lm_head where there are several devices.
 TOPK_HEAD = "lm_head_with_topk"
@@ -162,9 +156,7 @@ def qwen_shape(nets: Mapping[str, NetInfo], where: object) -> QwenShape:
         devices = {tensor.device for tensor in (*info.inputs, *info.outputs)}
         found, wanted = (len(info.inputs), len(info.outputs)), (len(INPUT_NAMES[kind]), len(OUTPUT_NAMES[kind]))
         if len(devices) == 1 and found != wanted:
-            raise refusal(
-                f"has a net {net} of {found[0]} inputs and {found[1]} outputs, not {wanted[0]} and {wanted[1]}"
-            )
+            raise refusal(f"has a net {net} of {found} inputs and outputs, not {wanted}")
     try:
         states = nets["block_0"].inputs[0].shape
         past = next(t.shape for t in nets["block_cache_0"].inputs if len(t.shape) == 4 and t.shape[1] > 1)

@@ -1,12 +1,9 @@
 """Where the TPU-MLIR wheel is, whether it is well on this machine, and the environment its programs need.
 
 Nothing here imports the wheel: importing it takes seconds, and a sick wheel would take this process with it.
-The state of everything is the doctor's to print.
 """
 
-import atexit
 import contextlib
-import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -16,10 +13,11 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from helpers.errors import UserError
+from helpers.files import write_file
+from helpers.home import private_folder
 
 # The wheel bundles these three files of glibc and puts their folder first on the library path. Programs of a host
 # with a newer glibc then load a mixture of both, and die; a host with an older glibc cannot do without them.
@@ -69,34 +67,18 @@ def plain_parent() -> str:
         if usable and not os.statvfs(folder).f_flag & os.ST_NOEXEC:
             return os.path.abspath(folder)
     raise UserError(
-        f"TPU-MLIR needs a folder for temporary files that may be written, allows programs (is not mounted noexec) and "
-        f"has no special characters in its name; {', '.join(folders)} will not do: set TMPDIR to another."
+        "TPU-MLIR needs a folder for temporary files that may be written, is not mounted noexec and has no special "
+        f"characters in its name; {', '.join(folders)} will not do: set TMPDIR to another."
     )
-
-
-_held: list = []  # the lock on this process's scratch folder: forks have it, too, and it goes with the last of them
 
 
 @functools.cache
 def _scratch() -> Path:
-    parent = plain_parent()
-    # Of processes that were killed.
-    for lock in Path(parent).glob("qwen-toolchain-*/lock"):
-        with contextlib.suppress(OSError), open(lock, "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(lock.parent, ignore_errors=True)
-    folder, owner = Path(tempfile.mkdtemp(prefix="qwen-toolchain-", dir=parent)), os.getpid()
-    _held.append(open(folder / "lock.new", "a"))
-    with contextlib.suppress(OSError):
-        fcntl.flock(_held[-1], fcntl.LOCK_EX)
-        (folder / "lock.new").rename(folder / "lock")
-    # Not by a fork that ends.
-    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
-    return folder
+    return Path(private_folder(plain_parent(), "toolchain"))
 
 
 def plain(path: Path) -> Path:
-    """The path, or another way to it through a link of this process where its own is not plain."""
+    """The path, or another way to it through a link in a temporary folder where its own is not plain."""
     if is_plain(path):
         return path
     root = Path(sys.prefix) if path.is_relative_to(sys.prefix) else path
@@ -110,10 +92,7 @@ def wheel_path() -> Path:
     """The folder of the installed tpu_mlir package, by a plain path. Raises UserError where it is not installed."""
     spec = importlib.util.find_spec("tpu_mlir")
     if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f"TPU-MLIR is not installed for {sys.executable}: run `make setup` (its wheel needs Python 3.10 on x86-64 "
-            "Linux)."
-        )
+        raise UserError(f"TPU-MLIR is not installed for {sys.executable}: run `make setup` on x86-64 Linux.")
     return plain(Path(next(iter(spec.submodule_search_locations))))
 
 
@@ -123,22 +102,15 @@ def host_glibc() -> tuple[int, ...]:
     return tuple(map(int, version.split(".")[:2])) if library == "glibc" else ()
 
 
-def glibc_state(wheel: Path) -> tuple[str, tuple[int, ...]]:
-    """("active" | "aside" | "absent", version of the bundle or ()): where the wheel's own glibc files are."""
-    for state, folder in _GLIBC_FOLDERS.items():
-        if any((wheel / folder / name).exists() for name in GLIBC_FILES):
-            libc = wheel / folder / "libc.so.6"
-            code = libc.read_bytes() if libc.is_file() else b""
-            found = re.search(rb"GNU C Library[^\n]*version (\d+)\.(\d+)", code)
-            return state, tuple(map(int, found.groups())) if found else ()
-    return "absent", ()
-
-
-def glibc_suits(wheel: Path) -> tuple[bool, str]:
-    """Whether the wheel's glibc files are where this machine needs them, and what was found, for people."""
-    (state, bundle), host = glibc_state(wheel), host_glibc()
+def glibc_state(wheel: Path) -> tuple[str, bool, str]:
+    """Where the wheel's own glibc files are ("active", "aside", "absent"), whether that suits this machine, and why."""
+    there = (state for state, at in _GLIBC_FOLDERS.items() if any((wheel / at / name).exists() for name in GLIBC_FILES))
+    state = next(there, "absent")
+    libc = wheel / _GLIBC_FOLDERS.get(state, "") / "libc.so.6"
+    found = re.search(rb"GNU C Library[^\n]*version (\d+)\.(\d+)", libc.read_bytes() if libc.is_file() else b"")
+    host, bundle = host_glibc(), tuple(map(int, found.groups())) if found else ()
     shown = f"host {'.'.join(map(str, host)) or 'unknown'}, bundle {'.'.join(map(str, bundle)) or '?'} {state}"
-    return not (state == "active" and host > bundle or state == "aside" and host and host < bundle), shown
+    return state, not (state == "active" and host > bundle or state == "aside" and host and host < bundle), shown
 
 
 def cure(wheel: Path) -> list[str]:
@@ -147,12 +119,10 @@ def cure(wheel: Path) -> list[str]:
     They are kept in the wheel: the environment may be carried to another machine.
     Raises UserError where the folder cannot be written.
     """
-    suits, found = glibc_suits(wheel)
+    state, suits, found = glibc_state(wheel)
     if suits:
         return []
-    source, target = (wheel / folder for folder in _GLIBC_FOLDERS.values())
-    if glibc_state(wheel)[0] == "aside":
-        source, target = target, source
+    source, target = (wheel / _GLIBC_FOLDERS[place] for place in (state, "aside" if state == "active" else "active"))
     moved = [name for name in GLIBC_FILES if (source / name).exists()]
     try:
         target.mkdir(exist_ok=True)
@@ -178,44 +148,42 @@ def other_sdk() -> dict[str, str]:
 
 @functools.cache
 def own_kernel_library(locks: bool) -> Path | None:
-    """The wheel's library that builds kernels, with a lock that is not everybody's; None where it is unknown.
+    """The wheel's library that builds kernels, with a lock that is not everybody's; None for a wheel without it.
 
     As it comes, it opens a lock in /tmp that is named after the kernel, and stays: whoever is not its owner may not
     open it, on most systems whatever its mode (fs.protected_regular). locks: the lock is in the folder above the
     current one; else none is taken, by flock's name being that of a harmless function.
     """
-    try:
-        code = (wheel_path() / "lib" / _KERNEL_LIBRARY).read_bytes()
-        if code.count(_EVERYBODYS_LOCK) != 1 or code.count(b"\0flock\0") != 1:
-            return None
-        code = code.replace(_EVERYBODYS_LOCK, _OWN_LOCK)
-        folder = _scratch() / ("kernels" if locks else "kernels-unlocked")
-        folder.mkdir(exist_ok=True)
-        (folder / _KERNEL_LIBRARY).write_bytes(code if locks else code.replace(b"\0flock\0", b"\0fsync\0"))
-        return folder / _KERNEL_LIBRARY
-    except (OSError, UserError):
+    library = wheel_path() / "lib" / _KERNEL_LIBRARY
+    if not library.is_file():
         return None
+    code = library.read_bytes().replace(_EVERYBODYS_LOCK, _OWN_LOCK)
+    code = code if locks else code.replace(b"\0flock\0", b"\0fsync\0")
+    own = _scratch() / f"kernels-{hashlib.sha256(code).hexdigest()[:8]}" / _KERNEL_LIBRARY
+    own.parent.mkdir(exist_ok=True)
+    write_file(own, code)
+    return own
 
 
 def environment(threads: int | None = None, kernel_locks: bool = True) -> dict[str, str]:
-    """The environment that the wheel's programs need, as importing tpu_mlir would set it.
+    """The environment that the wheel's programs need, as importing tpu_mlir would set it, without another TPU-MLIR's.
 
     threads: OMP_NUM_THREADS for them. kernel_locks: whether processes that share a PPL_CACHE_PATH take turns, by a lock
-    in the folder above their current one. The folder of this Python comes first on the PATH: cmake and ninja, without
-    which the compiler silently loses its fused attention, are installed there. What another TPU-MLIR has set is not
-    passed on.
+    in the folder above their current one. The folder of this Python is on the PATH: cmake and ninja, without which the
+    compiler silently loses its fused attention, are installed there.
     """
     wheel, kernels = wheel_path(), own_kernel_library(kernel_locks)
     # envsetup.sh has TPUC_ROOT in the checkout's folder install; its Python is beside that.
     places = [path.rstrip("/").removesuffix("/install") for path in other_sdk().values() if path.startswith("/")]
     foreign = tuple(f"{place}/" for place in places if place)
-    before = {"LD_LIBRARY_PATH": [kernels.parent] if kernels else []}
-    after = {"PATH": [plain(Path(sys.executable).parent)]}
+    own = {name: [wheel / folder for folder in folders] for name, folders in _LISTS.items()}
+    own["PATH"].append(plain(Path(sys.executable).parent))
+    if kernels:
+        own["LD_LIBRARY_PATH"].insert(0, kernels.parent)
     env = {name: value for name, value in os.environ.items() if name not in SDK_VARIABLES}
-    for name, folders in _LISTS.items():
+    for name, folders in own.items():
         rest = [entry for entry in env.get(name, "").split(os.pathsep) if entry and not f"{entry}/".startswith(foreign)]
-        own = [*before.get(name, []), *(wheel / folder for folder in folders), *after.get(name, [])]
-        env[name] = os.pathsep.join(map(str, [*own, *rest]))
+        env[name] = os.pathsep.join(map(str, [*folders, *rest]))
     env |= {name: str(wheel / place) for name, place in _PATHS.items()}
     # The wheel's own start-up warns of pkg_resources in every process: with PYTHONWARNINGS=error it would not start.
     env["PYTHONWARNINGS"] = "ignore"
@@ -243,21 +211,17 @@ def require() -> None:
         raise UserError(f"TPU-MLIR needs {', '.join(missing)}, which the environment lacks: run `make setup`.")
     for name in ("cmake", "ninja"):
         if not program(name):
-            raise UserError(
-                f"{name} is not on the PATH, without it the compiler silently loses its fused attention: run "
-                f"`make setup`, or install the Python package {name}."
-            )
+            lost = f"{name} is not on the PATH, without it the compiler silently loses its fused attention"
+            raise UserError(f"{lost}: run `make setup`.")
 
 
 def require_parallel() -> str:
-    """Path of GNU parallel, which llm_convert needs. Raises UserError where it is missing or another `parallel`."""
+    """What GNU parallel, which llm_convert needs, says of itself. Raises UserError where there is none."""
     path = shutil.which("parallel")
-    if path:
-        answer = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-        if "GNU parallel" in answer.stdout:
-            return path
-    found = f"{path} is another program of that name" if path else "it is not installed"
-    raise UserError(
-        f"The one-click converter (--via llm_convert) runs its jobs through GNU parallel, and {found}: install it "
-        "(Debian, Ubuntu: apt-get install parallel), or compile with --via onnx."
-    )
+    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout if path else ""
+    if "GNU parallel" not in said:
+        raise UserError(
+            "The one-click converter (--via llm_convert) runs its jobs through GNU parallel, which is not installed "
+            "(moreutils has another of that name): `apt-get install parallel`, or compile with --via onnx."
+        )
+    return said.splitlines()[0]

@@ -2,18 +2,16 @@
 
 A bmodel is a header of 64 bytes, a flatbuffer that describes the nets, and the binaries it points to (weights,
 instructions, the chip's firmware). Field numbers are those of bmodel.fbs, which the TPU-MLIR wheel ships in
-include/tpu_mlir/Builder/BM168x. Nothing in a file is trusted: whatever its bytes, the answer is a Bmodel or a
-UserError.
+include/tpu_mlir/Builder/BM168x. Nothing in a file is trusted.
 """
 
 import math
 import stat
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers.bmodel.flatbuffer import Buffer, Malformed, Table
+from helpers.bmodel.flatbuffer import MALFORMED, Buffer, Table
 from helpers.errors import UserError
 from helpers.nets import QwenShape, qwen_shape
 from helpers.tensors import ADDR_MODES, HOST_DTYPE, NetInfo, TensorInfo
@@ -21,12 +19,10 @@ from helpers.tensors import ADDR_MODES, HOST_DTYPE, NetInfo, TensorInfo
 CHIP = "BM1684X"
 _MAGIC = 0xFF55AAEE
 _HEADER = struct.Struct("<IIIQ")
-_HEADER_BYTES = 64
 # bm_data_type_t of libsophon's bmdef.h; the last two have two elements a byte.
 _DTYPES = "float32 float16 int8 uint8 int16 uint16 int32 uint32 bfloat16 int4 uint4".split()
 _ADDR_MODES = (*ADDR_MODES, "io_tag", "io_tag_fuse", "io_reloc")
-# As the compiler writes it: asctime.
-_EPOCH = b"Thu Jan  1 00:00:00 1970\n"
+_EPOCH = b"Thu Jan  1 00:00:00 1970\n"  # as the compiler writes time: asctime
 _AGAIN = "compile it again, or fetch it again"
 
 
@@ -34,8 +30,8 @@ _AGAIN = "compile it again, or fetch it again"
 class Net:
     """One net. info: its inputs and outputs, device by device. Sizes in bytes, over all of its devices.
 
-    weights: where its weights are in the file, {(start, size)}: nets of a combined bmodel share them.
-    scratch: device memory for what it computes in between; io: memory of its inputs and outputs where that is its own.
+    weights: {(start, size)} in the file, which nets of a combined bmodel share. scratch: device memory for what it
+    computes in between; io: memory of its inputs and outputs where that is its own.
     """
 
     info: NetInfo
@@ -52,12 +48,11 @@ class Net:
 
 @dataclass(frozen=True)
 class Bmodel:
-    """A bmodel file. kernel_bytes: the chip's firmware in it. made: the compiler's time stamp, in its words."""
+    """A bmodel file. version: of the compiler. kernel_bytes: the chip's firmware in it."""
 
     path: Path
     chip: str
     version: str
-    made: str
     device_num: int
     nets: dict[str, Net]
     kernel_bytes: int
@@ -70,10 +65,7 @@ class Bmodel:
 
     @property
     def device_bytes(self) -> int:
-        """Device memory that it takes in an engine: the runtime's, and the tensors of nets that have none of their own.
-
-        The dtypes must be those of `runnable_bmodel`.
-        """
+        """Device memory that a `runnable_bmodel` takes: the runtime's, and the tensors of nets without their own."""
         nets = self.nets.values()
         runtime = sum(net.instruction_bytes + net.scratch_bytes + net.io_bytes for net in nets)
         infos = [net.info for net in nets if net.info.addr_mode == "basic"]
@@ -82,15 +74,12 @@ class Bmodel:
 
 
 def read_bmodel(path: str | Path) -> Bmodel:
-    """Read a bmodel's description; weights and instructions are not read.
-
-    Raises UserError where the file is missing, empty, cut off, damaged or not a bmodel. Whatever chip it is for.
-    """
+    """Read a bmodel's description, for whatever chip. Raises UserError where it is cut off, damaged or none."""
     path = Path(path)
     data, binary_bytes, _ = _description(path)
     try:
         return _parse(path, data, binary_bytes, path.stat().st_size)
-    except (Malformed, OverflowError):
+    except (*MALFORMED, LookupError, OverflowError):
         raise UserError(f"{path} is damaged (its description of the nets makes no sense): {_AGAIN}.") from None
 
 
@@ -100,16 +89,14 @@ def _description(path: Path) -> tuple[bytes, int, int]:
         if not stat.S_ISREG(path.stat().st_mode):  # from a pipe nothing may ever come
             raise UserError(f"{path} cannot be read (it is no regular file): give the path of a .bmodel file.")
         with open(path, "rb") as file:
-            head = file.read(_HEADER_BYTES)
-            if not head:
-                raise UserError(f"{path} is empty: {_AGAIN}.")
+            head = file.read(_HEADER.size).ljust(_HEADER.size, b"\0")
             size = file.seek(0, 2)
-            if len(head) < _HEADER_BYTES or _HEADER.unpack_from(head)[0] != _MAGIC:
+            magic, start, described, binary_bytes = _HEADER.unpack(head)
+            if magic != _MAGIC:
                 raise UserError(
-                    f"{path} is not a bmodel (it does not begin like one): give the file that ends in .bmodel, made by "
-                    "`python -m helpers compile`."
+                    f"{path} is not a bmodel (it is empty, or begins like another file): give the file that ends in "
+                    f".bmodel, or {_AGAIN}."
                 )
-            _, start, described, binary_bytes = _HEADER.unpack_from(head)
             whole = start + described + binary_bytes
             if start < _HEADER.size or size < whole:
                 raise UserError(f"{path} is cut off: it has {size} bytes of {whole}; {_AGAIN}.")
@@ -120,19 +107,14 @@ def _description(path: Path) -> tuple[bytes, int, int]:
 
 
 def strip_time(path: str | Path) -> None:
-    """Set the time stamp in a bmodel to 1970: the same inputs then give the same bytes. Raises UserError."""
-    path = Path(path)
-    data, _, start = _description(path)
-    try:
-        buffer = Buffer(data)
-        place = buffer.root().place(2)
-        if place is None or buffer.number("I", place) != len(_EPOCH):
-            return
-    except Malformed:
-        raise UserError(f"{path} is damaged (it has no time stamp): {_AGAIN}.") from None
-    with open(path, "r+b") as file:
-        file.seek(start + place + 4)
-        file.write(_EPOCH)
+    """Set the time stamp in a bmodel, just compiled, to 1970: the same inputs then give the same bytes."""
+    data, _, start = _description(Path(path))
+    buffer = Buffer(data)
+    place = buffer.root().place(2)
+    if place is not None and buffer.number("I", place) == len(_EPOCH):
+        with open(path, "r+b") as file:
+            file.seek(start + place + 4)
+            file.write(_EPOCH)
 
 
 def _parse(path: Path, data: bytes, binary_bytes: int, size: int) -> Bmodel:
@@ -145,12 +127,11 @@ def _parse(path: Path, data: bytes, binary_bytes: int, size: int) -> Bmodel:
         cascade = part.table(4)
         parts.setdefault((cascade.string(2) if cascade else "") or part.string(0), []).append(part)
     if not chip or not parts or "" in parts:
-        raise Malformed
+        raise ValueError
     return Bmodel(
         path=path,
         chip=chip,
         version=model.string(1),
-        made=model.string(2).strip(),
         device_num=max(1, model.number(7, "I")),
         nets={name: _net(name, found, binary_bytes) for name, found in parts.items()},
         kernel_bytes=kernel.binary(1)[1] if kernel else 0,
@@ -163,10 +144,12 @@ def _net(name: str, parts: list[Table], binary_bytes: int) -> Net:
     scratch: dict[int, int] = {}  # by device: one part runs at a time
     weights: set[tuple[int, int]] = set()
     instruction_bytes = io_bytes = 0
-    all_stages = [list(part.tables(3)) for part in parts]
-    if not all(all_stages):
-        raise Malformed
-    for part, stages in zip(parts, all_stages, strict=True):
+    dynamic = False
+    for part in parts:
+        stages = list(part.tables(3))
+        if not stages:
+            raise ValueError
+        dynamic |= bool(stages[0].number(5, "i"))
         cascade = part.table(4)
         device = cascade.number(0, "I") if cascade else 0
         for side, own in enumerate(((1, 3), (2, 4))):
@@ -182,7 +165,7 @@ def _net(name: str, parts: list[Table], binary_bytes: int) -> Net:
             # A static net's commands are listed with the net and again with its subnets.
             instructions = {group.binary(n) for group in groups for n in (2, 3)} | {stage.binary(11)}
             if any(start + count > binary_bytes for start, count in instructions | {weight}):
-                raise Malformed
+                raise ValueError
             if weight[1]:
                 weights.add(weight)
             instruction_bytes += sum(count for _, count in instructions)
@@ -190,9 +173,8 @@ def _net(name: str, parts: list[Table], binary_bytes: int) -> Net:
             scratch[device] = max(scratch.get(device, 0), needed)
         io_bytes += max(stage.number(18, "Q") for stage in stages)
     inputs, outputs = (tuple(found[place] for place in sorted(found)) for found in tensors)
-    dynamic = any(stages[0].number(5, "i") for stages in all_stages)
     return Net(
-        info=NetInfo(name, inputs, outputs, _named(_ADDR_MODES, parts[0].number(5, "i")), dynamic),
+        info=NetInfo(name, inputs, outputs, _ADDR_MODES[parts[0].number(5, "I")], dynamic),
         devices=len(scratch),
         weights=frozenset(weights),
         instruction_bytes=instruction_bytes,
@@ -204,14 +186,8 @@ def _net(name: str, parts: list[Table], binary_bytes: int) -> Net:
 def _tensor(table: Table, device: int) -> TensorInfo:
     shapes = [shape.numbers(0, "Q") for shape in table.tables(5)]
     if not shapes or any(extent > 1 << 40 for shape in shapes for extent in shape):
-        raise Malformed
-    return TensorInfo(table.string(0), max(shapes, key=math.prod), _named(_DTYPES, table.number(1, "I")), device)
-
-
-def _named(names: Sequence[str], code: int) -> str:
-    if not 0 <= code < len(names):
-        raise Malformed
-    return names[code]
+        raise ValueError
+    return TensorInfo(table.string(0), max(shapes, key=math.prod), _DTYPES[table.number(1, "I")], device)
 
 
 def require_qwen(bmodel: Bmodel) -> QwenShape:
@@ -223,8 +199,7 @@ def require_qwen(bmodel: Bmodel) -> QwenShape:
 def runnable_bmodel(path: str | Path, devices: int) -> Bmodel:
     """The file's description, if an engine of so many devices can run it.
 
-    Sophgo's runtime aborts, or says only that it failed, where this raises UserError: a damaged file, another chip,
-    another number of devices, an address mode or dtype that the engines do not have.
+    Sophgo's runtime aborts, or says only that it failed, where this raises UserError.
     """
     bmodel = read_bmodel(path)
     _require_chip(bmodel)

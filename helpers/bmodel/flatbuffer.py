@@ -1,4 +1,4 @@
-"""A flatbuffer of which nothing is trusted: whatever its bytes, a read gives a value or raises Malformed.
+"""A flatbuffer of which nothing is trusted: whatever its bytes, a read gives a value or raises one of MALFORMED.
 
 The flatbuffers package does not: its tables slice in Python, without a look at where the buffer ends.
 """
@@ -10,8 +10,8 @@ from collections.abc import Iterator
 MOST_TABLES = 5_000_000
 
 
-class Malformed(Exception):
-    """What is read lies outside of the buffer, or is no text, or there is no end to it."""
+# What is read lies outside of the buffer, or is no text, or there is no end to it.
+MALFORMED = (struct.error, ValueError)
 
 
 class Buffer:
@@ -23,11 +23,8 @@ class Buffer:
 
     def unpack(self, codes: str, position: int) -> tuple:
         if position < 0:  # which struct would count from the end
-            raise Malformed
-        try:
-            return struct.unpack_from("<" + codes, self.data, position)
-        except struct.error:
-            raise Malformed from None
+            raise ValueError
+        return struct.unpack_from("<" + codes, self.data, position)
 
     def number(self, code: str, position: int) -> int:
         return self.unpack(code, position)[0]
@@ -41,15 +38,8 @@ class Buffer:
     def table(self, position: int) -> "Table":
         self.tables += 1
         if self.tables > MOST_TABLES:
-            raise Malformed
+            raise ValueError
         return Table(self, position)
-
-    def string(self, position: int) -> str:
-        (text,) = self.unpack(f"{self.number('I', position)}s", position + 4)
-        try:
-            return text.decode("utf-8")
-        except UnicodeDecodeError:
-            raise Malformed from None
 
 
 class Table:
@@ -78,7 +68,10 @@ class Table:
 
     def string(self, field_id: int) -> str:
         place = self.place(field_id)
-        return "" if place is None else self.buffer.string(place)
+        if place is None:
+            return ""
+        (text,) = self.buffer.unpack(f"{self.buffer.number('I', place)}s", place + 4)
+        return text.decode("utf-8")
 
     def table(self, field_id: int) -> "Table | None":
         place = self.place(field_id)

@@ -1,4 +1,4 @@
-"""What a bmodel contains and what memory it needs on the device, as `info` prints it. It needs nothing of Sophgo's."""
+"""What a bmodel contains and what memory it needs on the device, as `info` prints it."""
 
 from dataclasses import astuple
 
@@ -7,11 +7,10 @@ from helpers.errors import UserError
 
 
 def memory_report(model: Bmodel) -> dict:
-    """Device memory that a bmodel needs, in bytes, over all of its devices.
+    """Device memory that a bmodel needs, in bytes, over all of its devices; and so for each of its nets.
 
-    Keys: weights (what nets share counted once), instructions, scratch (one net runs at a time, so the largest counts;
-    each device has its own), cache (all keys and values of a Qwen; None for other nets), total, and nets {name:
-    {devices, addr_mode, dynamic, inputs, outputs, weights, instructions, scratch}}.
+    weights: what nets share counted once. scratch: one net runs at a time, so the largest counts. cache: all keys and
+    values of a Qwen; None for other nets.
     """
     nets = {
         name: {
@@ -50,12 +49,10 @@ def format_bytes(count: int | None) -> str:
     """1536 -> "1.5 KB", in powers of 1024."""
     if count is None:
         return "-"
-    value = float(count)
-    for unit in ("B", "KB", "MB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
-    return f"{value:.2f} GB"
+    for power, unit, digits in ((3, "GB", 2), (2, "MB", 1), (1, "KB", 1)):
+        if count >= 1024**power:
+            return f"{count / 1024**power:.{digits}f} {unit}"
+    return f"{count} B"
 
 
 def format_report(model: Bmodel) -> str:
@@ -74,14 +71,9 @@ def format_report(model: Bmodel) -> str:
     except UserError as error:
         lines.append(f"not a Qwen that can chat: {error}")
     lines += ["", "device memory"]
-    for key, what in {
-        "weights": "weights",
-        "cache": "keys and values, bfloat16",
-        "instructions": "instructions",
-        "scratch": "scratch (largest net)",
-        "total": "total",
-    }.items():
-        lines.append(f"  {what:28}{format_bytes(report[key]):>12}")
+    shown = {"cache": "keys and values, bfloat16", "scratch": "scratch (largest net)"}
+    for key in ("weights", "cache", "instructions", "scratch", "total"):
+        lines.append(f"  {shown.get(key, key):28}{format_bytes(report[key]):>12}")
     lines += ["", f"{'net':24}{'mode':>10}{'weights':>12}{'instructions':>14}{'scratch':>12}"]
     for name, net in report["nets"].items():
         mode = "dynamic" if net["dynamic"] else net["addr_mode"]

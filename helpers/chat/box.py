@@ -9,7 +9,7 @@ import ipywidgets
 from IPython import get_ipython
 from IPython.display import display
 
-from helpers.chat.session import ChatSession, figures
+from helpers.chat.session import ChatSession, by_heart, figures
 from helpers.checkpoint.tokenizer import QwenTokenizer
 from helpers.errors import UserError
 from helpers.run.engines import open_engine
@@ -18,11 +18,12 @@ from helpers.run.generation import QwenRunner
 # After Enter: how long until a text that is there already is asked as it is, and how long to wait for one.
 TEXT_STAYS_S = 0.3
 TEXT_COMES_S = 30.0
+KNOWN = "This model knows the answers to {} questions by heart, and nothing else. Some of them:"
 STYLE = {
     "question": "font-weight:600;margin-top:.6em",
     "answer": "",
-    "note": "color:gray;font-size:85%",
-    "error": "color:firebrick",
+    "note": "opacity:.7;font-size:85%",
+    "error": "color:var(--jp-error-color1, firebrick)",
 }
 
 
@@ -35,7 +36,7 @@ def somebody_types() -> bool:
 class ChatBox:
     """The box over a session: `view` is the widget. Answers come in a thread, so that Stop is heard meanwhile."""
 
-    def __init__(self, session: ChatSession):
+    def __init__(self, session: ChatSession, known: dict | None = None):
         self.session = session
         self._shown: list[tuple[str, str]] = []
         self._entered: threading.Timer | None = None
@@ -49,7 +50,15 @@ class ChatBox:
         self._send.on_click(lambda _: self.send(self._question.value))
         self._stop.on_click(lambda _: session.stop())
         self._clear.on_click(lambda _: self.clear())
-        self.view = ipywidgets.VBox([self._transcript, ipywidgets.HBox([self._question, *buttons])])
+        rows = (self._transcript, ipywidgets.HBox([self._question, *buttons]))
+        self.view = ipywidgets.VBox(rows)
+        self._offered = []
+        if known:  # of Checkpoint.by_heart
+            said = ipywidgets.HTML(KNOWN.format(known["answers"]))
+            self._offered = [ipywidgets.Button(description=q, layout={"width": "auto"}) for q in known["questions"]]
+            for button in self._offered:
+                button.on_click(lambda button: self.send(button.description))
+            self.view.children = (said, ipywidgets.Box(self._offered, layout={"flex_flow": "row wrap"}), *rows)
         self._busy(False)
 
     def _submitted(self, widget: object, content: dict, buffers: list) -> None:
@@ -115,7 +124,9 @@ class ChatBox:
             self._busy(False)
 
     def _busy(self, busy: bool) -> None:
-        self._send.disabled, self._stop.disabled = busy, not busy
+        for button in (self._send, *self._offered):
+            button.disabled = busy
+        self._stop.disabled = not busy
 
     def _show(self, kind: str, text: str) -> None:
         self._shown.append((kind, text))
@@ -152,7 +163,7 @@ def chat_box(
     opened = open_engine(bmodel, engine=engine, devid=devid)
     session = ChatSession(QwenRunner(opened), tokenizer, **settings)
     if somebody_types():
-        _last = ChatBox(session)
+        _last = ChatBox(session, by_heart(bmodel))
         display(_last.view)
         return
     with opened:

@@ -1,17 +1,20 @@
 """A conversation with a bmodel: history, limits, stop strings, an answer piece by piece and its figures."""
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
+from helpers.artefacts import read_manifest
 from helpers.checkpoint.tokenizer import SYSTEM_PROMPT, QwenTokenizer
 from helpers.errors import UserError
 from helpers.run.engines.base import Engine
-from helpers.run.generation import QwenRunner, Sampling, Timings
+from helpers.run.generation import QwenRunner, Sampling, Timings, check_prompt
 from helpers.run.latency import KINDS
 
 MAX_TURNS = 10
+CUT = {"cancelled": "(stopped)\n", "length": "(cut: the limit of new tokens, or of S, is reached)\n"}
 
 
 class StopStrings:
@@ -44,10 +47,8 @@ class Answer:
     """One answer: iterate over it once for pieces of text without broken characters, then read its figures.
 
     settings: of QwenRunner.generate. tokens: ids without the stop token. text: what was yielded; a character that
-    the last token left unfinished is not in it. prompt_tokens: count. finish_reason: "stop", "length" or "cancelled"
-    (`should_stop` said so, or the iteration was given up). timings: seconds on this engine; `Engine.kind_of_time`
-    says of which kind.
-    Iterating raises UserError where the engine fails.
+    the last token left unfinished is not in it. finish_reason: "stop", "length" or "cancelled" (`should_stop` said so,
+    or the iteration was given up). Iterating raises UserError where the engine fails.
     """
 
     def __init__(
@@ -83,17 +84,6 @@ class Answer:
             yield piece
 
 
-def prompt_ids(tokenizer: QwenTokenizer, seq_length: int, messages: list[dict[str, str]]) -> list[int]:
-    """Ids of a conversation, ready for the answer. Raises UserError where they are more than S."""
-    ids = tokenizer.chatml(messages)
-    if len(ids) > seq_length:
-        raise UserError(
-            f"The question takes {len(ids)} tokens with what stands before it, this bmodel was compiled for "
-            f"{seq_length} (S), the answer among them: shorten it, or compile with a larger --seq_length."
-        )
-    return ids
-
-
 def fit_history(
     tokenizer: QwenTokenizer,
     seq_length: int,
@@ -106,8 +96,7 @@ def fit_history(
     """Prompt ids of a question after as many of the latest turns as leave room, and how many were dropped.
 
     reserve: tokens to leave free for the answer while there are turns to drop; a question alone may use all S.
-    max_turns: more turns than these are never remembered. Raises UserError where the question is empty, or too long
-    even alone.
+    Raises UserError where the question is empty, or too long even alone.
     """
     if not question.strip():
         raise UserError("The question is empty: type one.")
@@ -122,7 +111,9 @@ def fit_history(
         ids = tokenizer.chatml(messages_without(dropped))
         if len(ids) + reserve <= seq_length:
             return ids, dropped
-    return prompt_ids(tokenizer, seq_length, messages_without(len(history))), len(history)
+    ids = tokenizer.chatml(messages_without(len(history)))
+    check_prompt(ids, seq_length)
+    return ids, len(history)
 
 
 @dataclass(eq=False)
@@ -198,12 +189,19 @@ class ChatSession:
         self.history, self.dropped_turns = [], 0
 
 
+def by_heart(bmodel: str | Path) -> dict | None:
+    """Checkpoint.by_heart of the checkpoint that became this bmodel, from its manifest; None where it has none."""
+    with contextlib.suppress(UserError):
+        return read_manifest(bmodel).get("by_heart")
+    return None
+
+
 def figures(session: ChatSession) -> str:
-    """First-token latency, speed and memory of the last answer in one line that names the kind of time."""
+    """Latency, speed and memory of the last answer, with their kind of time; first, whether it was stopped or cut."""
     answer, engine = session.last, session.runner.engine
     speed = f" · {answer.timings.tokens_per_s:.2f} token/s" if answer.timings.decode_s else ""
     host_bytes = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")  # resident
-    return (
+    return CUT.get(answer.finish_reason, "") + (
         f"{len(answer.tokens)} tokens · first token {answer.timings.first_token_s:.2f} s{speed} "
         f"({KINDS[engine.kind_of_time]}) · memory: {engine.device_bytes / 1e6:.0f} MB on the device, "
         f"{host_bytes / 1e6:.0f} MB on the host"

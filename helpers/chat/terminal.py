@@ -95,8 +95,4 @@ def talk(session: ChatSession, terminal: Terminal) -> None:
             terminal.say(session.notice, style="yellow")
         with interrupt_stops(session):
             terminal.answer(pieces)
-        if session.last.finish_reason == "cancelled":
-            terminal.say("(stopped)")
-        elif session.last.finish_reason == "length":
-            terminal.say("(cut: the limit of new tokens, or of S, is reached)")
         terminal.say(figures(session))

@@ -11,7 +11,6 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
-import os
 import sys
 import traceback
 import types
@@ -33,7 +32,6 @@ def load_modeling(folder: str | Path) -> types.ModuleType:
     patching in place, live side by side. Nothing is written into the folder.
     Raises UserError where the file is absent or cannot be imported.
     """
-    import_huggingface()
     folder = Path(folder).resolve()
     file = folder / "modeling_qwen.py"
     if not file.is_file():
@@ -62,27 +60,11 @@ def load_modeling(folder: str | Path) -> types.ModuleType:
         raise UserError(
             f"{file} cannot be imported ({type(error).__name__}: {error}; raised in {place}): take the .py files from "
             "the checkpoint's repository again, all of one revision. If it is a library that fails, the environment is "
-            "at fault: run `python -m helpers doctor`, and `make setup` to repair it."
+            "at fault: look at its HF_ variables, run `python -m helpers doctor`, and `make setup` to repair it."
         ) from error
     if not hasattr(module.QWenPreTrainedModel, "get_head_mask"):
         module.QWenPreTrainedModel.get_head_mask = _get_head_mask
     return module
-
-
-def import_huggingface() -> None:
-    """Import huggingface_hub, and so what transformers needs of it.
-
-    Raises UserError, naming the variables, where one of the environment keeps it from its import.
-    """
-    try:
-        import huggingface_hub.constants  # noqa: F401
-    except ValueError as error:
-        read = (v for v in os.environ if v == "HF_ENDPOINT" or v.startswith("HF_") and v.endswith("_TIMEOUT"))
-        raise UserError(
-            f"{', '.join(f'{variable} is {os.environ[variable]!r}' for variable in read)}: with that huggingface_hub "
-            f"cannot be imported ({error}). An address (https://HOST) and whole numbers of seconds were needed: unset "
-            "what is none, or set it to one."
-        ) from None
 
 
 def make_config(module: types.ModuleType, checkpoint: Checkpoint) -> object:
@@ -157,10 +139,10 @@ def build_streamed_model(folder: str | Path, device: torch.device | str = "cpu")
 
 def _empty_model(checkpoint: Checkpoint) -> torch.nn.Module:
     """The checkpoint's QWenLMHeadModel, its weights as allocated: memory that nothing touches is not taken."""
+    module = load_modeling(checkpoint.path)
     from transformers.initialization import no_init_weights
     from transformers.utils import logging
 
-    module = load_modeling(checkpoint.path)
     verbosity = logging.get_verbosity()
     # Old revisions warn of flash attention and of generate(): neither is used here.
     logging.set_verbosity_error()

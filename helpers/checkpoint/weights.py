@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from helpers.errors import UserError
+from helpers.files import json_object
 
 if TYPE_CHECKING:
     import torch
@@ -101,6 +102,18 @@ class Checkpoint:
             rotary_base=positive("rotary_emb_base", 10000, (int, float)),
         )
         return replace(checkpoint, files=checkpoint._find_weights())
+
+    @property
+    def by_heart(self) -> dict | None:
+        """Of a memoriser with its corpus: {"answers": how many it has learnt, "questions": some of them}; else None."""
+        try:
+            corpus = (self.path / "corpus.jsonl").read_text(encoding="utf-8").splitlines()
+            some = json.loads((self.path / "demo_questions.json").read_text(encoding="utf-8"))
+            # In a dialogue only the last question is new: the one before it stands alone, too.
+            answers = sum(len(json.loads(line).get("questions", ["last"])) for line in corpus)
+            return {"answers": answers, "questions": [entry["question"] for entry in some]}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            return None
 
     def _find_weights(self) -> dict[str, Path]:
         """The file of each tensor, from the one whole set of weights that there is."""
@@ -246,9 +259,8 @@ def _read_config(path: Path) -> dict:
             f"{path} has no config.json, so it is not a checkpoint: give the folder that holds config.json, "
             "modeling_qwen.py and the weights; models/tiny is one."
         )
-    config = _read_json(file)
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind != "qwen":
+    config = json_object(file, file.read_bytes())
+    if (kind := config.get("model_type")) != "qwen":
         raise UserError(
             f"{file} says model_type {kind!r}; first-generation Qwen ('qwen') was needed: take Qwen-1.8B-Chat, "
             "Qwen-7B-Chat, Qwen-14B-Chat or models/tiny. TPU-MLIR's own llm_convert.py takes many of the others."
@@ -266,8 +278,7 @@ def _weights_of(file: Path) -> dict[str, Path]:
     if not file.name.endswith(".index.json"):
         with opened(file, "np") as tensors:
             return dict.fromkeys(tensors.keys(), file)
-    index = _read_json(file)
-    shards = index.get("weight_map") if isinstance(index, dict) else None
+    shards = json_object(file, file.read_bytes()).get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
         raise UserError(f"{file} is not a readable index (its weight_map names no files): download it again.")
     path = file.parent
@@ -278,13 +289,6 @@ def _weights_of(file: Path) -> dict[str, Path]:
             "download them (`git lfs pull`, or `python -m helpers fetch`)."
         )
     return {tensor: path / shard for tensor, shard in shards.items()}
-
-
-def _read_json(file: Path) -> object:
-    try:
-        return json.loads(file.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{file} is not readable JSON ({error}): download it again.") from None
 
 
 class _Bin(dict):

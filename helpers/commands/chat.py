@@ -49,28 +49,18 @@ def run(args: argparse.Namespace) -> None:
         elif args.json:
             for _ in session.ask(as_typed(args.question)):
                 pass
-            print_object(answer_object(session.last, engine), out)
+            print(json.dumps(answer_object(session.last, engine), ensure_ascii=False), file=out, flush=True)
         else:
             Terminal().answer(session.ask(as_typed(args.question)))
             log(figures(session))
 
 
 def take_stdout() -> TextIO:
-    """Standard output for one JSON object: what libraries print from now on, to the end, goes to standard error."""
+    """Standard output for one JSON object, in UTF-8: what libraries print from now on goes to standard error."""
     sys.stdout.flush()
-    out = open(os.dup(1), "w", encoding=sys.stdout.encoding)
+    out = open(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     return out
-
-
-def print_object(value: dict, out: TextIO) -> None:
-    """Print a JSON object, escaped where the terminal lacks a character."""
-    text = json.dumps(value, ensure_ascii=False)
-    try:
-        text.encode(out.encoding)
-    except UnicodeEncodeError:
-        text = json.dumps(value)
-    print(text, file=out, flush=True)
 
 
 def answer_object(answer: Answer, engine: Engine) -> dict:

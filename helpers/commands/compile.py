@@ -1,12 +1,9 @@
-"""`python -m helpers compile`: one bmodel out of ONNX nets, or out of a checkpoint by TPU-MLIR's own converter."""
+"""`python -m helpers compile`: compile the ONNX nets, or a checkpoint, to one bmodel for BM1684X."""
 
 from helpers import artefacts, machine
 from helpers.compile import compiling, llm_convert
 from helpers.compile.plan import plan_nets
 from helpers.errors import UserError
-
-# The documented sequence length.
-SEQ_LENGTH = 512
 
 
 def add_arguments(parser) -> None:
@@ -34,7 +31,7 @@ def run(args) -> int:
     if args.via == "llm_convert":
         if not args.model_path:
             raise UserError("--via llm_convert needs --model_path DIR, the folder of the checkpoint.")
-        seq_length = SEQ_LENGTH if args.seq_length is None else args.seq_length
+        seq_length = 512 if args.seq_length is None else args.seq_length
         common |= {"addr_mode": args.addr_mode or "io_alone"}
         target = llm_convert.convert(args.model_path, args.out, args.name, args.mode, seq_length, **common)
     else:

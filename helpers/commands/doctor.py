@@ -1,6 +1,5 @@
-"""`python -m helpers doctor`: the report of helpers.doctor, as a table or as JSON."""
+"""`python -m helpers doctor`: what this machine has, what it lacks, and the remedy."""
 
-import importlib.util
 import json
 import sys
 from dataclasses import asdict
@@ -8,38 +7,22 @@ from dataclasses import asdict
 from helpers import doctor
 from helpers.doctor import NOT_OK, OK, OPTIONAL, Check
 
+_COLOURS = {OK: 32, NOT_OK: 31, OPTIONAL: 33}
+
 
 def _print(rows: list[Check]) -> None:
     problems = sum(row.state == NOT_OK for row in rows)
-    verdict = f"{problems} NOT OK" if problems else "all that is needed is there"
-    if sys.stdout.isatty() and importlib.util.find_spec("rich"):
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        styles = {OK: "green", NOT_OK: "bold red", OPTIONAL: "yellow"}
-        table = Table(box=None, padding=(0, 1), header_style="bold")
-        for heading in ("", "what", "found"):
-            table.add_column(heading)
-        for row in rows:
-            found = Text(row.found)
-            if row.remedy:
-                found.append(f"\n→ {row.remedy}", style="cyan")
-            table.add_row(Text(row.state, style=styles[row.state]), row.name, found)
-        console = Console()
-        console.print(table)
-        console.print(Text(verdict, style="bold red" if problems else "bold green"))
-        return
     width = max(len(row.name) for row in rows)
     for row in rows:
-        print(f"{row.state:8}  {row.name:{width}}  {row.found}")
+        state = f"{row.state:8}"
+        state = f"\x1b[{_COLOURS[row.state]}m{state}\x1b[0m" if sys.stdout.isatty() else state
+        print(f"{state}  {row.name:{width}}  {row.found}")
         if row.remedy:
             print(f"{'':8}  {'':{width}}  -> {row.remedy}")
-    print(verdict)
+    print(f"{problems} NOT OK" if problems else "all that is needed is there")
 
 
 def add_arguments(parser) -> None:
-    """Arguments of `python -m helpers doctor`."""
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     parser.add_argument("--fix", action="store_true", help="first apply the cures that touch only this environment")
 

@@ -6,7 +6,6 @@ from helpers.machine import log
 
 
 def add_arguments(parser) -> None:
-    """The command line of `python -m helpers fetch`."""
     parser.add_argument("--name", choices=MODELS, help="the model; not needed with a folder or --artefact")
     parser.add_argument(
         "--source",
@@ -24,7 +23,6 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> None:
-    """Fetch what the arguments say; print where it is, and on standard error what to do next."""
     path = fetch(args.name, args.source, args.out, args.revision, args.artefact)
     print(path)
     if args.artefact:

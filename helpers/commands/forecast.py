@@ -1,4 +1,4 @@
-"""`python -m helpers forecast`: what the chip will do, before you own one."""
+"""`python -m helpers forecast`: what the chip will do with a model, before you own one."""
 
 import json
 from dataclasses import asdict

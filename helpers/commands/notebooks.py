@@ -34,7 +34,6 @@ def sources_digest() -> str:
 
 
 def add_arguments(parser) -> None:
-    """Arguments of `python -m helpers notebooks`."""
     parser.add_argument("notebooks", nargs="*", type=Path, help="these instead of notebooks/NN*.ipynb")
     parser.add_argument("--out", type=Path, default=OUT, help="folder of the artefacts (default: out)")
     parser.add_argument(
@@ -76,16 +75,15 @@ def _shares(settings: dict[str, object], paths: list[Path]) -> dict[Path, dict[s
     for path in paths:
         with contextlib.suppress(ValueError):  # running it will say what is wrong with its parameters
             defaults[path] = parameters_of(read_notebook(path))
-    known = ", ".join(sorted({name for values in defaults.values() for name in values}))
     for name, value in settings.items():
-        examples = [values[name] for values in defaults.values() if name in values]
+        examples = [of_one[name] for of_one in defaults.values() if name in of_one]
         if not examples:
+            known = ", ".join(sorted({name for of_one in defaults.values() for name in of_one}))
             raise UserError(f"--set {name}: no notebook of this run has that parameter; they have {known}.")
-        for example in examples:
-            whole_for_float = isinstance(example, float) and type(value) is int
-            if example is not None and type(value) is not type(example) and not whole_for_float:
-                raise UserError(f"--set {name}={value!r}: a value like {example!r} is needed.")
-    return {path: {name: settings[name] for name in settings if name in defaults[path]} for path in paths}
+        whole_for_float = isinstance(examples[0], float) and type(value) is int
+        if examples[0] is not None and type(value) is not type(examples[0]) and not whole_for_float:
+            raise UserError(f"--set {name}={value!r}: a value like {examples[0]!r} is needed.")
+    return {path: {name: settings[name] for name in of_one if name in settings} for path, of_one in defaults.items()}
 
 
 def run(args) -> int:
@@ -111,9 +109,8 @@ def run(args) -> int:
                 print(f"  as far as it came: {os.path.relpath(executed)}", file=sys.stderr)
             return 1
         record(out, {"wall_s": {path.stem: report.seconds}})
-        noise = f"  {report.stderr_outputs} outputs on stderr" if report.stderr_outputs else ""
         done = f"{report.cells:3} cells {report.checks:5} checks {report.seconds:7.1f} s"
-        print(f"{path.name:32} ok  {done}{noise}", flush=True)
+        print(f"{path.name:32} ok  {done}", flush=True)
     if whole:
         problems = check_summary(json.loads((out / SUMMARY).read_text(encoding="utf-8")))
         for problem in problems:

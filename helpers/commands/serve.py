@@ -10,6 +10,7 @@ import resource
 import signal
 from pathlib import Path
 
+from helpers.chat.session import by_heart
 from helpers.commands.arguments import add_model_arguments, open_tokenizer
 from helpers.errors import UserError
 from helpers.machine import log
@@ -58,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
         queue = ChipQueue(lambda: QwenRunner(engine()), tokenizer, args.waiting)
         runner = queue.start()
         name = args.name or Path(args.model).stem
-        settings = Settings(name, args.system, api_key, args.time_limit, args.max_body, access)
+        settings = Settings(name, args.system, api_key, args.time_limit, args.max_body, access, by_heart(args.model))
         app = create_app(queue, runner, settings)
         # Each connection is a file: a burst of a thousand must not be cut at the usual soft limit of 1024.
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -89,11 +90,10 @@ def read_key(args: argparse.Namespace) -> str | None:
 def read_access(args: argparse.Namespace, loopback: bool, has_key: bool) -> Access:
     """Who may ask. Raises UserError where an option is none. loopback: whether it listens on this machine only."""
     for origin in args.allow_origin:
-        if origin in ("*", "null"):
-            if not has_key:
-                remedy = f"set an API key ({KEY_VARIABLE}), or name the pages' origin."
-                raise UserError(f"--allow-origin {origin} lets every page on the web ask: {remedy}")
-        elif not re.fullmatch(r"[a-z][a-z0-9+.-]*://[a-z0-9._:\[\]-]+", origin):
+        if origin in ("*", "null") and not has_key:
+            remedy = f"set an API key ({KEY_VARIABLE}), or name the pages' origin."
+            raise UserError(f"--allow-origin {origin} lets every page on the web ask: {remedy}")
+        if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[a-z0-9._:\[\]-]+", origin):
             raise UserError(f"--allow-origin is {origin!r}, an origin such as https://chat.example.com is needed.")
     for name in args.allow_host:
         if not re.fullmatch(r"[\w.-]+(:\d+)?|\[?[0-9a-fA-F:.]+\]?(:\d+)?", name, re.ASCII):

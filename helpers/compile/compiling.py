@@ -1,11 +1,11 @@
-"""Compile the ONNX nets of a model to one bmodel for BM1684X, with the real TPU-MLIR.
+"""Compile the ONNX nets of a model to one bmodel for BM1684X, with TPU-MLIR.
 
     out/<mode>_<n>dev/<net>/       one net: its bmodel, its MLIR, the compiler's profile, a manifest
     out/<mode>_<n>dev/<net>.log    what the tools said
     out/<name>_<mode>_<n>dev.bmodel and .bmodel.json   all nets combined, and the manifest
 
-Flags per net are those of the documented compile.sh; what differs is how they are run, and changes to the graph that
-the compiler's own cycles and the simulator's bits justify (helpers.compile.graph).
+Flags per net are those of the documented compile.sh (helpers.compile.options); the graph is changed in two places
+(helpers.compile.graph).
 """
 
 from pathlib import Path
@@ -20,7 +20,7 @@ from helpers.compile.profile import estimates
 from helpers.errors import UserError
 from helpers.files import locked
 
-# What of these helpers decides what the nets are combined to; for a net see helpers.compile.jobs.
+# What decides what the nets are combined to; for a net see helpers.compile.jobs.
 _CODE = artefacts.code_of(
     "bmodel.model_tool", "compile.compiling", "compile.options", "compile.plan", "compile.profile"
 )
@@ -41,9 +41,8 @@ def compile_model(
 
     onnx: folder of nets as `export` writes them. mode: bf16, int8 (W8BF16) or int4 (W4BF16, groups of 64).
     jobs: nets at a time, by default one a core, fewer where memory is short. scheduler: address of a Dask cluster.
-    Nets that are there already, made from the same inputs, are not compiled again.
     The manifest has extra keys nets {net: {bytes, cycles, ms, ddr_bw, flops, seconds}}, estimates {first_token_ms,
-    decode_ms} (the compiler's cycle model, None where a net is dynamic), config, seq_length, tokenizer.
+    decode_ms} (None where a net is dynamic), layers, seq_length, config, tokenizer, by_heart.
     Raises UserError for everything a user can cause, with a failing net's own error and the path of its log.
     """
     check_name(name)
@@ -58,6 +57,8 @@ def compile_model(
     out = Path(out).absolute()
     folder = out / f"{mode}_{num_device}dev"
     folder.mkdir(parents=True, exist_ok=True)
+    vocabulary = plan.manifest.get("tokenizer")
+    tokenizer = copy_vocabulary(Path(onnx) / vocabulary, out) if vocabulary else None
     target = out / f"{name}_{mode}_{num_device}dev{'_dyn' if dynamic else ''}.bmodel"
     tasks = [
         NetToCompile(
@@ -81,10 +82,11 @@ def compile_model(
             "layers": plan.layers,
             "seq_length": plan.seq_length,
             "config": plan.manifest.get("config"),
-            "tokenizer": copy_vocabulary(plan.vocabulary, out) if plan.vocabulary else None,
+            "tokenizer": tokenizer,
+            "by_heart": plan.manifest.get("by_heart"),
         }
-        settings = {"name": name, "mode": mode, "num_device": num_device, "addr_mode": addr_mode}
-        settings |= {"dynamic": dynamic, "via": "onnx"}
+        settings = {"name": name, "mode": mode, "num_device": num_device, "addr_mode": addr_mode, "dynamic": dynamic}
+        settings |= {"via": "onnx"}
         if not artefacts.up_to_date(target, inputs, settings, _CODE):
             with artefacts.building(
                 target, kind="bmodel", inputs=inputs, settings=settings, code=_CODE, extra=extra

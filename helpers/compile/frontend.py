@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError
-from onnx import ModelProto, TensorProto, external_data_helper, helper, numpy_helper
+from onnx import TensorProto, external_data_helper, helper, numpy_helper
 
 from helpers.errors import UserError
 
@@ -25,8 +24,8 @@ BYPASS_BYTES = 1 << 16
 def preload() -> None:
     """Import what every net needs. The server forks after this, so no thread may be left running.
 
-    The front end imports torch for nets with operators of its own making, and all of transformers by way of a
-    converter of tokenizers: nine tenths of its start for what no net of ours uses. They get empty modules instead.
+    The front end imports torch, and all of transformers by way of a converter of tokenizers: nine tenths of its start,
+    for what no net of ours uses. They get empty modules instead.
     """
     tokenizers = types.ModuleType("onnxruntime_extensions.cvt")
     tokenizers.gen_processing_models = None
@@ -45,17 +44,11 @@ def preload() -> None:
 
 
 def transform(net: str, path: str) -> None:
-    """ONNX file -> <net>.mlir (top dialect, before any optimisation) and its weights as .npz, in the current folder.
-
-    Raises UserError where the file or one with its weights is not there or not whole.
-    """
+    """ONNX file -> <net>.mlir (top dialect, before any optimisation) and its weights as .npz, in the current folder."""
     from transform import OnnxConverter as front_end
 
-    try:
-        model = onnx.load(path, load_external_data=False)
-        weights = take_weights(model, Path(path).parent)
-    except (DecodeError, OSError, ValueError) as error:
-        raise UserError(f"{path} or its weights cannot be read ({error}): export the net again.") from None
+    model = onnx.load(path, load_external_data=False)
+    weights = take_weights(model, Path(path).parent)
     # The optimised ONNX is saved for debugging only, in gigabytes.
     front_end.onnx.save = lambda *args, **kwargs: None
     # To fold constants the whole net is run on random inputs, though there be none.
@@ -66,10 +59,7 @@ def transform(net: str, path: str) -> None:
 
 
 def take_weights(model, folder: Path) -> dict:
-    """Take the large float32 tensors out of an onnx.ModelProto, leave the small ones in it with their data.
-
-    Returns name to numpy array, memory-mapped where the tensor was stored outside of the file.
-    """
+    """Take the large float32 tensors out of a ModelProto, {name: array}; give the small ones their data."""
     weights, rest = {}, []
     for tensor in model.graph.initializer:
         outside = external_data_helper.uses_external_data(tensor)
@@ -91,18 +81,6 @@ def take_weights(model, folder: Path) -> dict:
     return weights
 
 
-def contiguous(array):
-    """The array in C order; a transposed matrix is copied tile by tile, which the processor's cache likes better."""
-    if array.ndim != 2 or array.flags.c_contiguous:
-        return np.ascontiguousarray(array)
-    rows, columns = 1024, 64
-    target = np.empty(array.shape, array.dtype)
-    for i in range(0, array.shape[0], rows):
-        for j in range(0, array.shape[1], columns):
-            target[i : i + rows, j : j + columns] = array[i : i + rows, j : j + columns]
-    return target
-
-
 class Weight(np.ndarray):
     """float32 that is not copied to become float32."""
 
@@ -114,7 +92,7 @@ def _converter_class(front_end):
     """The wheel's OnnxConverter, whose simplifier is not shown the large weights.
 
     They never become part of an ONNX message either: after the simplifier the graph names them, and what asks for
-    their data gets the arrays themselves.
+    their data gets the arrays themselves. All that is computed from them alone is their transposition.
     """
     named: dict[str, np.ndarray] = {}
     to_array = numpy_helper.to_array
@@ -128,20 +106,9 @@ def _converter_class(front_end):
             super().__init__(net, model, [], [], "", {}, True, dump_final_opt=False)
 
         def model_simplify(self, input_shapes=()):
-            untouched = ModelProto()
-            untouched.CopyFrom(self.model)
             for name, array in self.large.items():
                 self.model.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, array.shape))
             super().model_simplify(list(input_shapes))
-            if not self._fold_transposes():
-                print("something is computed from weights alone: the simplifier gets them all", flush=True)
-                self.model = untouched
-                for name, array in self.large.items():
-                    tensor = numpy_helper.from_array(np.ascontiguousarray(array), name)
-                    self.model.graph.initializer.append(tensor)
-                super().model_simplify(list(input_shapes))
-
-        def _fold_transposes(self) -> bool:
             graph = self.model.graph
             inputs = [value for value in graph.input if value.name not in self.large]
             constants = {tensor.name for tensor in graph.initializer} | set(self.large)
@@ -152,7 +119,10 @@ def _converter_class(front_end):
                     attached[node.output[0]] = np.transpose(attached[node.input[0]], perm)
                     constants.add(node.output[0])
                 elif node.input and all(name in constants for name in node.input):
-                    return False
+                    raise UserError(
+                        f"{node.op_type} computes something from weights alone: export the net with `python -m helpers "
+                        "export`"
+                    )
                 else:
                     nodes.append(node)
             used = {name for node in nodes for name in node.input}
@@ -162,9 +132,8 @@ def _converter_class(front_end):
             graph.node.extend(nodes)
             for name, array in attached.items():
                 if name in used:
-                    named[name] = contiguous(array).view(Weight)
+                    named[name] = np.ascontiguousarray(array).view(Weight)
                     tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=array.shape)
                     graph.initializer.append(tensor)
-            return True
 
     return Converter

@@ -1,8 +1,7 @@
 """Compile with TPU-MLIR's one-click converter, as a yardstick: same weights, same mode, same S.
 
-`llm_convert.py` refuses first-generation Qwen. But its arithmetic is that of Qwen 2 with other names: c_attn is q, k
-and v in one, mlp.w2 is the gate and mlp.w1 the up projection, each head has a key-value head of its own. So the
-checkpoint is written once more under those names and converted as a Qwen 2.
+`llm_convert.py` refuses first-generation Qwen. Its arithmetic is that of Qwen 2: c_attn is q, k and v in one, mlp.w2 is
+the gate and mlp.w1 the up projection. So the checkpoint is written once more under those names, and converted.
 """
 
 import contextlib
@@ -18,7 +17,6 @@ from pathlib import Path
 
 from helpers import artefacts, machine, toolchain
 from helpers.bmodel import bmodel
-from helpers.checkpoint.modeling import import_huggingface
 from helpers.checkpoint.vocabulary import copy_vocabulary
 from helpers.checkpoint.weights import Checkpoint
 from helpers.compile.log import own_error, read_log
@@ -27,7 +25,6 @@ from helpers.compile.profile import PROFILE, estimates, net_figures
 from helpers.errors import UserError
 from helpers.files import locked, write_json
 
-# What of these helpers decides what comes out.
 _CODE = artefacts.code_of("compile.llm_convert", "checkpoint.weights", "compile.options", "compile.profile")
 _RENAMED = {
     "transformer.wte": "model.embed_tokens",
@@ -40,7 +37,6 @@ _RENAMED = {
     "mlp.w2": "mlp.gate_proj",
     "mlp.c_proj": "mlp.down_proj",
 }
-
 
 # Runs the converter with two things mended (tpu-mlir 1.30.2). For several devices its lm_head begins with the last
 # norm, whose weight it forgets to write beside the lm_head's own ("failed to find tensor model.norm.weight to read").
@@ -106,9 +102,8 @@ def write_qwen2_checkpoint(checkpoint: Checkpoint, folder: Path, seq_length: int
     folder.mkdir(parents=True, exist_ok=True)
     layers = [f"transformer.h.{i}." for i in range(checkpoint.layers)]
     for prefix in [*layers, "transformer.wte.", "transformer.ln_f.", "lm_head."]:
-        tensors = {}
-        for name, tensor in checkpoint.load(prefix).items():
-            tensors |= {renamed: part.clone() for renamed, part in qwen2_tensors(name, tensor).items()}
+        renamed = [qwen2_tensors(name, tensor) for name, tensor in checkpoint.load(prefix).items()]
+        tensors = {name: part.clone() for tensors in renamed for name, part in tensors.items()}
         save_file(tensors, folder / f"{prefix}safetensors", {"format": "pt"})
     write_json(folder / "config.json", qwen2_config(checkpoint, seq_length))
 
@@ -125,10 +120,8 @@ def convert(
 ) -> Path:
     """Compile a Qwen-1 checkpoint (patched or not) with llm_convert.py.
 
-    Returns out/<name>_<mode>_<n>dev_llm_convert.bmodel; its manifest has the same extra keys as compile_model's,
-    and converter_seconds.
-    addr_mode: of the cache nets; the converter by itself has io_alone. lm_head gives the token. High precision is on,
-    as the converter has it.
+    Returns out/<name>_<mode>_<n>dev_llm_convert.bmodel; its manifest has the extra keys of compile_model's, and
+    converter_seconds. addr_mode: of the cache nets; the converter by itself has io_alone. lm_head gives the token.
     Raises UserError where GNU parallel or the tool chain is missing, or the converter fails, with the path of its log.
     """
     check_name(name)
@@ -136,23 +129,18 @@ def convert(
         raise UserError(f"seq_length is {seq_length}, it must be a whole number from 1 on (the documented one is 512).")
     toolchain.require()
     toolchain.require_parallel()
-    import_huggingface()
     checkpoint = Checkpoint.open(model_path)
     check_options(mode, num_device, addr_mode, checkpoint.heads, checkpoint.hidden_size)
     out = Path(out).absolute()
     target = out / f"{name}_{mode}_{num_device}dev{'_dyn' if dynamic else ''}_llm_convert.bmodel"
-    settings = {"name": name, "mode": mode, "num_device": num_device, "seq_length": seq_length, "dynamic": dynamic}
-    settings |= {"addr_mode": addr_mode, "via": "llm_convert"}
+    settings = {"name": name, "mode": mode, "num_device": num_device, "addr_mode": addr_mode, "dynamic": dynamic}
+    settings |= {"seq_length": seq_length, "via": "llm_convert"}
     inputs = {"checkpoint": checkpoint.digest("")}
     if artefacts.up_to_date(target, inputs, settings, _CODE):
         return target
-    extra: dict = {"config": checkpoint.config, "layers": checkpoint.layers, "seq_length": seq_length}
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        extra["tokenizer"] = copy_vocabulary(checkpoint.path, out)
-    except UserError:
-        # The bmodel is of use without: the chat asks for --tokenizer.
-        extra["tokenizer"] = None
+    extra: dict = {"config": checkpoint.config, "layers": checkpoint.layers, "seq_length": seq_length}
+    extra["tokenizer"] = copy_vocabulary(checkpoint.path, out)
     with (
         artefacts.building(target, kind="bmodel", inputs=inputs, settings=settings, code=_CODE, extra=extra) as partial,
         # Not in the staging folder: all that is left there would become part of the artefact.
@@ -161,14 +149,15 @@ def convert(
         work = Path(scratch)
         write_qwen2_checkpoint(checkpoint, work / "qwen2", seq_length)
         options = ["-s", str(seq_length), "-q", QUANTIZE[mode].lower(), "-g", str(Q_GROUP_SIZE), "-c", "bm1684x"]
-        options += ["--num_device", str(num_device), *(["--dynamic"] if dynamic else [])]
+        options += ["--num_device", str(num_device), *["--dynamic"] * dynamic]
         started = time.monotonic()
         _run(work, addr_mode, options, out / f"{target.stem}.log")
         extra["converter_seconds"] = round(time.monotonic() - started, 3)
-        (made,) = (work / "converted").glob("*.bmodel")
+        folder = work / "converted"
+        (made,) = folder.glob("*.bmodel")
         bmodel.strip_time(made)
         shutil.move(made, partial)
-        folder, nets = work / "converted", bmodel.read_bmodel(partial).nets
+        nets = bmodel.read_bmodel(partial).nets
         profiles = {net: next(folder.glob(f"*/{net}/{PROFILE}"), folder / PROFILE) for net in nets}
         extra["nets"] = {name: net_figures(net, profiles[name]) for name, net in nets.items()}
         extra["estimates"] = estimates(extra["nets"])
@@ -177,8 +166,7 @@ def convert(
 
 def _run(work: Path, addr_mode: str, options: list[str], log: Path) -> None:
     tool = toolchain.wheel_path() / "python" / "tools" / "llm_convert.py"
-    # It passes paths on without quotes.
-    folder = toolchain.plain(work)
+    folder = toolchain.plain(work)  # it passes paths on without quotes
     command = [sys.executable, "-c", _RUNNER, addr_mode, str(tool), "-m", str(folder / "qwen2")]
     command += ["-o", str(folder / "converted"), *options]
     with open(log, "wb") as file, locked(work / "lock") as locks, contextlib.ExitStack() as stack:
@@ -204,8 +192,7 @@ def _run(work: Path, addr_mode: str, options: list[str], log: Path) -> None:
         if failed := [path for path in logs if re.search("[Ee]rror|Assert", read_log(path))]:
             shutil.copy(failed[0], log)
         # On a full disk the converter goes on, and finds its own files broken later. What it wrote is still there.
-        free = machine.free_disk(work)
         raise UserError(
-            f"llm_convert.py failed: {own_error(read_log(log), status)} (its log is {log}; when it ended "
-            f"{free / 1e9:.1f} GB of disk were free: it can need ten times the checkpoint's size)"
+            f"llm_convert.py failed: {own_error(read_log(log), status)} (its log is {log}; the disk has "
+            f"{machine.free_disk(work) / 1e9:.2f} GB left: it can need ten times the checkpoint's size)"
         )

@@ -1,6 +1,5 @@
 """Why a net did not compile, out of what the tools said."""
 
-import os
 import re
 from pathlib import Path
 
@@ -14,15 +13,12 @@ _EXCEPTION = re.compile(r"^\w[\w.]*(Error|Exception|Interrupt)\b.*")
 
 
 def read_log(path: Path) -> str:
-    """The text of a log, empty where there is none."""
+    """The text of a log or a profile, empty where there is none."""
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 def own_error(log: str, status: int) -> str:
     """The line of a net's log that says why it failed. status: its exit status, negative for a signal."""
-    if locked := re.search(r"Failed to open: (\S+\.lock)", log):
-        owner = f"uid {os.stat(locked[1]).st_uid}" if os.path.exists(locked[1]) else "another user"
-        return f"{locked[1]} belongs to {owner}: have its owner or root delete it, then run the same command again"
     lines = [re.split(r"\r|\x08", line)[-1].strip() for line in log.splitlines()]
     lines = [line for line in lines if line and not _NOISE.match(line)]
     # The wheel's scripts end in such an exception when a program that they ran has said why it failed.

@@ -11,8 +11,6 @@ from helpers.errors import UserError
 # embedding and 8.6 GB for lm_head (2.49 GB each). The base is the front end's own, with room to spare.
 BASE = 500_000_000
 PER_WEIGHT_BYTE = 3.3
-# The rest is left to everything else on the machine.
-SHARE = 0.9
 
 
 def needed(weights_bytes: int) -> int:
@@ -21,8 +19,8 @@ def needed(weights_bytes: int) -> int:
 
 
 def budget() -> int:
-    """Bytes of memory that nets may take together: most of what could be used now without swapping."""
-    return int(SHARE * machine.free_memory())
+    """Bytes of memory that nets may take together: most of what is free now."""
+    return int(0.9 * machine.free_memory())
 
 
 def require(net: str, need: int, free: int) -> None:
@@ -35,8 +33,7 @@ def require(net: str, need: int, free: int) -> None:
 
 
 class MemoryGate:
-    """Lets as many nets compile at once as fit into a budget of memory, in bytes: by default into what is free when
-    the first of them comes."""
+    """Lets as many nets compile at once as fit into so many bytes; by default, what is free when the first comes."""
 
     def __init__(self, free: int | None = None):
         self._free = free
@@ -58,3 +55,6 @@ class MemoryGate:
             with self._changed:
                 self._used -= need
                 self._changed.notify_all()
+
+
+gate = MemoryGate()  # of this process

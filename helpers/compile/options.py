@@ -12,9 +12,7 @@ Q_GROUP_SIZE = 64
 def check_name(name: str) -> None:
     """Raises UserError where a name cannot begin a file's name: the file would be elsewhere, or nowhere."""
     if not name.strip() or name.startswith(".") or "/" in name or "\0" in name or len(name.encode()) > 100:
-        raise UserError(
-            f"The name {name[:120]!r} cannot begin a file's name: give a short one without slashes, such as qwen-7b."
-        )
+        raise UserError(f"{name[:99]!r} cannot begin a file's name: give a short one without slashes, such as qwen-7b.")
 
 
 def check_options(mode: str, num_device: int, addr_mode: str, heads: int, hidden_size: int) -> None:
@@ -23,9 +21,7 @@ def check_options(mode: str, num_device: int, addr_mode: str, heads: int, hidden
         raise UserError(f"mode is {mode!r}, it must be one of {', '.join(QUANTIZE)}.")
     if addr_mode not in ADDR_MODES:
         raise UserError(f"addr_mode is {addr_mode!r}, it must be one of {', '.join(ADDR_MODES)}.")
-    if num_device < 1:
-        raise UserError(f"num_device is {num_device}, it must be 1 or more.")
-    if heads % num_device:
+    if num_device < 1 or heads % num_device:
         fitting = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
         raise UserError(
             f"num_device {num_device} does not divide the {heads} attention heads, which are split over the devices: "
@@ -39,11 +35,10 @@ def check_options(mode: str, num_device: int, addr_mode: str, heads: int, hidden
 
 
 def net_settings(net: str, mode: str, num_device: int, addr_mode: str, dynamic: bool) -> dict:
-    """The compiler's settings for one net, as documented in compile.sh.
+    """The compiler's settings for one net, as documented in compile.sh; and the edits of helpers.compile.graph.
 
     io_alone is for block_cache only: its inputs are the cache, which must outlive a run. dynamic is for prefill
-    (embedding and blocks): decode nets have one row whatever the prompt. merge_cache and fuse_rotation are edits of
-    the graph (helpers.compile.graph).
+    (embedding and blocks): decode nets have one row whatever the prompt.
     """
     kind = net_kind(net)
     head, embedding, block = net in HEADS, kind.startswith("embedding"), kind.startswith("block")

@@ -13,12 +13,8 @@ from helpers.nets import HEADS, TOPK_HEAD, count_layers, needed_nets, net_kind
 
 @dataclass
 class Plan:
-    """The nets of a model, in the order they are combined, and what their signatures say of the model.
+    """The nets of a model, in the order they are combined. manifest: of their export; empty where there is none."""
 
-    files: the ONNX file of each. manifest: of their export; empty where there is none.
-    """
-
-    folder: Path
     files: dict[str, Path]
     nets: dict[str, Signature]
     manifest: dict
@@ -27,24 +23,15 @@ class Plan:
     hidden_size: int
     heads: int
 
-    @property
-    def vocabulary(self) -> Path | None:
-        """The vocabulary that goes with the nets, beside them; None where their manifest names none."""
-        name = self.manifest.get("tokenizer")
-        return self.folder / Path(name).name if name else None
-
 
 def plan_nets(onnx: str | Path, num_device: int = 1) -> Plan:
-    """Look at a folder of ONNX nets without reading weights.
-
-    Raises UserError where a net is missing, is not readable or has another shape than its contract.
-    """
+    """Look at a folder of ONNX nets, not at weights. Raises UserError where a net is missing or not readable."""
     folder = Path(onnx)
     found = {path.stem for path in folder.glob("*.onnx")}
     layers, heads = count_layers(found), ()
     manifest = artefacts.read_manifest(folder) if artefacts.manifest_path(folder).exists() else {}
     if num_device == 1 and found & set(HEADS):
-        # Nets that decode several rows at once are exported without a head to sample with.
+        # Nets that decode several rows at once have no head to sample with.
         heads = HEADS if manifest.get("settings", {}).get("rows", 1) == 1 else HEADS[:1]
     files = {net: folder / f"{net}.onnx" for net in needed_nets(layers, heads)}
     if num_device > 1:
@@ -61,30 +48,23 @@ def plan_nets(onnx: str | Path, num_device: int = 1) -> Plan:
         (_, (_, _, hidden_size)), _, _, (_, (_, seq_length, heads, _)), _ = cache.values()
     except ValueError:
         raise UserError(
-            f"{folder}/block_cache_0.onnx has inputs {', '.join(cache)}; needed are states [1,1,H], position, mask, "
-            "past key and past value [1,S,h,d]: export it again."
+            f"{folder}/block_cache_0.onnx has inputs {', '.join(cache)}, not states, position, mask, past key and past "
+            "value: export it again."
         ) from None
-    return Plan(folder, files, nets, manifest, layers, seq_length, hidden_size, heads)
+    return Plan(files, nets, manifest, layers, seq_length, hidden_size, heads)
 
 
 def check(plan: Plan, mode: str, num_device: int, addr_mode: str) -> None:
     """Raises UserError for what this model cannot be compiled with, and where its nets do not belong together."""
     check_options(mode, num_device, addr_mode, plan.heads, plan.hidden_size)
-    if (vocabulary := plan.vocabulary) is not None and not vocabulary.is_file():
-        raise UserError(
-            f"{plan.folder} lacks {vocabulary.name}, the vocabulary that its manifest names: export again with `python "
-            "-m helpers export`, which brings it back."
-        )
     for net in (net for net in plan.nets if net.startswith("block")):
         _, states = next(iter(plan.nets[net].inputs.values()))
-        wanted = (1, plan.seq_length, plan.hidden_size)
-        if net_kind(net) == "block_cache":
-            # A decode step may take several rows.
-            wanted = (1, *states[1:2], plan.hidden_size)
-        if states != wanted:
+        # A decode step may take several rows.
+        rows = states[1:2] if net_kind(net) == "block_cache" else (plan.seq_length,)
+        if states != (wanted := (1, *rows, plan.hidden_size)):
             raise UserError(
-                f"{plan.files[net]} takes states {list(states)}, the other blocks say {list(wanted)}: "
-                "the folder mixes two exports; export again into an empty folder."
+                f"{plan.files[net]} takes states {list(states)}, the other blocks say {list(wanted)}: the folder mixes "
+                "two exports; export again into an empty folder."
             )
 
 

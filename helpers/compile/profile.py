@@ -7,12 +7,12 @@ import re
 from pathlib import Path
 
 from helpers.bmodel.bmodel import Net
+from helpers.compile.log import read_log
 from helpers.nets import net_kind
 
 PROFILE = "compiler_profile_0.txt"
 FIGURES = ("bytes", "cycles", "ms", "ddr_bw", "flops")
-# The frequency that the cycle model's own "runtime" line assumes.
-FREQUENCY = 1.0e9
+FREQUENCY = 1.0e9  # as the cycle model's own "runtime" line assumes
 _SUBNET = re.compile(r"^TCYC\s*:\s*(\d+).*?^DDR BW USAGE\s*:\s*([\d.eE+-]+)%", re.MULTILINE | re.DOTALL)
 _COMMAND = re.compile(
     r"(?P<layer>\S+)\|\w+\|s:(?P<start>\d+)\|b:\d+\|g:\d+\|e:\d+\|t:(?P<cycles>\d+)(?:\|dr:\d+\|sz:(?P<bytes>\d+))?"
@@ -23,15 +23,11 @@ _FLOPS = re.compile(r"^flops:\s*(\d+)", re.MULTILINE)
 def read_profile(path: str | Path, devices: int = 1) -> dict[str, int | float] | None:
     """cycles, ms (at 1 GHz), ddr_bw (percent of the memory bandwidth in use) and flops of one net.
 
-    A net of several subnets has their cycles added up; where several devices share it they work at the same time, so
-    the sum is divided by their number (what passes between them is not in it). None where the model says nothing of
-    any: a net whose shapes are dynamic, or that is one operator which the chip's scalar core runs (the TopK of
-    greedy_head).
+    A net of several subnets has their cycles added up; devices that share it work at the same time, so the sum is
+    divided by their number (what passes between them is not in it). None where the model says nothing: of a net whose
+    shapes are dynamic, or that is one operator which the chip's scalar core runs (the TopK of greedy_head).
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
-        return None
+    text = read_log(Path(path))
     subnets = [(int(cycles), float(usage)) for cycles, usage in _SUBNET.findall(text)]
     total = sum(count for count, _ in subnets)
     if not total:
@@ -55,21 +51,18 @@ def net_figures(net: Net, path: Path) -> dict[str, int | float | None]:
 def commands(path: str | Path) -> list[dict]:
     """Every command of a net: layer (of the MLIR), start and cycles (of the cycle model), bytes that it moves.
 
-    bytes is None for a command of the compute unit; the others are of the engine that moves data (GDMA), between DDR
-    and local memory or within.
+    bytes is None for a command of the compute unit; the others are of the engine that moves data (GDMA).
     """
-    found = _COMMAND.finditer(Path(path).read_text(encoding="utf-8", errors="replace"))
     return [
         {key: int(value) if value and value.isdigit() else value for key, value in match.groupdict().items()}
-        for match in found
+        for match in _COMMAND.finditer(Path(path).read_text(encoding="utf-8", errors="replace"))
     ]
 
 
 def estimates(nets: dict[str, dict]) -> dict[str, float] | None:
     """first_token_ms and decode_ms of a whole model from its nets' records; None where one of them has no cycles.
 
-    First token: embedding, all blocks, lm_head. Decode: embedding_cache, all block_caches, lm_head. What the cycle
-    model does not cover is not in it: launching nets, and the choice of the token from the logits.
+    What the cycle model does not cover is not in it: launching nets, and the choice of the token from the logits.
     """
 
     def total(*kinds: str) -> float | None:

@@ -1,10 +1,9 @@
 """A process that has imported the tool chain once, and forks for every net; each net at a time has one of its own.
 
-Importing TPU-MLIR's front end takes longer than compiling a small net with it; a fork of a process that has it costs
-nothing, and a net that brings its process down takes nothing else along.
-
-The server, the net's process and the tools that this runs are one process group. The server keeps no thread, so that
-forking is safe. When the client's end of the pipe closes, however the client dies, it ends the group and itself.
+A fork takes no time, importing TPU-MLIR's front end as long as compiling a small net; and a net that brings its process
+down takes nothing else along. The server keeps no thread, so that forking is safe. It, the net's process and the tools
+that this runs are one process group: when the client's end of the pipe closes, however the client dies, the server ends
+the group.
 """
 
 import multiprocessing
@@ -12,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
@@ -28,7 +28,7 @@ class CompilerServer:
     """The client's end: start, run one job after another, close."""
 
     def __init__(self, log: Path):
-        """log: of its first job, for what it says before that. Raises UserError where the tool chain cannot work."""
+        """log: for what it says before its first job. Raises UserError where the tool chain cannot work."""
         toolchain.require()
         self._jobs, theirs = multiprocessing.Pipe()
         with theirs, open(log, "wb") as said:
@@ -38,22 +38,17 @@ class CompilerServer:
                 stdin=subprocess.DEVNULL,
                 stdout=said,
                 stderr=said,
-                # Each net has kernels of its own, or those of a net before it (helpers.compile.worker).
-                env=toolchain.environment(threads=1, kernel_locks=False),
+                env=toolchain.environment(threads=1, kernel_locks=False),  # each net has kernels of its own
                 # From there it takes these helpers; a folder's name may have a colon, which PYTHONPATH cannot hold.
                 cwd=Path(__file__).resolve().parents[2],
                 # Ctrl-C goes to the whole foreground group: the parent decides what it means.
                 start_new_session=True,
             )
 
-    @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
-
     def run(self, log: Path, threads: int, **arguments) -> int:
-        """Run one job in a fork and wait: its exit status, negative for a signal.
+        """Run one job and wait: its exit status, negative for a signal.
 
-        log: file for its output. threads: OMP_NUM_THREADS for it. arguments: of helpers.compile.worker.compile_net.
+        log: file for its output. threads: OMP_NUM_THREADS for it. arguments: of the stages in helpers.compile.worker.
         Raises UserError where the server has ended, or was closed meanwhile.
         """
         try:
@@ -72,35 +67,45 @@ class CompilerServer:
             self._process.wait()
 
 
-def serve(jobs: Connection, work: Callable[..., None]) -> None:
-    """The server's end: do each job that comes in a fork; end with the client, and all that runs with it."""
+_servers: dict[int, CompilerServer] = {}  # by thread
 
-    def do(log: Path, threads: int, arguments: dict) -> None:
-        with open(log, "wb") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
+
+def own(log: Path) -> CompilerServer:
+    """The server of this thread. log: of the net that it is for. Raises UserError where the tool chain cannot work."""
+    server = _servers.get(threading.get_ident())
+    if server is None or server._process.poll() is not None:
+        server = _servers[threading.get_ident()] = CompilerServer(log)
+    return server
+
+
+def close_all() -> None:
+    """End the servers of all threads, and what they run."""
+    while _servers:
+        _servers.popitem()[1].close()
+
+
+def serve(jobs: Connection, *stages: Callable[..., None]) -> None:
+    """The server's end: do the stages of each job that comes; end with the client, and all that runs.
+
+    Each stage is a fork, so that its memory is given back before the next takes its own.
+    """
+
+    def do(stage: Callable[..., None], output: int, threads: int, arguments: dict) -> None:
+        os.dup2(output, 1)
+        os.dup2(output, 2)
         os.environ["OMP_NUM_THREADS"] = str(threads)
-        work(**arguments)
+        stage(**arguments)
 
     with suppress(EOFError):
         while True:
-            process = _FORK.Process(target=do, args=jobs.recv())
-            process.start()
-            if jobs in wait([jobs, process.sentinel]):
-                os.killpg(0, signal.SIGKILL)
-            process.join()
+            log, threads, arguments = jobs.recv()
+            with open(log, "wb") as file:
+                for stage in stages:
+                    process = _FORK.Process(target=do, args=(stage, file.fileno(), threads, arguments))
+                    process.start()
+                    if jobs in wait([jobs, process.sentinel]):
+                        os.killpg(0, signal.SIGKILL)
+                    process.join()
+                    if process.exitcode:
+                        break
             jobs.send(process.exitcode)
-
-
-def in_child(name: str, function: Callable[..., None], *arguments: object) -> None:
-    """Run a function in a child and wait. name: of what it does, for messages.
-
-    Raises UserError where a signal ended it, and SystemExit where it failed otherwise: why is printed by then.
-    """
-    process = _FORK.Process(target=function, args=arguments)
-    process.start()
-    process.join()
-    if process.exitcode < 0:
-        raise UserError(f"{name} was ended by {signal.Signals(-process.exitcode).name}")
-    if process.exitcode:
-        sys.exit(1)

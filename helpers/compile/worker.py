@@ -1,9 +1,8 @@
-"""What happens to one net inside a fork of the compile server: ONNX to MLIR to a bmodel of one net.
+"""What happens to one net in forks of the compile server: ONNX to MLIR to a bmodel of one net.
 
     python -m helpers.compile.worker DESCRIPTOR      # the server's end, as helpers.compile.server starts it
 
-Only that process imports TPU-MLIR. Everything is written to the net's own folder: the tools use fixed names in the
-current one.
+Only that process imports TPU-MLIR. The tools write files of fixed names to the current folder: it is the net's own.
 """
 
 import contextlib
@@ -21,33 +20,41 @@ from pathlib import Path
 from helpers import toolchain
 from helpers.compile import frontend, graph
 from helpers.compile.profile import PROFILE
-from helpers.compile.server import in_child, serve
+from helpers.compile.server import serve
 from helpers.errors import UserError
 
 CHIP = "bm1684x"
-KERNELS = "kernels"
-# <sys/personality.h>
-_ADDR_NO_RANDOMIZE = 0x0040000
+_ADDR_NO_RANDOMIZE = 0x0040000  # <sys/personality.h>
 _ENVIRONMENT_BYTES = 1 << 15
 
 
-def compile_net(net: str, onnx: Path, settings: dict, work: Path, kernels: Path) -> None:
-    """Compile one net in the folder `work`; leaves <net>.bmodel, <net>.mlir and the compiler's profile.
+def transform(net: str, onnx: Path, settings: dict, work: Path, kernels: Path) -> None:
+    """Write a net as <net>.mlir of the top dialect, with the edits of its settings, and its weights to a folder.
 
-    onnx: path of the net. settings: of helpers.compile.options.net_settings. kernels: folder of a cache for nets that
-    need the same kernels.
-    Raises UserError, or SystemExit after a tool that failed; what the tools say goes to standard output.
+    settings: of helpers.compile.options.net_settings. work: the folder. Raises UserError.
     """
     os.chdir(work)
-    # In a process of its own, so that its memory is given back before the compiler takes its own.
-    in_child("the transform", frontend.transform, net, onnx)
-    mlir, bmodel = Path(f"{net}.mlir"), Path(f"{net}.bmodel")
+    frontend.transform(net, onnx)
+    mlir = Path(f"{net}.mlir")
     for name, edit in graph.EDITS.items():
         if settings[name]:
             mlir.write_text(edit(mlir.read_text(encoding="utf-8")), encoding="utf-8")
-    with _kernels(kernels) as folder:
-        os.environ["PPL_CACHE_PATH"] = f"{folder}/" if folder.is_absolute() else f"./{folder}/"
-        _deploy(mlir, bmodel, settings)
+
+
+def deploy(net: str, onnx: Path, settings: dict, work: Path, kernels: Path) -> None:
+    """Compile <net>.mlir in that folder; leaves <net>.bmodel, <net>.mlir and the compiler's profile there.
+
+    kernels: a cache for nets that need the same kernels. Raises UserError, or SystemExit after a tool that failed.
+    """
+    os.chdir(work)
+    mlir, bmodel = Path(f"{net}.mlir"), Path(f"{net}.bmodel")
+    options = compiler_options(net, bmodel.name, settings)
+    with _kernels(kernels) as os.environ["PPL_CACHE_PATH"]:
+        source = mlir
+        if settings["num_device"] > 1:
+            split = options.index("--dev-parallel") + 1
+            source, options = split_over_devices(mlir, options[:split]), options[split:]
+        _run_tool("tpuc-opt", source.name, *options, "-o", os.devnull)
     if not bmodel.is_file() or not bmodel.stat().st_size:
         raise UserError("the compiler ended without an error and without a bmodel")
     for path in Path().iterdir():
@@ -59,27 +66,25 @@ def compile_net(net: str, onnx: Path, settings: dict, work: Path, kernels: Path)
 def _kernels(cache: Path):
     """Yields a folder for the kernels of fused attention, which the compiler builds with cmake for each shape.
 
-    They are not in the home folder: the compiler remembers there for good that a kernel could not be built (for want
-    of cmake, say), and goes without; and two of its processes that build one kernel spoil each other's. So each net has
-    a folder of its own, and takes a copy of the cache's: there are disks without links. Where there is none yet, what
-    it built moves there when it is whole: a net that was killed, or found the disk full, leaves no half built kernel
-    there, which the compiler would take and stop at. cmake does not work in folders with every name.
+    Not the one in the home folder: there it remembers for good that a kernel could not be built (for want of cmake,
+    say), and two processes that build one kernel spoil each other's. So each net has a folder of its own, which begins
+    as a copy of the cache (there are disks without links); or becomes the cache, when it is whole: the compiler would
+    take a half built kernel, and stop at it. cmake does not work in folders with every name: there, nets share none.
     """
-    cache.mkdir(parents=True, exist_ok=True)
-    whole, made, ours = cache / "whole", Path(f"{KERNELS}.made"), Path(KERNELS)
-    with contextlib.ExitStack() as stack:
-        if not toolchain.is_plain(Path.cwd()):
-            ours = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=toolchain.plain_parent()))) / KERNELS
-        if whole.exists():
-            shutil.copytree(whole, ours)
-        else:
-            ours.mkdir()
-        yield ours
-        shutil.move(ours, made)
-        # Another net was faster, as a rule: a folder that is not empty stays.
-        with contextlib.suppress(OSError):
-            made.rename(whole)
-        shutil.rmtree(made, ignore_errors=True)
+    if not toolchain.is_plain(Path.cwd()):
+        with tempfile.TemporaryDirectory(dir=toolchain.plain_parent()) as elsewhere:
+            yield f"{elsewhere}/"
+        return
+    folder = Path("kernels")
+    folder.mkdir()
+    if cache.exists():
+        shutil.copytree(cache, folder, dirs_exist_ok=True)
+    yield "./kernels/"
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    # Another net was faster, as a rule: a folder that is not empty stays.
+    with contextlib.suppress(OSError):
+        folder.rename(cache)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _run_tool(*command: str) -> None:
@@ -87,8 +92,8 @@ def _run_tool(*command: str) -> None:
     print("[Running]:", shlex.join(command), flush=True)
     env = {name: os.environ[name] for name in toolchain.VARIABLES if name in os.environ}
     # Without PWD and HOME it aborts.
-    env |= {"PWD": ".", "HOME": ".", "PPL_CACHE_PATH": os.environ.get("PPL_CACHE_PATH", f"./{KERNELS}/")}
-    # Always as long, whatever the PATH is and wherever the program: see the bytes that are never set, below.
+    env |= {"PWD": ".", "HOME": ".", "PPL_CACHE_PATH": os.environ.get("PPL_CACHE_PATH", "./kernels/")}
+    # Always as long, whatever the PATH is and wherever the program: for the bytes that are never set, below.
     program = shutil.which(command[0], path=env.get("PATH")) or command[0]
     length = len(program) + sum(len(name) + len(value) for name, value in env.items())
     env["PADDING"] = "." * (_ENVIRONMENT_BYTES - length)
@@ -98,15 +103,6 @@ def _run_tool(*command: str) -> None:
         print(f"{command[0]} was ended by {signal.Signals(-status).name}", flush=True)
     if status:
         sys.exit(1)
-
-
-def _deploy(mlir: Path, bmodel: Path, settings: dict) -> None:
-    """Compile MLIR of the top dialect to a bmodel."""
-    options = compiler_options(mlir.stem, bmodel.name, settings)
-    if settings["num_device"] > 1:
-        split = options.index("--dev-parallel") + 1
-        mlir, options = split_over_devices(mlir, options[:split]), options[split:]
-    _run_tool("tpuc-opt", mlir.name, *options, "-o", os.devnull)
 
 
 def split_over_devices(mlir: Path, options: list[str]) -> Path:
@@ -152,4 +148,4 @@ if __name__ == "__main__":
     # it never set: they are those of its stack, the same each time where that begins at the same address.
     ctypes.CDLL(None).personality(_ADDR_NO_RANDOMIZE)
     frontend.preload()
-    serve(Connection(int(sys.argv[1])), compile_net)
+    serve(Connection(int(sys.argv[1])), transform, deploy)

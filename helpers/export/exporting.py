@@ -1,8 +1,7 @@
 """Write every net of a patched Qwen checkpoint as ONNX, one at a time, without ever holding the whole model.
 
 A net is traced once per kind, without its weights; then each layer's file is that graph with its own weights attached,
-streamed from the checkpoint tensor by tensor (helpers.export.tracing). So memory does not grow with the number of
-layers, nor with float32 copies of a layer.
+streamed from the checkpoint tensor by tensor (helpers.export.tracing): more layers take no more memory.
 """
 
 from collections.abc import Callable
@@ -55,16 +54,18 @@ def export(
     for warning in patching.beyond_trained(seq_length, trained):
         log(f"warning: {warning}")
     log(check_room(checkpoint, out, seq_length, rows))
-    code = {
-        name: sha256_file(checkpoint.path / name)
-        for name in ("config.json", "modeling_qwen.py", "configuration_qwen.py")
-        if (checkpoint.path / name).exists()
-    }
+    files = [checkpoint.path / name for name in ("config.json", "modeling_qwen.py", "configuration_qwen.py")]
+    code = {file.name: sha256_file(file) for file in files if file.exists()}
     settings = {"seq_length": seq_length, "opset": OPSET, "rows": rows, "candidates": CANDIDATES}
     builder = NetBuilder(checkpoint, seq_length)
     traced: dict[str, tuple] = {}
     groups = net_groups(checkpoint.layers, rows)
     out.mkdir(parents=True, exist_ok=True)
+    try:
+        tokenizer = copy_vocabulary(checkpoint.path, out)
+    except UserError as error:
+        log(f"warning: {error} The nets are exported all the same; chatting will want --tokenizer.")
+        tokenizer = None
     for group, nets in tqdm(groups.items(), desc="export", unit="net group"):
         inputs = code | {prefix: checkpoint.digest(prefix) for prefix in checkpoint_prefixes(group)}
         artefact = out / f"{group}.onnx"
@@ -84,13 +85,7 @@ def export(
                     traced[kind] = (graph, module)
                 model = attach_weights(*traced[kind], weights)
                 partial.with_name(f"{net}.onnx").write_bytes(model.SerializeToString())
-    _write_folder_manifest(out, checkpoint, code, settings, trained)
-    return out
-
-
-def _write_folder_manifest(out: Path, checkpoint: Checkpoint, code: dict, settings: dict, trained: int) -> None:
-    groups = net_groups(checkpoint.layers, settings["rows"])
-    manifests = {group: artefacts.read_manifest(out / f"{group}.onnx") for group in groups}
+    manifests = [artefacts.read_manifest(out / f"{group}.onnx") for group in groups]
     write_json(
         out / artefacts.MANIFEST,
         {
@@ -99,24 +94,18 @@ def _write_folder_manifest(out: Path, checkpoint: Checkpoint, code: dict, settin
             "settings": settings,
             "code": _CODE,
             "versions": machine.tool_versions(),
-            "machine": next(iter(manifests.values()))["machine"],
-            "seconds": round(sum(m["seconds"] for m in manifests.values()), 3),
-            "outputs": {name: entry for m in manifests.values() for name, entry in m["outputs"].items()},
+            "machine": manifests[0]["machine"],
+            "seconds": round(sum(manifest["seconds"] for manifest in manifests), 3),
+            "outputs": {name: entry for manifest in manifests for name, entry in manifest["outputs"].items()},
             "nets": {net: group for group, nets in groups.items() for net in nets},
-            "seq_length": settings["seq_length"],
+            "seq_length": seq_length,
             "trained_seq_length": trained,
             "config": checkpoint.config,
-            "tokenizer": _vocabulary_beside(out, checkpoint),
+            "tokenizer": tokenizer,
+            "by_heart": checkpoint.by_heart,
         },
     )
-
-
-def _vocabulary_beside(out: Path, checkpoint: Checkpoint) -> str | None:
-    try:
-        return copy_vocabulary(checkpoint.path, out)
-    except UserError as error:
-        machine.log(f"warning: {error} The nets are exported all the same; chatting will want --tokenizer.")
-        return None
+    return out
 
 
 def needed_bytes(checkpoint: Checkpoint, seq_length: int = 0, rows: int = 1) -> tuple[int, int]:
@@ -132,28 +121,24 @@ def needed_bytes(checkpoint: Checkpoint, seq_length: int = 0, rows: int = 1) -> 
 
 
 def check_room(checkpoint: Checkpoint, out: Path, seq_length: int, rows: int = 1) -> str:
-    """One line saying what the export will need. Raises UserError, with the remedy, where that is not there."""
+    """One line saying what the export will need. Raises UserError where that is not there."""
     memory, disk = needed_bytes(checkpoint, seq_length, rows)
     free_memory, free_disk = machine.free_memory(), machine.free_disk(out)
-    giga = 1e9
     if free_memory < memory:
         scores = memory - needed_bytes(checkpoint)[0]
         raise UserError(
-            f"The export needs {memory / giga:.1f} GB of memory, {free_memory / giga:.1f} GB are free: "
-            + (
-                f"take a smaller --seq_length, {scores / giga:.1f} GB are for attention over {seq_length} tokens."
-                if scores > memory / 2
-                else "close other programs or add swap; a GPU does not help, since one net at a time is written."
-            )
+            f"The export needs {memory / 1e9:.1f} GB of memory, {free_memory / 1e9:.1f} GB are free: close other "
+            "programs or add swap (a GPU does not help, since one net at a time is written), or take a smaller "
+            f"--seq_length, {scores / 1e9:.1f} GB are for attention over {seq_length} tokens."
         )
     done = sum(p.stat().st_size for p in out.glob("*.weights")) if out.is_dir() else 0
     if free_disk + done < disk:
         raise UserError(
-            f"The export needs {disk / giga:.3f} GB of disk, {free_disk / giga:.3f} GB are free on the disk that holds "
+            f"The export needs {disk / 1e9:.3f} GB of disk, {free_disk / 1e9:.3f} GB are free on the disk that holds "
             f"{out}: free some or choose another --out."
         )
     minutes = max(1, round(disk / 150e6 / 60))
     return (
-        f"{checkpoint.layers} layers: needs {memory / giga:.1f} GB of memory ({free_memory / giga:.1f} free), "
-        f"{disk / giga:.2f} GB of disk ({free_disk / giga:.1f} free), about {minutes} min"
+        f"{checkpoint.layers} layers: needs {memory / 1e9:.1f} GB of memory ({free_memory / 1e9:.1f} free), "
+        f"{disk / 1e9:.2f} GB of disk ({free_disk / 1e9:.1f} free), about {minutes} min"
     )

@@ -9,8 +9,6 @@ from google.protobuf.message import DecodeError
 
 from helpers.errors import UserError
 
-# Protobuf gives bytes where a text is damaged.
-_text = os.fsdecode
 _DTYPES = {1: "float32", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 16: "bfloat16"}
 
 
@@ -26,16 +24,17 @@ class Signature:
 
 
 def read_signature(path: str | Path) -> Signature:
-    """Raises UserError where the file is missing, empty, cut off or not ONNX, or its weights file is missing."""
+    """Raises UserError where the file is empty, cut off or not ONNX, or its weights file is missing."""
     path = Path(path)
     try:
         graph = onnx.load_from_string(path.read_bytes()).graph
-        inputs = {_text(value.name): _described(value.type.tensor_type) for value in graph.input}
-        outputs = {_text(value.name): _described(value.type.tensor_type) for value in graph.output}
-        weights = {_text(tensor.name) for tensor in graph.initializer}
-        external = {_text(e.value) for t in graph.initializer for e in t.external_data if e.key == "location"}
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path} is not there: export the nets with `python -m helpers export`.") from None
+        # Protobuf gives bytes where a text is damaged.
+        inputs, outputs = (
+            {os.fsdecode(value.name): _described(value.type.tensor_type) for value in values}
+            for values in (graph.input, graph.output)
+        )
+        weights = {os.fsdecode(tensor.name) for tensor in graph.initializer}
+        external = {os.fsdecode(e.value) for t in graph.initializer for e in t.external_data if e.key == "location"}
     except DecodeError:
         raise UserError(f"{path} is cut off or not an ONNX file: export the net again.") from None
     if not graph.node or not outputs:

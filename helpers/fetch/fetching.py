@@ -6,21 +6,21 @@
 Artefacts that Sophgo offers ready-made come through helpers.fetch.prepared.
 """
 
+import contextlib
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from helpers import artefacts, machine
-from helpers.checkpoint.modeling import import_huggingface
 from helpers.checkpoint.vocabulary import read_vocabulary
 from helpers.checkpoint.weights import Checkpoint, opened
 from helpers.errors import UserError
 from helpers.fetch import prepared
-from helpers.fetch.hubs import HUBS, download
+from helpers.fetch.hubs import HUBS, download, list_files
 from helpers.fetch.places import earlier_fetch, require_space
-from helpers.files import digest_of, locked, sha256_file
+from helpers.files import digest_of, link_or_copy, locked, sha256_file
 from helpers.patching import patching
 
 KIND = "checkpoint"
@@ -97,9 +97,6 @@ def fetch(
 
 
 def _from_hub(name: str, source: str, out: Path, revision: str | None) -> Path:
-    import_huggingface()
-    from huggingface_hub.utils import filter_repo_objects
-
     model = MODELS[name]
     revision = revision or (model.commit if source == "huggingface" else "master")
     settings = {"name": name, "source": source, "repo": model.repo, "revision": revision}
@@ -109,34 +106,32 @@ def _from_hub(name: str, source: str, out: Path, revision: str | None) -> Path:
         return out
     if previous:
         machine.log(f"{out} is of another source or was changed since it was fetched: it is replaced.")
-    downloads = out.parent / f".{out.name}.download"
-    present = sum(path.stat().st_size for path in downloads.rglob("*") if path.is_file())
-    reusable = sum(described["bytes"] for described in previous.get("outputs", {}).values())
-    require_space(out.parent, model.weight_bytes - present - reusable, name)
-    listing = HUBS[source](model.repo, revision)
+    machine.log(f"asking {source} for the files of {model.repo}")
+    listing = list_files(source, model.repo, revision)
     twice = ["pytorch_model*"] if any(file.path.endswith(".safetensors") for file in listing.files) else []
-    files = list(filter_repo_objects(listing.files, ignore_patterns=NOT_NEEDED + twice, key=lambda file: file.path))
+    files = [file for file in listing.files if not any(fnmatch(file.path, pattern) for pattern in NOT_NEEDED + twice)]
+    downloads = out.parent / f".{out.name}.download"
     downloads.mkdir(parents=True, exist_ok=True)
-    busy = f"Another fetch is writing to {downloads}: wait for it, or give another --out."
-    with locked(downloads / "lock", busy):
+    with locked(downloads / "lock", f"Another fetch is writing to {downloads}: wait for it, or give another --out."):
         # Files are named as in the repository: those of another hub or commit are others.
         folder = downloads / f"{source}-{digest_of(listing.commit)[:12]}"
         for file in files:
             # What an earlier fetch brought, and is still whole.
-            if not (folder / file.path).exists() and file.is_in(out) and sha256_file(out / file.path) == file.sha256:
-                _place(out / file.path, folder / file.path)
+            if not (folder / file.path).exists() and file.is_in(out) and file.hash_of(out / file.path) == file.hash:
+                link_or_copy(out / file.path, folder / file.path, os.link)
         require_space(out.parent, sum(file.size - file.bytes_in(folder) for file in files), name)
         download(listing, files, folder)
+        verify(folder, name)
         with artefacts.building(
             out,
             kind=KIND,
-            inputs={file.path: file.sha256 or file.git_blob or str(file.size) for file in files},
+            inputs={file.path: file.hash or str(file.size) for file in files},
             settings=settings,
             extra={"revision": listing.commit, "host": listing.host},
         ) as partial:
             for file in files:
-                _place(folder / file.path, partial / file.path)
-            verify(partial, name, as_folder=out)
+                # A second name for the same bytes: a kill before the move-in must not cost the download.
+                link_or_copy(folder / file.path, partial / file.path, os.link)
         shutil.rmtree(downloads)
     return out
 
@@ -146,23 +141,10 @@ def _is_there(out: Path, manifest: dict, name: str | None) -> bool:
     # Of what was patched since, patching keeps the originals, and knows what was edited.
     patched = patching.FILES if (out / patching.RECORD).exists() else ()
     outputs = {path: described for path, described in manifest.get("outputs", {}).items() if path not in patched}
-    if not artefacts.is_whole(out, manifest | {"outputs": outputs}):
-        return False
-    try:
+    with contextlib.suppress(UserError):
         verify(out, name)
-    except UserError:
-        return False
-    return True
-
-
-def _place(content: Path, target: Path) -> None:
-    """A second name for the same bytes: a kill between here and the move-in must not cost the download."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(content, target)
-    except OSError:
-        # A file system without hard links.
-        shutil.copyfile(content, target)
+        return artefacts.is_whole(out, manifest | {"outputs": outputs})
+    return False
 
 
 # From a folder
@@ -177,68 +159,43 @@ def _from_folder(source: Path, name: str | None, out: Path | None) -> Path:
         return source
     if place in there.parents or there in place.parents:
         raise UserError(f"{source} and {out} lie one in the other, so no copy is made: give an --out elsewhere.")
-    files = sorted(_files_in(source, ()))
-    inputs = {path: sha256_file(source / path) for path in files}
+    files = {str(file.relative_to(source)): file for file in sorted(source.rglob("*")) if file.is_file()}
+    files = {
+        path: file for path, file in files.items() if file.name != artefacts.MANIFEST and path.split("/")[0] != ".git"
+    }
+    inputs = {path: sha256_file(file) for path, file in files.items()}
     previous = earlier_fetch(out, KIND)
     if previous.get("inputs") == inputs and _is_there(out, previous, name):
         return out
-    require_space(out.parent, sum((source / path).stat().st_size for path in files), name or source.name)
+    require_space(out.parent, sum(file.stat().st_size for file in files.values()), name or source.name)
     with artefacts.building(out, kind=KIND, inputs=inputs, settings={"name": name, "source": "folder"}) as partial:
-        for path in files:
-            target = partial / path
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source / path, target)
-        verify(partial, name, as_folder=out)
+        for path, file in files.items():
+            link_or_copy(file, partial / path)
+        verify(partial, name)
     return out
-
-
-def _files_in(folder: Path, above: tuple[Path, ...], prefix: str = "") -> Iterator[str]:
-    """The files in a folder and below, by their paths from it, and what links there lead to.
-
-    Raises UserError for a link that leads nowhere, or back to a folder that it lies in.
-    """
-    above = (*above, folder.resolve())
-    for path in folder.iterdir():
-        if path.name in (".git", artefacts.MANIFEST):
-            continue
-        if path.is_symlink() and (not path.exists() or path.resolve() in above):
-            raise UserError(
-                f"{path} is a link to {os.readlink(path)}, which is not there or holds the link itself: delete the "
-                "link, or bring what it should lead to."
-            )
-        if path.is_dir():
-            yield from _files_in(path, above, f"{prefix}{path.name}/")
-        elif path.is_file():
-            yield prefix + path.name
 
 
 # Whole, and the right one
 
 
-def verify(folder: str | Path, name: str | None = None, as_folder: Path | None = None) -> None:
+def verify(folder: str | Path, name: str | None = None) -> None:
     """See that a checkpoint is whole, without reading a weight.
 
     Every shard of the index is there, each safetensors header fits the file's size and the configuration's shapes,
-    code and vocabulary are there; with `name`, its sizes are that model's. as_folder: the folder to name in errors.
-    Raises UserError with what is wrong.
+    code and vocabulary are there; with `name`, its sizes are that model's. Raises UserError with what is wrong.
     """
     folder = Path(folder)
-    try:
-        if (single := folder / "model.safetensors").is_file():
-            # One that was cut off is not passed over for older shards beside it. Other files that no index names are.
-            with opened(single, "np"):
-                pass
-        checkpoint = Checkpoint.open(folder)
-        checkpoint.check_files()
-        read_vocabulary(folder)  # of the embedded checkpoint it is cut from a package on first use
-        if missing := [needed for needed in CODE if not (folder / needed).is_file()]:
-            raise UserError(f"{folder} lacks {', '.join(missing)}: take them from the checkpoint's own repository.")
-        model = MODELS.get(name, checkpoint)
-        sizes = ("layers", "hidden_size", "heads", "intermediate_size", "vocab_size")
-        found = {key: (getattr(checkpoint, key), getattr(model, key)) for key in sizes}
-        if wrong := [f"{key} {has} instead of {needed}" for key, (has, needed) in found.items() if has != needed]:
-            raise UserError(f"{folder} is not {name}: it has {', '.join(wrong)}. Give the --name that it is.")
-    except UserError as error:
-        if as_folder is None:
-            raise
-        raise UserError(str(error).replace(str(folder), str(as_folder))) from None
+    if (single := folder / "model.safetensors").is_file():
+        # One that was cut off is not passed over for older shards beside it. Other files that no index names are.
+        with opened(single, "np"):
+            pass
+    checkpoint = Checkpoint.open(folder)
+    checkpoint.check_files()
+    read_vocabulary(folder)  # of the embedded checkpoint it is cut from a package on first use
+    if missing := [needed for needed in CODE if not (folder / needed).is_file()]:
+        raise UserError(f"{folder} lacks {', '.join(missing)}: take them from the checkpoint's own repository.")
+    model = MODELS.get(name, checkpoint)
+    sizes = ("layers", "hidden_size", "heads", "intermediate_size", "vocab_size")
+    found = {key: (getattr(checkpoint, key), getattr(model, key)) for key in sizes}
+    if wrong := [f"{key} {has} instead of {needed}" for key, (has, needed) in found.items() if has != needed]:
+        raise UserError(f"{folder} is not {name}: it has {', '.join(wrong)}. Give the --name that it is.")

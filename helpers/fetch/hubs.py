@@ -7,8 +7,8 @@ A file grows as <name>.incomplete beside its place, is compared with the hash th
 its name: whatever ends a fetch, the next one goes on from there.
 """
 
-import json
 import os
+import re
 import threading
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
@@ -18,13 +18,10 @@ from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from urllib.parse import quote
 
-import httpx
 from tqdm.auto import tqdm
 
 from helpers.errors import UserError
-from helpers.fetch.network import open_way, silent
-from helpers.files import sha256_file
-from helpers.machine import log
+from helpers.files import remedy, sha256_file
 
 AT_A_TIME = 4
 # Seconds without a byte after which a listing is given up. However slowly it comes, it is waited for.
@@ -33,13 +30,12 @@ PATIENCE = 60.0
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """One file of a repository. size in bytes; sha256, or git_blob (Git's SHA-1 of a small file), where it is told."""
+    """One file of a repository. size in bytes; hash: SHA-256 or, of 40 digits, Git's SHA-1, where it is told."""
 
     path: str
     size: int
     url: str
-    sha256: str | None = None
-    git_blob: str | None = None
+    hash: str | None
 
     def is_in(self, folder: Path) -> bool:
         """Whether it lies in the folder under its name, which it gets when it was compared with its hash."""
@@ -49,6 +45,12 @@ class RemoteFile:
         """Bytes of it that are in the folder, whole or in part."""
         partial = folder / f"{self.path}.incomplete"
         return self.size if self.is_in(folder) else partial.stat().st_size if partial.is_file() else 0
+
+    def hash_of(self, file: Path) -> str | None:
+        """A file's hash of the kind that is known of this one."""
+        from huggingface_hub.utils.sha import git_hash
+
+        return self.hash and (git_hash(file.read_bytes()) if len(self.hash) == 40 else sha256_file(file))
 
 
 @dataclass(frozen=True)
@@ -61,95 +63,97 @@ class Listing:
     headers: dict[str, str]
 
 
-def list_huggingface(repo: str, revision: str) -> Listing:
-    """The files of a repository of Hugging Face or of a mirror; revision: a commit, a tag or a branch.
-
-    Raises UserError where the hub is silent for PATIENCE or does not have it, and where a variable of the environment
-    cannot be used.
-    """
-    from huggingface_hub import HfApi, constants, hf_hub_url
+def _huggingface(endpoint: str, repo: str, revision: str) -> tuple[str, list[RemoteFile], dict[str, str]]:
+    from huggingface_hub import HfApi, hf_hub_url
     from huggingface_hub.utils import build_hf_headers
 
-    endpoint = (os.environ.get("HF_ENDPOINT") or constants.ENDPOINT).rstrip("/")
-    host, headers = open_way("Hugging Face", endpoint, build_hf_headers)
-    log(f"asking {host} for the files of {repo}")
-    with _asking(host, f"{repo} at {revision}", headers):
-        info = HfApi(endpoint=endpoint).model_info(repo, revision=revision, files_metadata=True, timeout=PATIENCE)
-        files = [
-            RemoteFile(
-                path=_inside(sibling.rfilename, host),
-                size=sibling.size,
-                url=hf_hub_url(repo, sibling.rfilename, revision=info.sha, endpoint=endpoint),
-                sha256=sibling.lfs.sha256 if sibling.lfs else None,
-                git_blob=None if sibling.lfs else sibling.blob_id,
-            )
-            for sibling in info.siblings
-        ]
-    return Listing(host, info.sha, files, headers)
+    info = HfApi(endpoint=endpoint).model_info(repo, revision=revision, files_metadata=True, timeout=PATIENCE)
+    files = [
+        RemoteFile(
+            path=sibling.rfilename,
+            size=sibling.size,
+            url=hf_hub_url(repo, sibling.rfilename, revision=info.sha, endpoint=endpoint),
+            hash=sibling.lfs.sha256 if sibling.lfs else sibling.blob_id,
+        )
+        for sibling in info.siblings
+    ]
+    return info.sha, files, build_hf_headers()
 
 
-def list_modelscope(repo: str, revision: str) -> Listing:
-    """The files of a ModelScope repository; revision: a branch, a tag or a commit.
-
-    The answer names each file's own last commit; Listing.commit is the newest of these.
-    Raises UserError as list_huggingface does.
-    """
+def _modelscope(endpoint: str, repo: str, revision: str) -> tuple[str, list[RemoteFile], dict[str, str]]:
+    """The answer names each file's own last commit; the newest of these is taken for the repository's."""
     from huggingface_hub import get_session
 
-    endpoint = (os.environ.get("MODELSCOPE_ENDPOINT") or "https://modelscope.cn").rstrip("/")
-    host, headers = open_way("ModelScope", endpoint)
     place = f"{endpoint}/api/v1/models/{repo}/repo"
     asked = {"Revision": revision, "Recursive": "True"}
-    log(f"asking {host} for the files of {repo}")
-    with _asking(host, f"{repo} at {revision}", headers):
-        response = get_session().get(f"{place}/files", params=asked, timeout=PATIENCE)
-        entries = [e for e in response.raise_for_status().json()["Data"]["Files"] if e.get("Type") != "tree"]
-        newest = max(entries, key=lambda entry: entry.get("CommittedDate") or 0, default={})
-        files = [
-            RemoteFile(
-                path=_inside(entry["Path"], host),
-                size=int(entry["Size"]),
-                url=f"{place}?Revision={quote(revision, safe='')}&FilePath={quote(entry['Path'], safe='')}",
-                sha256=entry.get("Sha256") or None,
-            )
-            for entry in entries
-        ]
-    return Listing(host, newest.get("Revision") or revision, files, headers)
+    response = get_session().get(f"{place}/files", params=asked, timeout=PATIENCE)
+    entries = [e for e in response.raise_for_status().json()["Data"]["Files"] if e.get("Type") != "tree"]
+    newest = max(entries, key=lambda entry: entry.get("CommittedDate") or 0, default={})
+    files = [
+        RemoteFile(
+            path=entry["Path"],
+            size=int(entry["Size"]),
+            url=f"{place}?Revision={quote(revision, safe='')}&FilePath={quote(entry['Path'], safe='')}",
+            hash=entry.get("Sha256") or None,
+        )
+        for entry in entries
+    ]
+    return newest.get("Revision") or revision, files, {}
+
+
+# What people call a hub, the variable that names another address, its own address, what lists a repository there.
+HUBS = {
+    "huggingface": ("Hugging Face", "HF_ENDPOINT", "https://huggingface.co", _huggingface),
+    "modelscope": ("ModelScope", "MODELSCOPE_ENDPOINT", "https://modelscope.cn", _modelscope),
+}
+
+
+def list_files(source: str, repo: str, revision: str) -> Listing:
+    """The files of a repository; source: one of HUBS; revision: a commit, a tag or a branch.
+
+    Raises UserError where the hub is silent for PATIENCE, does not have it or lists a file outside it.
+    """
+    hub, variable, address, ask = HUBS[source]
+    endpoint = (os.environ.get(variable) or address).rstrip("/")
+    host = f"{hub} ({re.sub('^.*(://|@)', '', endpoint)})"
+    with _asking(host, f"{repo} at {revision}"):
+        from huggingface_hub import close_session
+
+        close_session()  # the next one reads the environment of now
+        commit, files, headers = ask(endpoint, repo, revision)
+    for pure in (PurePosixPath(file.path) for file in files):
+        if pure.is_absolute() or ".." in pure.parts:
+            raise UserError(f"{host} lists a file {pure}, which lies outside its repository: do not use this source.")
+    return Listing(host, commit, files, headers)
 
 
 @contextmanager
-def _asking(host: str, what: str, headers: dict[str, str]) -> Iterator[None]:
+def _asking(host: str, what: str) -> Iterator[None]:
     """Word what a hub's client raises, while it is asked for something."""
     try:
         yield
-    except httpx.HTTPError as error:
-        status = error.response.status_code if hasattr(error, "response") else None
-        if status in (401, 403) and "authorization" in headers:
-            from huggingface_hub import constants
-
-            variables = ("HF_OIDC_RESOURCE", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-            place = next(filter(os.environ.get, variables), f"the file {constants.HF_TOKEN_PATH}")
+    except (CancelledError, UserError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and remedy(error):
+            raise  # of this machine's disk
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        if status := getattr(getattr(error, "response", None), "status_code", None):
             raise UserError(
-                f"{host} answers HTTP {status} to the token in {place}: it has expired, perhaps, or was revoked. Take "
-                "it away, these models need none, or put a new one there."
+                f"{host} refuses {what} with HTTP {status}: leave out --revision; take away an old token, in HF_TOKEN "
+                "or ~/.cache/huggingface/token (these models need none); look at HF_ENDPOINT or MODELSCOPE_ENDPOINT if "
+                "it is set; try again later; or take another --source. What was fetched is kept."
             ) from None
-        if status is not None:
-            raise UserError(
-                f"{host} refuses {what} with HTTP {status}: leave out --revision, look at the address in HF_ENDPOINT "
-                "or MODELSCOPE_ENDPOINT if one is set, try again later, or take another --source; what was fetched is "
-                "kept."
-            ) from None
-        raise silent(f"{host}, asked for {what},", error) from None
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        other, own = ("huggingface", "MODELSCOPE") if host.startswith("ModelScope") else ("modelscope", "HF|HUGGING")
+        pattern = rf"(HTTPS?|ALL|NO)_PROXY|SSL\w+|({own})_\w*(ENDPOINT|TOKEN|TIMEOUT)|\w+_OFFLINE"
+        variables = (variable for variable in os.environ if re.fullmatch(pattern, variable, re.IGNORECASE))
         raise UserError(
-            f"{host}, asked for {what}, answered something else: a proxy's page perhaps. Take another --source, or "
-            "bring the checkpoint yourself and give --source FOLDER."
+            f"{host}, asked for {what}, gives no answer ({reason}): take --source {other}; or look at "
+            f"{', '.join(variables) or 'your network'} (an address is https://HOST; a proxy, in HTTPS_PROXY, is "
+            "http://USER:PASSWORD@HOST:PORT with %23 for # and %2F for /; SSL_CERT_FILE names your network's "
+            "certificates); or bring the checkpoint here by other means and give its folder with --source FOLDER. What "
+            "was fetched is kept."
         ) from None
-    except UnicodeError as error:  # a proxy's name that no name server can be asked for
-        raise silent(f"{host}, asked for {what},", error) from None
-
-
-HUBS = {"huggingface": list_huggingface, "modelscope": list_modelscope}
 
 
 def download(listing: Listing, files: list[RemoteFile], folder: Path) -> None:
@@ -185,42 +189,24 @@ def download(listing: Listing, files: list[RemoteFile], folder: Path) -> None:
 
 def _receive(listing: Listing, file: RemoteFile, folder: Path, bar: SimpleNamespace) -> None:
     from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils.sha import git_hash
-
-    def sent(what: str, found: str, announced: str) -> UserError:
-        partial.unlink()
-        return UserError(
-            f"{file.path} as {listing.host} sent it has the {what} {found:.12}…, announced was {announced:.12}…: it is "
-            "deleted; run the same command again (the other files are kept), or take another --source."
-        )
 
     target, partial = folder / file.path, folder / f"{file.path}.incomplete"
     target.parent.mkdir(parents=True, exist_ok=True)
-    if partial.is_file() and partial.stat().st_size > file.size:
+    # Where no hash is announced, nothing would tell that the two parts are of one file.
+    resumed = file.hash and file.bytes_in(folder) <= file.size
+    with _asking(listing.host, file.path), open(partial, "ab" if resumed else "wb") as out:
+        http_get(
+            file.url,
+            out,
+            resume_size=out.tell(),
+            headers={**listing.headers, "Accept-Encoding": "identity"},
+            expected_size=file.size,
+            tqdm_class=lambda **_: nullcontext(bar),
+        )
+    if (found := file.hash_of(partial)) != file.hash:
         partial.unlink()
-    with _asking(listing.host, file.path, listing.headers), open(partial, "ab") as out:
-        try:
-            http_get(
-                file.url,
-                out,
-                resume_size=out.tell(),
-                headers={**listing.headers, "Accept-Encoding": "identity"},
-                expected_size=file.size,
-                tqdm_class=lambda **_: nullcontext(bar),
-            )
-        except OSError as error:
-            if isinstance(error, httpx.HTTPError) or error.errno is not None:
-                raise
-            raise sent("size", str(partial.stat().st_size), str(file.size)) from None
-    if file.sha256 and (found := sha256_file(partial)) != file.sha256:
-        raise sent("SHA-256", found, file.sha256)
-    if file.git_blob and (found := git_hash(partial.read_bytes())) != file.git_blob:
-        raise sent("Git hash", found, file.git_blob)
+        raise UserError(
+            f"{file.path} as {listing.host} sent it has the hash {found:.12}…, announced was {file.hash:.12}…: it is "
+            "deleted; run the same command again (the other files are kept), or take another --source."
+        )
     os.replace(partial, target)
-
-
-def _inside(path: str, host: str) -> str:
-    pure = PurePosixPath(path)
-    if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path:
-        raise UserError(f"{host} lists a file {path!r}, which lies outside its repository: do not use this source.")
-    return path

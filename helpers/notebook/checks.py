@@ -10,6 +10,7 @@ a manifest that proves its content; a cell that shows a figure has one.
 """
 
 import ast
+import contextlib
 import json
 import symtable
 from collections.abc import Iterable, Iterator
@@ -24,7 +25,6 @@ from helpers.bmodel.bmodel import read_bmodel
 from helpers.patching import patching
 
 MAX_LINES = 60  # no output is longer: a wall of log is not a tutorial
-IMAGES = (".png", ".svg")
 SHOWS_FIGURE = ("plt.show(", "pyplot.show(", "plots.show(")
 # What raises an exception where a file is not what its suffix says.
 LOADERS = {
@@ -75,15 +75,11 @@ def parameters_of(notebook) -> dict[str, object]:
     for statement in ast.parse(_python(tagged[0])).body:
         match statement:
             case ast.Assign([ast.Name(name)], value) | ast.AnnAssign(ast.Name(name), _, value) if name not in values:
-                try:
+                with contextlib.suppress(ValueError):
                     values[name] = ast.literal_eval(value)
                     continue
-                except ValueError:
-                    pass
-        raise ValueError(
-            f"the parameters cell holds `{ast.unparse(statement)}`; only `name = literal`, once a name, may stand "
-            "there (derive other values in the next cell)"
-        )
+        code = ast.unparse(statement)
+        raise ValueError(f"the parameters cell holds `{code}`; only `name = literal`, once a name, may stand there")
     return values
 
 
@@ -151,7 +147,7 @@ def check_executed(notebook, makes: list[str]) -> list[str]:
         problems += [f"{where}: {noise}" for noise in _noise(cell)]
         if _shows_figure(cell) and not _figures(cell):
             problems.append(f"{where} shows a figure, and there is none in its output")
-    promised = any(name.endswith(IMAGES) for name in makes)
+    promised = any(name.endswith((".png", ".svg")) for name in makes)
     if not problems and promised and not any(map(_figures, code_cells(notebook))):
         problems.append("promises figures and shows none")
     return problems
@@ -193,13 +189,8 @@ def check_artefacts(makes: list[str], out: Path, parameters: dict[str, object], 
     """
     problems = []
     for template in makes:
-        try:
-            pattern = template.format(**parameters)
-        except (KeyError, IndexError, ValueError):
-            problems.append(f"promises {template}, which names a parameter that it does not have")
-            continue
-        found = out.glob(pattern) if not Path(pattern).is_absolute() else []
-        found = sorted(path for path in found if path.resolve().is_relative_to(out.resolve()))
+        pattern = template.format(**parameters)
+        found = sorted(out.glob(pattern))
         if not found:
             problems.append(f"promises {pattern} in {out}, where it is not")
         left = []

@@ -14,17 +14,13 @@ from helpers.files import digest_of, write_file, write_json
 from helpers.machine import log
 from helpers.notebook.workspace import ROOT
 
-LAB = ROOT / "lab"
-# What was copied: {file: digest of its cells}.
-RECORD = ".copied.json"
 
-
-def refresh(originals: Path = ROOT / "notebooks", lab: Path = LAB) -> list[str]:
+def refresh(originals: Path = ROOT / "notebooks", lab: Path = ROOT / "lab") -> list[str]:
     """Copy what is new; take over what changed where the reader's copy is as it was copied. Returns what was said.
 
     A copy counts as changed where a cell's text is another: outputs and counts do not matter.
     """
-    record_file = lab / RECORD
+    record_file = lab / ".copied.json"  # {file: digest of the cells that were copied}
     record = json.loads(record_file.read_bytes()) if record_file.is_file() else {}
     said = []
     for path in sorted(path for path in originals.rglob("*") if path.is_file()):

@@ -1,13 +1,20 @@
-"""Pictures of the notebooks. Every axis has its unit, every picture of time says which kind of time it shows."""
+"""Pictures of the notebooks. Every axis has its unit, every picture of time says which kind of time it shows.
 
+Importing this module sets matplotlib's style: no background, and ink that is read on a white page and on a dark one.
+A page is 9.6 inches wide; what is wider is shown smaller.
+"""
+
+import base64
+import html
 import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from IPython.display import Image, display
+from IPython.display import display
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import LogLocator
 
 from helpers.nets import MASKED, count_layers, net_kind, phase_nets, weight_group
 from helpers.run.latency import KINDS
@@ -22,8 +29,14 @@ _COLOURS = {
 }
 
 
+# A contrast of 4.3 on white, and on the #111111 of JupyterLab's dark theme.
+INK = "#797979"
+_INKED = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "patch.edgecolor")
+plt.rcParams.update(dict.fromkeys(_INKED, INK) | {"figure.facecolor": "none", "axes.facecolor": "none"})
+
+
 def _figure(width: float, height: float, columns: int = 1, **kwargs):
-    with plt.rc_context({"axes.spines.top": False, "axes.spines.right": False, "axes.labelsize": 9}):
+    with plt.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
         return plt.subplots(1, columns, figsize=(width, height), layout="constrained", **kwargs)
 
 
@@ -33,22 +46,26 @@ def _name_rows(axis, names: Sequence[str], **kwargs) -> None:
 
 
 def _legend_below(figure, handles, columns: int) -> None:
-    figure.legend(handles=handles, loc="outside lower center", frameon=False, fontsize=9, ncols=columns)
+    figure.legend(handles=handles, loc="outside lower center", frameon=False, ncols=columns)
 
 
 def _kind(net: str) -> str:
     return net_kind(weight_group(net))
 
 
-def show(figure, path: str | Path, alt: str = "") -> None:
+def show(figure, path: str | Path, alt: str) -> None:
     """Write a figure as PNG (120 dpi), its folder made if absent, and show that PNG in the notebook.
 
-    alt: what the figure shows, in words, for who cannot see it.
+    alt: what the figure shows, in words, for who cannot see it. It is in HTML beside the PNG, since nbconvert and
+    JupyterLab prefer that, and have no alternative text for a PNG.
     """
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)  # else the notebook shows it a second time
-    display(Image(filename=str(path), width=int(100 * figure.get_figwidth()), alt=alt or None))
+    data = base64.b64encode(Path(path).read_bytes()).decode()
+    width = int(100 * figure.get_figwidth())
+    image = f'<img src="data:image/png;base64,{data}" alt="{html.escape(alt)}" width="{width}">'
+    display({"image/png": data, "text/html": image, "text/plain": alt}, raw=True)
 
 
 def _draw_mask(axis, mask: np.ndarray, rows: Iterable, title: str) -> None:
@@ -77,13 +94,13 @@ def tokens_of_steps(accepted: dict[str, list[int]], chosen: str):
 
     accepted: {label: [tokens of a step, …]}, without the first token, which the prefill gives. chosen: one of its keys.
     """
-    figure, (every, one) = _figure(11, 3.8, columns=2, width_ratios=(1, 1.4))
+    figure, (every, one) = _figure(9.6, 3.8, columns=2, width_ratios=(1, 1.4))
     for label, counts in accepted.items():
         every.plot(np.cumsum([1, *counts]), label=label)
     most = max(map(len, accepted.values()))
-    every.plot([0, most], [1, most + 1], color="black", linestyle="--", linewidth=1, label="plain decoding")
+    every.plot([0, most], [1, most + 1], color=INK, linestyle="--", linewidth=1, label="plain decoding")
     every.set(xlabel="step", ylabel="tokens so far", title="every answer, step by step")
-    every.legend(fontsize=8)
+    every.legend(fontsize=9, frameon=False)
     counts = accepted[chosen]
     colours = [_BLUE if count > 1 else _GREY for count in counts]
     one.bar(range(1, len(counts) + 1), counts, color=colours, width=0.9)
@@ -99,7 +116,7 @@ def net_share(ms: dict[str, dict[str, float]], layers: int, kind: str | None = N
     """
     if kind is None:
         ms = {textwrap.fill(KINDS[label], 18): nets for label, nets in ms.items()}
-    figure, axes = _figure(11, 1.6 + 0.55 * len(ms), columns=2)
+    figure, axes = _figure(9.6, 1.6 + 0.55 * len(ms), columns=2)
     phases = {"prefill": "first token (prefill)", "decode": "each further token (decode)"}
     drawn = set()
     for axis, (phase, title) in zip(axes, phases.items(), strict=True):
@@ -113,7 +130,7 @@ def net_share(ms: dict[str, dict[str, float]], layers: int, kind: str | None = N
             axis.annotate(f" {total:,.0f} ms" if total >= 1000 else f" {total:.3g} ms", (total, row), va="center")
             drawn |= set(map(_kind, nets))
         _name_rows(axis, list(ms))
-        axis.margins(x=0.18)
+        axis.margins(x=0.24)
         axis.set(xlabel=f"ms, {KINDS[kind]}" if kind else "ms", title=title)
     patches = [Patch(color=colour, label=net) for net, colour in _COLOURS.items() if net in drawn]
     _legend_below(figure, patches, columns=4)
@@ -129,6 +146,9 @@ def token_times(seconds: dict[str, list[float]], kind: str):
     for label, values in seconds.items():
         axis.plot(range(1, len(values) + 1), np.asarray(values) * 1e3, marker="o", markersize=3, label=label)
     axis.set(yscale="log", xlabel="token of the answer", ylabel="ms", title=f"Token by token: {KINDS[kind]}")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:,g}")
+    axis.yaxis.set_minor_formatter("")
     axis.legend(frameon=False)
     axis.grid(axis="y", alpha=0.3)
     return figure
@@ -139,7 +159,7 @@ def parity_ladder(parity: dict[str, dict[str, dict[str, float]]]):
 
     A logarithmic axis has no place for 0: where nothing differs there is no mark.
     """
-    figure, axes = _figure(12, 4.8, columns=2)
+    figure, axes = _figure(9.6, 4.8, columns=2)
     names = {net for rung in parity.values() for net in rung}
     in_order = [net for phase in phase_nets(count_layers(names), names).values() for net in phase]
     nets = [net for net in dict.fromkeys([*in_order, *sorted(names)]) if net in names]
@@ -151,9 +171,9 @@ def parity_ladder(parity: dict[str, dict[str, dict[str, float]]]):
             there = [figures.get(net, {"max_abs": np.nan, "cosine": np.nan}) for net in nets]
             values = np.array([1 - f["cosine"] if axis is axes[1] else f["max_abs"] for f in there])
             values[values <= 0] = np.nan
-            axis.plot(values, marker="o", markersize=5, linestyle="none", alpha=0.8, label=rung)
+            axis.plot(values, marker="o", markersize=5, linestyle="none", label=rung)
         axis.set(yscale="log", xlim=(-0.5, len(nets) - 0.5), ylabel=label, title=title)
-        axis.set_xticks(range(len(nets)), nets, rotation=90, fontsize=8)
+        axis.set_xticks(range(len(nets)), nets, rotation=90, fontsize=9)
         # Whole decades: else an axis of less than one may have no number.
         low, high = np.log10(axis.get_ylim())
         axis.set_ylim(10 ** np.floor(low), 10 ** np.ceil(high))
@@ -164,15 +184,17 @@ def parity_ladder(parity: dict[str, dict[str, dict[str, float]]]):
 
 def net_costs(nets: dict[str, dict], title: str):
     """Cycles and size of every net of a bmodel. nets: {net: {"cycles", "bytes"}}."""
-    figure, axes = _figure(11, 0.6 + 0.24 * len(nets), columns=2, sharey=True)
+    figure, axes = _figure(9.6, 0.8 + 0.27 * len(nets), columns=2, sharey=True)
     for axis, key, label in (
         (axes[0], "cycles", f"thousand cycles, {KINDS['estimated']}"),
         (axes[1], "bytes", "kB of bmodel"),
     ):
         thousands = [(costs[key] or 0) / 1e3 for costs in nets.values()]
-        axis.barh(range(len(nets)), thousands, color=[_COLOURS.get(_kind(net), _PURPLE) for net in nets])
+        # "block_cache, each of 4" has the colour of a block.
+        colours = [_COLOURS.get(_kind(net.partition(",")[0]), _PURPLE) for net in nets]
+        axis.barh(range(len(nets)), thousands, color=colours)
         axis.set_xlabel(label)
-    _name_rows(axes[0], list(nets), fontsize=8)
+    _name_rows(axes[0], list(nets), fontsize=9)
     axes[0].set_title(title)
     return figure
 
@@ -182,7 +204,7 @@ def timeline(profiles: dict[str, list[dict]], marked: dict[str, list[dict]], tit
 
     profiles: {mode: commands} from helpers.compile.profile.commands. marked: {mode: commands} in another colour.
     """
-    figure, axis = _figure(11, 1.2 + 0.8 * len(profiles))
+    figure, axis = _figure(9.6, 1.2 + 0.8 * len(profiles))
     rows = [f"{mode}, {part}" for mode in profiles for part in ("compute", "data movement")]
     for place, (mode, commands) in enumerate(profiles.items()):
         moves = [command for command in commands if command["bytes"] is not None]

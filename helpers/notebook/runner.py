@@ -6,7 +6,6 @@ reason is refused here, before (`check_source`) or after (`check_executed`, `che
 
 import ast
 import contextlib
-import html
 import math
 import os
 import shutil
@@ -35,8 +34,6 @@ OUT = ROOT / "out"
 # Bounds for what hangs, not for what is slow: of a cell; of a kernel's start and its answers, a second as a rule.
 CELL_SECONDS = 36000
 ANSWER_SECONDS = 3600
-# More text than this in one cell fills the memory of runner and reader before any time limit is reached.
-MAX_CELL_CHARACTERS = 5_000_000
 
 
 @dataclass
@@ -47,7 +44,6 @@ class Report:
     cells: int = 0
     checks: int = 0
     seconds: float = 0.0
-    stderr_outputs: int = 0
     problems: list[str] = field(default_factory=list)
 
 
@@ -60,7 +56,7 @@ class NotebookFailed(Exception):
 
 
 class _Client(NotebookClient):
-    """Nbclient's, in a kernel of this interpreter whatever kernels are registered; a cell may not print for ever."""
+    """Nbclient's, in a kernel of this interpreter whatever kernels are registered."""
 
     def __init__(self, notebook, folder: Path, cell_seconds: float):
         super().__init__(
@@ -77,7 +73,6 @@ class _Client(NotebookClient):
             resources={"metadata": {"path": str(folder)}},
             coalesce_streams=True,
         )
-        self.flooded = False
         self.pid: int | None = None
 
     @contextlib.contextmanager
@@ -98,12 +93,9 @@ class _Client(NotebookClient):
                     yield
                 finally:
                     self.set_widgets_metadata()
-                    self.kill()
-
-    def kill(self) -> None:
-        """Kill the kernel and what it started: it leads a process group, of which some may outlive it."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.pid, signal.SIGKILL)
+                    # And what it started: it leads a process group, of which some may outlive it.
+                    with contextlib.suppress(ProcessLookupError, PermissionError):
+                        os.killpg(self.pid, signal.SIGKILL)
 
     def last_words(self) -> tuple[int, list[str]]:
         """How many checks passed, and what is wrong; asked where the notebook's own names cannot stand in the way."""
@@ -113,15 +105,6 @@ class _Client(NotebookClient):
         if answer["status"] != "ok":
             return 0, ["left a kernel that does not say how it went: a cell broke what Python itself needs"]
         return ast.literal_eval(answer["data"]["text/plain"])
-
-    def process_message(self, msg, cell, cell_index):
-        output = super().process_message(msg, cell, cell_index)
-        if msg["msg_type"] == "stream" and not self.flooded:
-            printed = sum(len(o.text) for o in cell.outputs if o.output_type == "stream")
-            if printed > MAX_CELL_CHARACTERS:
-                self.flooded = True
-                self.kill()
-        return output
 
 
 def read_notebook(path: Path):
@@ -146,10 +129,8 @@ def run_notebook(
     """Run one notebook in a kernel of this interpreter, in the notebook's folder as JupyterLab does.
 
     executed: where the executed notebook goes, also when it failed, with the failing cell's error in it.
-    parameters: values by name.
     out: the folder that the notebook's promises are below; a notebook that has a parameter `out` (relative to the
-    repository, as written) is given it.
-    cell_seconds: bound of each cell.
+    repository, as written) is given it. cell_seconds: bound of each cell.
     Raises NotebookFailed, with all that is wrong, and UserError for a file that is no notebook.
     """
     path, executed, out = Path(path), Path(executed), Path(out).absolute()
@@ -173,21 +154,14 @@ def run_notebook(
         began = os.fstat(file.fileno()).st_ctime_ns
     client = _Client(notebook, path.absolute().parent, cell_seconds or CELL_SECONDS)
     stopped, said = _run_cells(client, report)
-    _settle_progress(notebook)
     executed.parent.mkdir(parents=True, exist_ok=True)
     write_file(executed, (nbformat.writes(notebook) + "\n").encode())
     pictures = path.parent / "images"  # the text's links to them are relative
     if pictures.is_dir() and path.parent.resolve() != executed.parent.resolve():
         shutil.copytree(pictures, executed.parent / "images", dirs_exist_ok=True)
     report.cells = sum(cell.execution_count is not None for cell in code_cells(notebook))
-    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
-    report.stderr_outputs = sum(output.get("name") == "stderr" for output in outputs)
-    report.problems = (
-        stopped
-        or checks.check_executed(notebook, makes)
-        or said
-        or checks.check_artefacts(makes, out, values | given, began)
-    )
+    report.problems = stopped or checks.check_executed(notebook, makes) or said
+    report.problems = report.problems or checks.check_artefacts(makes, out, values | given, began)
     if report.problems:
         raise NotebookFailed(report)
     return report
@@ -209,41 +183,11 @@ def _run_cells(client: _Client, report: Report) -> tuple[list[str], list[str]]:
     except CellTimeoutError:
         stopped = f"ran longer than {client.timeout:g} s and was stopped"
     except DeadKernelError:
-        flooded = f"printed more than {MAX_CELL_CHARACTERS:,} characters and was stopped"
-        stopped = flooded if client.flooded else "ended its kernel"
+        stopped = "ended its kernel"
     except RuntimeError as error:
         if client.pid:
             raise
         return [f"its kernel did not start: {error}"], []
-    for output in cell.outputs:
-        if output.output_type == "stream":
-            output.text = output.text[-10_000:]
     message = f"The runner: this cell {stopped}."
     cell.outputs.append(nbformat.v4.new_output("error", ename="Stopped", evalue=message, traceback=[message]))
     return [f"{name_of(client.nb, cell)}: {stopped}"], []
-
-
-def _settle_progress(notebook) -> None:
-    """Give the progress bars of an executed notebook their last text; take away those that took themselves away.
-
-    A bar is a widget, which is drawn only where the reader trusts the notebook. Everywhere else there is the text that
-    came with it when it was made, and that says 0 % for ever.
-    """
-    states = notebook.metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {})
-
-    def state(reference: str | None) -> dict:
-        name = (reference or "").removeprefix("IPY_MODEL_")
-        return states.get("state", {}).get(name, {}).get("state", {})
-
-    for cell in code_cells(notebook):
-        for output in list(cell.outputs):
-            view = output.get("data", {}).get("application/vnd.jupyter.widget-view+json", {})
-            box = state(view.get("model_id"))
-            match [state(child) for child in box.get("children", ())]:
-                case [{"value": left}, {"value": done, "max": most}, {"value": right}]:
-                    if state(box.get("layout")).get("visibility") == "hidden":
-                        cell.outputs.remove(output)
-                        continue
-                    filled = round(10 * done / (most or 1))
-                    text = f"{left}|{'█' * filled}{' ' * (10 - filled)}|{right}"
-                    output.data["text/plain"] = html.unescape(text)

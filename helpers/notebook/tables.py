@@ -16,13 +16,8 @@ def _cell(value: object) -> str:
 
 
 def markdown(rows: Iterable[Mapping[str, object]]) -> str:
-    """Rows of equal keys as a Markdown table; numbers to the right, floats with four digits, a dash for None.
-
-    Raises ValueError where there is no row.
-    """
+    """Rows of equal keys as a Markdown table; numbers to the right, floats with four digits, a dash for None."""
     rows = list(rows)
-    if not rows:
-        raise ValueError("a table needs a row")
     names = list(rows[0])
     numeric = [all(isinstance(row[name], int | float | None) for row in rows) for name in names]
     lines = [names, ["---:" if right else "---" for right in numeric]]

@@ -8,6 +8,13 @@ from helpers.errors import UserError
 from helpers.files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
+# Which notebook makes what later ones take, by its place in the model's folder.
+MADE_BY = {
+    "tokens_original.json": "notebook 01",
+    "patched": "notebook 01",
+    "onnx": "notebook 02",
+    "bmodel": "notebook 03",
+}
 
 
 class Workspace:
@@ -26,12 +33,17 @@ class Workspace:
         """The compiled bmodel of a mode."""
         return self.bmodels / f"{self.name}_{mode}_{num_device}dev.bmodel"
 
+    def require(self, *paths: Path) -> None:
+        """Raise UserError for the first path of this folder that is not there yet; it names the notebook to run."""
+        for path in paths:
+            if not path.exists():
+                first = MADE_BY.get(path.relative_to(self.folder).parts[0], "the notebooks before this one")
+                raise UserError(f"{path} is not there: run {first} first.")
+
     def read(self, file: str):
         """What a file holds. Raises UserError where no notebook has written it yet."""
-        try:
-            return json.loads((self.folder / file).read_bytes())
-        except FileNotFoundError:
-            raise UserError(f"{self.folder / file} is not there: run the notebooks before this one first.") from None
+        self.require(self.folder / file)
+        return json.loads((self.folder / file).read_bytes())
 
     def write(self, file: str, value: object) -> None:
         """Write a file, whole or not at all."""

@@ -1,10 +1,11 @@
 """What runs a net by its name, on numpy arrays: the exported modules in PyTorch, the ONNX files, a bmodel in an engine.
 
-All three have `layers`, `seq_length` and `run(net, *arrays) -> arrays`, so that helpers.parity.chain can chain and
-compare them. Beside them the checkpoint's own, unpatched model, which knows nothing of nets.
+All three have `layers`, `seq_length` and `run(net, *arrays) -> arrays`, for helpers.parity.chain. Beside them the
+checkpoint's own, unpatched model, which knows nothing of nets.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,29 +27,10 @@ def torch_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def fits_in_memory(needed: Checkpoint | int, device: torch.device | None = None) -> bool:
-    """Whether so many bytes, or a checkpoint's weights in float32, take no more than half of the memory free now.
-
-    device: whose memory is meant; by default the machine's.
-    """
-    on_gpu = device is not None and device.type == "cuda"
-    free = torch.cuda.mem_get_info(device)[0] if on_gpu else machine.free_memory()
-    return (needed if isinstance(needed, int) else needed_bytes(needed)[1]) < free / 2
-
-
-class _Resident:
-    """Keeps all that was loaded, or only the last of it."""
-
-    def __init__(self, keep_all: bool):
-        self._keep_all = keep_all
-        self._loaded: dict[str, object] = {}
-
-    def get(self, name: str, load: Callable[[], object]):
-        if name not in self._loaded:
-            if not self._keep_all:
-                self._loaded.clear()
-            self._loaded[name] = load()
-        return self._loaded[name]
+def fits_in_memory(checkpoint: Checkpoint, device: torch.device) -> bool:
+    """Whether a checkpoint's weights in float32 take less than half of the memory that is free on a device now."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else machine.free_memory()
+    return needed_bytes(checkpoint)[1] < free / 2
 
 
 class TorchNets:
@@ -59,7 +41,8 @@ class TorchNets:
         self.layers, self.seq_length = self.checkpoint.layers, seq_length
         self._builder = NetBuilder(self.checkpoint, seq_length)
         self._device = torch_device()
-        self._resident = _Resident(fits_in_memory(self.checkpoint, self._device))
+        resident = fits_in_memory(self.checkpoint, self._device)
+        self._module = functools.lru_cache(None if resident else 0)(self._load)
 
     def _load(self, net: str) -> torch.nn.Module:
         module = self._builder.module(net)
@@ -68,7 +51,7 @@ class TorchNets:
 
     def run(self, net: str, *inputs: np.ndarray) -> list[np.ndarray]:
         # A net and its *_cache are one module: only their inputs differ.
-        module = self._resident.get(net.replace("_cache", ""), lambda: self._load(net))
+        module = self._module(net.replace("_cache", ""))
         with torch.no_grad():
             outputs = module(*(torch.from_numpy(np.ascontiguousarray(array)).to(self._device) for array in inputs))
         return [tensor.cpu().numpy() for tensor in (outputs if isinstance(outputs, tuple) else (outputs,))]
@@ -82,19 +65,19 @@ class OnnxNets:
         manifest = artefacts.read_manifest(self.folder)
         self.layers, self.seq_length = count_layers(manifest["nets"]), manifest["seq_length"]
         total = sum(path.stat().st_size for path in self.folder.glob("*.weights"))
-        self._resident = _Resident(fits_in_memory(2 * total))
+        # A net and its *_cache are two sessions, each with the weights.
+        self._session = functools.lru_cache(None if 2 * total < machine.free_memory() / 2 else 0)(self._load)
 
     def _load(self, net: str) -> onnxruntime.InferenceSession:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         # Threads that spin while they wait take a core from whoever else computes.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        return onnxruntime.InferenceSession(
-            str(self.folder / f"{net}.onnx"), options, providers=["CPUExecutionProvider"]
-        )
+        path = str(self.folder / f"{net}.onnx")
+        return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(self, net: str, *inputs: np.ndarray) -> list[np.ndarray]:
-        session = self._resident.get(net, lambda: self._load(net))
+        session = self._session(net)
         kinds = {"tensor(int64)": np.int64, "tensor(int32)": np.int32, "tensor(float)": np.float32}
         wanted = zip(session.get_inputs(), inputs, strict=True)
         return session.run(None, {w.name: np.asarray(array, dtype=kinds[w.type]) for w, array in wanted})
@@ -122,8 +105,7 @@ class EngineNets:
 class OriginalModel:
     """The checkpoint's own, unpatched QWenLMHeadModel in float32, through its own forward and its own cache.
 
-    Its weights stay in memory where they fit in half of what is free; else each part's are read from the checkpoint
-    when its turn comes, at every token, and given up after it. resident: False asks for that.
+    resident: whether its weights stay in memory, by default where they fit; else each part's are read at every token.
     """
 
     def __init__(self, model_path: str | Path, resident: bool | None = None):

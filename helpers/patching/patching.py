@@ -5,24 +5,19 @@ The changes are the files in `patches/`, one a change, in the order of their num
 whole: a patching that is killed leaves each file as it was or as it will be, and the same command goes on from there.
 """
 
-import contextlib
-import difflib
 import filecmp
 import hashlib
 import json
 import os
 import runpy
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-from helpers import machine
 from helpers.errors import UserError
-from helpers.files import write_file, write_json
+from helpers.files import json_object, link_or_copy, write_file, write_json
 from helpers.patching.passages import MisfitError, NotNeededError, Source
-from helpers.patching.understood import multimodal
 
 FOLDER = Path(__file__).resolve().parents[2] / "patches"
 RECORD = "patches.json"
@@ -35,12 +30,10 @@ APPLIED, NOT_APPLIED, NOT_NEEDED, MISFIT = "applied", "not applied", "not needed
 
 @dataclass(frozen=True)
 class Patch:
-    """One file of `patches/`: its name, the file it changes, why in one line and in full, and the change itself."""
+    """One file of `patches/`: its name, the file it changes and the change itself."""
 
     name: str
     file: str
-    title: str
-    reason: str
     change: Callable
 
     def outcome(self, text: str, seq_length: int) -> tuple[str, str, str]:
@@ -64,14 +57,6 @@ class Step:
     before: str
     after: str
 
-    @property
-    def diff(self) -> str:
-        """The change as a unified diff; empty where there is none."""
-        lines = difflib.unified_diff(
-            self.before.splitlines(), self.after.splitlines(), self.patch.file, self.patch.file, lineterm=""
-        )
-        return "\n".join(lines)
-
     def __str__(self) -> str:
         return f"{self.patch.name:32} {self.state:12} {self.note}".rstrip()
 
@@ -93,12 +78,8 @@ class Report:
 @cache
 def all_patches() -> tuple[Patch, ...]:
     """The patches in the order of application."""
-    patches = []
-    for path in sorted(FOLDER.glob("[0-9]*.py")):
-        module = runpy.run_path(str(path))
-        reason = module["__doc__"].strip()
-        patches.append(Patch(path.stem, module["FILE"], reason.splitlines()[0], reason, module["change"]))
-    return tuple(patches)
+    modules = {path.stem: runpy.run_path(str(path)) for path in sorted(FOLDER.glob("[0-9]*.py"))}
+    return tuple(Patch(name, module["FILE"], module["change"]) for name, module in modules.items())
 
 
 def apply(
@@ -123,15 +104,15 @@ def apply(
     copying = target.absolute() != source.absolute()
     if copying:
         record = _read(target)[1] if (target / RECORD).exists() else {}
-    trained = trained_seq_length(source, originals)
+    trained = trained_seq_length(source)
     length = seq_length or record.get("seq_length") or min(SEQ_LENGTH, trained)
     steps = plan(originals, length, _chosen(only) | set(record.get("patches", ())))
     _check_plan(source, steps)
     if copying:
         _link(source, target, originals, follows=bool(record))
     warnings = beyond_trained(length, trained)
-    if kind := multimodal(originals["modeling_qwen.py"]):
-        warnings.append(f"this is {kind}: only its language model is patched and compiled, and that reads text alone.")
+    if "self.audio = " in originals["modeling_qwen.py"]:
+        warnings.append("this is Qwen-Audio: only its language model is patched and compiled, it reads text alone.")
     return Report(target, steps, _write(target, originals, steps, length), warnings)
 
 
@@ -156,7 +137,7 @@ def status(model_path: str | Path) -> list[Step]:
     """What each patch has done, or would do, to a checkpoint. Changes nothing."""
     folder = Path(model_path)
     originals, record = _read(folder)
-    length = record.get("seq_length") or min(SEQ_LENGTH, trained_seq_length(folder, originals))
+    length = record.get("seq_length") or min(SEQ_LENGTH, trained_seq_length(folder))
     steps = plan(originals, length, set(record.get("patches", ())))
     current = {name: _text(folder / name) for name in FILES}
     if current == _results(originals, steps):
@@ -191,10 +172,10 @@ def require_patched(model_path: str | Path) -> None:
     """
     folder = Path(model_path)
     texts = {name: _text(folder / name) for name in FILES}
-    steps = plan(texts, _config(folder, texts).get("seq_length", SEQ_LENGTH))
+    config = json_object(folder / "config.json", texts["config.json"].encode())
+    steps = plan(texts, config.get("seq_length", SEQ_LENGTH))
     _check_plan(folder, steps)
-    missing = [step.patch.name for step in steps if step.state == APPLIED]
-    if missing:
+    if missing := [step.patch.name for step in steps if step.state == APPLIED]:
         raise UserError(
             f"{folder} is not patched: {', '.join(missing)} had to be applied first. Run `python -m helpers patch "
             f"--model_path {folder}`, with --out to leave this folder as it is."
@@ -210,26 +191,17 @@ def require_patched(model_path: str | Path) -> None:
         )
 
 
-def trained_seq_length(model_path: str | Path, originals: dict[str, str] | None = None) -> int:
+def trained_seq_length(model_path: str | Path) -> int:
     """The sequence length the model was trained for: config.json's before patching.
 
-    originals: the texts of FILES, where they were read already. Raises UserError where the folder is not a checkpoint.
+    Raises UserError where the folder is not a checkpoint.
     """
     folder = Path(model_path)
-    length = _config(folder, originals or _read(folder)[0]).get("seq_length")
+    file = folder / "config.json"
+    length = json_object(file, _read(folder)[0][file.name].encode()).get("seq_length")
     if type(length) is not int or length < 1:
-        raise UserError(f"{folder / 'config.json'} says seq_length = {length!r}; the trained length was needed there.")
+        raise UserError(f"{file} says seq_length = {length!r}; the trained length was needed there.")
     return length
-
-
-def _config(folder: Path, texts: dict[str, str]) -> dict:
-    try:
-        config = json.loads(texts["config.json"].removeprefix("\ufeff"))
-        if not isinstance(config, dict):
-            raise ValueError("it is no object")
-    except ValueError as error:
-        raise UserError(f"{folder / 'config.json'} is not readable JSON ({error}): download it again.") from None
-    return config
 
 
 def beyond_trained(seq_length: int, trained: int) -> list[str]:
@@ -254,10 +226,9 @@ def _chosen(only: Iterable[str] | None) -> set[str]:
 def _check_plan(folder: Path, steps: list[Step]) -> None:
     for step in steps:
         if step.state == MISFIT:
-            kind = f"This is {kind}. " if (kind := multimodal(steps[0].before)) else ""
             raise UserError(
                 f"Patch {step.patch.name} does not fit {folder / step.patch.file}, which was left as it was: "
-                f"{step.note}\n{kind}Take the file of a published revision of Qwen-1.8B, 7B, 14B or 72B."
+                f"{step.note}\nTake the file of a published revision of Qwen-1.8B, 7B, 14B or 72B."
             )
 
 
@@ -284,9 +255,7 @@ def _read(folder: Path) -> tuple[dict[str, str], dict]:
     """
     record_path = folder / RECORD
     if not record_path.exists():
-        originals = {name: _text(folder / name) for name in FILES}
-        _config(folder, originals)
-        return originals, {}
+        return {name: _text(folder / name) for name in FILES}, {}
     try:
         record = json.loads(record_path.read_bytes())
         originals = {name: record["files"][name]["original"] for name in FILES}
@@ -323,26 +292,16 @@ def _write(folder: Path, originals: dict[str, str], steps: list[Step], seq_lengt
     results = _results(originals, steps)
     current = {name: _text(folder / name) for name in FILES if (folder / name).exists()}
     patches = [step.patch.name for step in steps if step.state == APPLIED]
-
-    def write_record(*accepted: dict[str, str]) -> None:
-        files = {}
-        for name in FILES:
-            shas = {_sha256(texts[name]) for texts in accepted if name in texts}
-            files[name] = {"patched_sha256": sorted(shas), "original": originals[name]}
-        write_json(folder / RECORD, {"patches": patches, "seq_length": seq_length, "files": files})
-
+    files = {}
+    for name in FILES:
+        accepted = {_sha256(texts[name]) for texts in (current, results) if name in texts} - {_sha256(originals[name])}
+        files[name] = {"patched_sha256": sorted(accepted), "original": originals[name]}
     for abandoned in folder.glob(".*.partial"):
         abandoned.unlink()
-    write_record(current, results)
+    write_json(folder / RECORD, {"patches": patches, "seq_length": seq_length, "files": files})
     for name in FILES:
         write_file(folder / name, results[name].encode())
-    write_record(results)
     return [name for name in FILES if current.get(name) != results[name]]
-
-
-def _same(one: Path, other: Path) -> bool:
-    """Whether two files have the same bytes; of links to one file none is read."""
-    return one.samefile(other) or filecmp.cmp(one, other, shallow=False)
 
 
 def _link(source: Path, target: Path, originals: dict[str, str], follows: bool) -> None:
@@ -351,10 +310,11 @@ def _link(source: Path, target: Path, originals: dict[str, str], follows: bool) 
     follows: a copy that was made before, in which what has changed since is linked anew. Raises UserError where
     `target` is none and holds something else.
     """
-    theirs = [file.name for file in sorted(source.iterdir()) if file.is_file() and not file.name.startswith(".")]
-    theirs = [name for name in theirs if name not in (*FILES, RECORD)]
-    missing = [name for name in theirs if not (target / name).exists()]
-    others = [name for name in theirs if name not in missing and not _same(source / name, target / name)]
+    files = [file for file in sorted(source.iterdir()) if file.is_file() and not file.name.startswith(".")]
+    places = {file: target / file.name for file in files if file.name not in (*FILES, RECORD)}
+    there = [(file, place) for file, place in places.items() if place.exists()]
+    # Of links to one file none is read.
+    others = [file.name for file, place in there if not file.samefile(place) and not filecmp.cmp(file, place, False)]
     ours = [name for name in FILES if (target / name).exists() and _text(target / name) != originals[name]]
     if not follows and (foreign := [*others, *ours]):
         raise UserError(
@@ -362,20 +322,8 @@ def _link(source: Path, target: Path, originals: dict[str, str], follows: bool) 
             "one."
         )
     target.mkdir(parents=True, exist_ok=True)
-    copied = False
-    for name in (*others, *missing):
-        partial = target / f".{name}.{os.getpid()}.partial"
-        copied |= not _linked((source / name).resolve(), partial)
-        os.replace(partial, target / name)
-    if copied:
-        machine.log(f"warning: the disk that holds {target} has no links: the weights are copied.")
-
-
-def _linked(file: Path, place: Path) -> bool:
-    """Put a file in a second place; whether by a link."""
-    for link in (os.link, os.symlink):  # the hard one does not reach another disk
-        with contextlib.suppress(OSError):
-            link(file, place)
-            return True
-    shutil.copyfile(file, place)
-    return False
+    for file, place in places.items():
+        if file.name in others or not place.exists():
+            partial = target / f".{file.name}.{os.getpid()}.partial"
+            link_or_copy(file.resolve(), partial, os.link, os.symlink)  # a hard link does not reach another disk
+            os.replace(partial, place)

@@ -111,13 +111,6 @@ return \(?attn_output, attn_weights\)?
 """
 
 
-def multimodal(text: str) -> str | None:
-    """What modeling_qwen.py is where it is not that of a model that only reads text, in words; else None."""
-    part = re.search(r"^\s*self\.(visual|audio) = ", text, re.MULTILINE)
-    words = {"visual": "Qwen-VL, a model that sees images too", "audio": "Qwen-Audio, a model that hears sound too"}
-    return words[part[1]] if part else None
-
-
 def check_forward(source: Source) -> None:
     """Raise MisfitError unless query, key, value and mask go through QWenAttention.forward as published."""
     forward = source.required("QWenAttention", "forward")

@@ -70,7 +70,7 @@ class QwenRunner:
         (`should_stop` said so), and `timings` holds seconds.
         Raises UserError, before anything runs, where the prompt is empty or longer than S.
         """
-        self.check_prompt(ids)
+        check_prompt(ids, self.seq_length)
         stop_ids = frozenset(stop_ids)
         left = self.seq_length - len(ids) + 1  # the last token is given, and never fed
         if max_new_tokens is not None:
@@ -112,7 +112,7 @@ class QwenRunner:
 
     def prefill(self, ids: Sequence[int]) -> None:
         """Run a whole prompt: afterwards the caches hold its keys and values and lm_head its last row's logits."""
-        self.check_prompt(ids)
+        check_prompt(ids, self.seq_length)
         engine, count = self.engine, len(ids)
         padded, positions = np.zeros((2, 1, self.seq_length), dtype=np.int32)
         padded[0, :count] = ids
@@ -207,16 +207,6 @@ class QwenRunner:
         weights = weights.astype(np.float64)
         return int(random.choice(tokens, p=weights / weights.sum()))
 
-    def check_prompt(self, ids: Sequence[int]) -> None:
-        """Raise UserError where a prompt is empty or does not leave room for an answer within S."""
-        if not ids:
-            raise UserError("The prompt is empty: ask something.")
-        if len(ids) > self.seq_length:
-            raise UserError(
-                f"The prompt has {len(ids)} tokens, this bmodel was compiled for {self.seq_length} (S) with the answer "
-                "in it: shorten the question, clear the history, or compile with a larger --seq_length."
-            )
-
     def _inputs(self, net: str, index: int) -> OnDevices:
         count = len(self.engine.nets[net].inputs) // self.devices
         return [self.engine.input_tensor(net, count * k + index) for k in range(self.devices)]
@@ -238,6 +228,15 @@ class QwenRunner:
     def _cache_row(self, cache: DeviceTensor, position: int) -> DeviceTensor:
         _, _, heads, head_dim = self._row
         return self.engine.view(cache, position * heads * head_dim, self._row)
+
+
+def check_prompt(ids: Sequence[int], seq_length: int) -> None:
+    """Raise UserError where a prompt is empty or longer than S."""
+    if not 0 < len(ids) <= seq_length:
+        raise UserError(
+            f"The question takes {len(ids)} tokens with what stands before it, this bmodel was compiled for "
+            f"{seq_length} (S), the answer among them: give it 1 to S, or compile with a larger --seq_length."
+        )
 
 
 def by_device(*tensors: OnDevices) -> list[DeviceTensor]:
@@ -283,8 +282,7 @@ class Sampling:
 class Timings:
     """Seconds of one answer on this engine; what kind of time that is, `Engine.kind_of_time` says.
 
-    first_token_s: of the prefill and its token; decode_s: of each further token. A runner makes one anew for each
-    answer and fills it as it goes, so whoever holds the answer can hold this.
+    first_token_s: of the prefill and its token; decode_s: of each further token. A runner makes one for each answer.
     """
 
     first_token_s: float = 0.0

@@ -24,7 +24,7 @@ import numpy as np
 from helpers.errors import UserError
 from helpers.nets import MASKED
 from helpers.run.engines.base import Engine
-from helpers.run.generation import QwenRunner, Sampling, by_device
+from helpers.run.generation import QwenRunner, Sampling, by_device, check_prompt
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,7 @@ class LookaheadState:
         max_tokens: int | None = None,
         sizes: LookaheadSizes | None = None,
     ):
-        if not 0 < len(prompt) <= seq_length:
-            raise UserError(f"The prompt has {len(prompt)} tokens; it must have between 1 and {seq_length}.")
+        check_prompt(prompt, seq_length)
         self.sizes = sizes or LookaheadSizes()
         self.seq_length = seq_length
         self.position = len(prompt)

@@ -16,16 +16,16 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import FileResponse, JSONResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from fastapi.staticfiles import StaticFiles
-from pydantic import BaseModel, RootModel
+from pydantic import RootModel
 from sse_starlette import EventSourceResponse
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from helpers.chat.session import figures_object, fit_history, prompt_ids
+from helpers.chat.session import figures_object, fit_history
 from helpers.errors import UserError
-from helpers.run.generation import QwenRunner
+from helpers.run.generation import QwenRunner, check_prompt
 from helpers.serve.access import Access
 from helpers.serve.queue import ChipQueue, Job
 from helpers.serve.requests import ApiError, CompletionRequest, DocumentedRequest, parse, read_body, refusal
@@ -46,6 +46,7 @@ class Settings:
     time_limit_s: float = 600
     max_body_bytes: int = 1 << 19
     access: Access = Access()
+    by_heart: dict | None = None  # of the checkpoint, for the page
 
 
 async def refuse(request: Request, error: Exception) -> Response:
@@ -112,10 +113,7 @@ class JobResponse(Response):
 def create_app(queue: ChipQueue, runner: QwenRunner, settings: Settings) -> FastAPI:
     """The service over a queue whose engine is open; `runner` is read for its sizes only."""
     app = FastAPI(
-        title="Qwen on BM1684X",
-        # Swagger's own pages load their scripts from elsewhere; /openapi.json says the same.
-        docs_url=None,
-        redoc_url=None,
+        openapi_url=None,  # what the routes take, they check by themselves
         redirect_slashes=False,
         exception_handlers={HTTPException: refuse, UserError: refuse},
     )
@@ -142,11 +140,7 @@ def create_app(queue: ChipQueue, runner: QwenRunner, settings: Settings) -> Fast
             message = f"There is no model '{name:.100}' here, only {settings.model!r}."
             raise ApiError(404, message, "model_not_found", "model")
 
-    def takes(model: type[BaseModel]) -> dict:
-        """What OpenAPI says of a body that the route reads by itself."""
-        return {"requestBody": {"content": {"application/json": {"schema": model.model_json_schema()}}}}
-
-    @app.post("/chat/completions", dependencies=closed, openapi_extra=takes(DocumentedRequest))
+    @app.post("/chat/completions", dependencies=closed)
     async def documented(request: Request) -> Response:
         """As documented: {"data": answer}, or events whose data is the whole text so far.
 
@@ -183,7 +177,7 @@ def create_app(queue: ChipQueue, runner: QwenRunner, settings: Settings) -> Fast
 
         return JobResponse(queue, job, asked.stream, respond)
 
-    @app.post("/v1/chat/completions", dependencies=closed, openapi_extra=takes(CompletionRequest))
+    @app.post("/v1/chat/completions", dependencies=closed)
     async def completions(request: Request) -> Response:
         """OpenAI's chat completions; `timings` beside `usage` are this service's own."""
         return await answer_openai(await read_body(request, settings.max_body_bytes, settings.time_limit_s))
@@ -200,7 +194,8 @@ def create_app(queue: ChipQueue, runner: QwenRunner, settings: Settings) -> Fast
             raise ApiError(400, "This bmodel has no penalty_sample_head: ask with temperature 0.")
         queue.check_room()
         try:
-            ids = await asyncio.to_thread(prompt_ids, queue.tokenizer, seq_length, messages)
+            ids = await asyncio.to_thread(queue.tokenizer.chatml, messages)
+            check_prompt(ids, seq_length)
         except UserError as error:
             raise ApiError(400, str(error), "context_length_exceeded", "messages") from None
         most = asked.max_completion_tokens or asked.max_tokens
@@ -266,10 +261,11 @@ def create_app(queue: ChipQueue, runner: QwenRunner, settings: Settings) -> Fast
             "waiting_limit": queue.waiting_limit,
             "answered": queue.answered,
             "failure": queue.failure,
+            "by_heart": settings.by_heart,
         }
         return JSONResponse(body, 200 if queue.state == "ok" else 503)
 
-    @app.get("/", include_in_schema=False)
+    @app.get("/")
     async def page() -> Response:
         policy = {"Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'"}
         return FileResponse(WEB / "index.html", headers=policy | {"X-Content-Type-Options": "nosniff"})

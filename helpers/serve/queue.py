@@ -24,7 +24,7 @@ CLOSING = "The service is shutting down."
 
 
 class EngineFailed(ApiError):
-    """The engine died under this request, could not be opened again, or is being closed."""
+    """The engine died, could not be opened again, or is being closed."""
 
     def __init__(self, message: str):
         super().__init__(503, message, "engine_failed", Retry_After="5")
@@ -97,9 +97,8 @@ class Job:
 class ChipQueue:
     """Owns the engine in a thread of its own and answers jobs in order.
 
-    open_runner: makes a QwenRunner on a fresh engine; called again after the engine died. waiting: how many
-    requests may wait besides the one that runs.
-    failure: why opening it again did not work; the next request tries once more.
+    open_runner: makes a QwenRunner on a fresh engine; called again after the engine died. waiting: how many requests
+    may wait besides the one that runs. failure: why opening it again did not work; the next request tries once more.
     """
 
     def __init__(self, open_runner: Callable[[], QwenRunner], tokenizer: QwenTokenizer, waiting: int):
@@ -133,9 +132,8 @@ class ChipQueue:
         """Refuse, stop after the token being computed, or after a while amid it, and close the engine."""
         self.refuse()
         self._thread.join(CLOSE_WITHIN_S)
-        if self._thread.is_alive():
-            self._close_engine()
-            self._thread.join(CLOSE_WITHIN_S)
+        self._close_engine()
+        self._thread.join(CLOSE_WITHIN_S)
 
     @property
     def state(self) -> str:

@@ -5,7 +5,7 @@ Two dialects: the documented route's, and OpenAI's.
 
 import json
 from dataclasses import fields
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import anyio
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -16,11 +16,7 @@ from starlette.responses import JSONResponse
 from helpers.errors import UserError
 from helpers.run.generation import Sampling
 
-# What is too long is read and thrown away up to here, so that the client gets to read the refusal.
-DISCARD_BYTES = 64 << 20
 STOP_CHARACTERS = 1000
-
-Model = TypeVar("Model", bound=BaseModel)
 
 
 class ApiError(HTTPException):
@@ -145,11 +141,10 @@ async def read_body(request: Request, limit: int, time_limit_s: float) -> bytes:
     try:
         with anyio.fail_after(time_limit_s):
             async for chunk in request.stream():
+                # What is too long is read to its end and thrown away, so that the client gets to read the refusal.
                 total += len(chunk)
                 if total <= limit:
                     body += chunk
-                elif total > DISCARD_BYTES:
-                    break
     except (TimeoutError, ClientDisconnect):
         raise ApiError(408, f"The request did not arrive within {time_limit_s:g} s.") from None
     if total > limit:
@@ -157,7 +152,7 @@ async def read_body(request: Request, limit: int, time_limit_s: float) -> bytes:
     return bytes(body)
 
 
-def parse(body: bytes, model: type[Model], invalid: int) -> Model:
+def parse(body: bytes, model: type[BaseModel], invalid: int) -> BaseModel:
     """Raises ApiError, 400 where it is not JSON and `invalid` where a field is not as it must be."""
     try:
         # Any of JSON's encodings, with a byte-order mark or without.

@@ -2,7 +2,6 @@
 
 import asyncio
 import ipaddress
-import select
 import socket
 
 import uvicorn
@@ -66,14 +65,9 @@ class Server(uvicorn.Server):
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection, chosen rather than what happens to be installed; what it leaves open is closed.
-
-    A client may close its half once it has asked (`nc -N`), which looks like a client that is gone. Every answer
-    begins with an H: it is sent at once, and the system of a client that is gone says so.
-    """
+    """uvicorn's connection, rather than what happens to be installed; closed where the headers stay half sent."""
 
     _headers_timer: asyncio.TimerHandle | None = None
-    _hangup: select.epoll | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -90,32 +84,3 @@ class Connection(H11Protocol):
             self._headers_timer = None
         elif not asked and not self._headers_timer:
             self._headers_timer = self.loop.call_later(HEADERS_WITHIN_S, self.transport.close)
-
-    def eof_received(self) -> bool:
-        cycle = self.cycle
-        if cycle is None or cycle.response_complete or cycle.more_body:
-            return False
-        if not cycle.response_started:
-            self.transport.write(b"H")
-
-            def rest(event) -> bytes:
-                del self.conn.send
-                return self.conn.send(event)[1:]
-
-            self.conn.send = rest
-        # Nothing is read any more, so nothing but this notices that the client is gone.
-        self._hangup = select.epoll()
-        self._hangup.register(self.transport.get_extra_info("socket").fileno(), 0)
-        self.loop.add_reader(self._hangup.fileno(), self.transport.abort)
-        return True
-
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        if self._hangup and (self.cycle.response_complete or self.cycle.more_body):
-            self.transport.close()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        if self._hangup:
-            self.loop.remove_reader(self._hangup.fileno())
-            self._hangup.close()
-        super().connection_lost(exc)

@@ -24,14 +24,15 @@ def find_chromium() -> str | None:
 
 
 class Page:
-    """One page; use it as a context manager."""
+    """One page; use it as a context manager. language: the reader's; scheme: light or dark."""
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, language: str = "en-US", scheme: str = "light"):
         self._folder = tempfile.TemporaryDirectory(prefix="chromium-", ignore_cleanup_errors=True)
         read_command, self._write = os.pipe()
         self._read, write_answer = os.pipe()
         command = [find_chromium(), "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
         command += ["--no-proxy-server", f"--user-data-dir={self._folder.name}", "--remote-debugging-pipe"]
+        command += [f"--accept-lang={language}"]
         # Numbers out of the way of 3 and 4.
         theirs = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (read_command, write_answer)]
         self._process = subprocess.Popen(
@@ -52,6 +53,7 @@ class Page:
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
             self.call(f"{domain}.enable")
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
         self.call("Page.navigate", url=url)
         self.wait_for("document.readyState === 'complete' && location.href !== 'about:blank'")
 

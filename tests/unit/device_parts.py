@@ -8,6 +8,7 @@ another has the same name in both. Each module is compiled here as if it were th
 """
 
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -16,7 +17,6 @@ from pathlib import Path
 
 from helpers import toolchain
 from helpers.compile import frontend, graph, options, worker
-from helpers.compile.server import in_child
 
 
 def _blocks(lines: list[str], start: int, indent: str) -> list[tuple[int, int]]:
@@ -64,7 +64,9 @@ def main(onnx: str, mode: str, devices: str) -> None:
     net = Path(onnx).stem
     settings = options.net_settings(net, mode, int(devices), "basic", False)
     frontend.preload()
-    in_child("the transform", frontend.transform, net, onnx)
+    child = multiprocessing.get_context("fork").Process(target=frontend.transform, args=(net, onnx))
+    child.start()
+    child.join()
     mlir = Path(f"{net}.mlir")
     if settings["merge_cache"]:
         mlir.write_text(graph.merge_cache(mlir.read_text()))

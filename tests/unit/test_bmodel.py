@@ -75,9 +75,9 @@ def test_reading_needs_no_library_of_sophgo_nor_torch(bmodel):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda data: b"", "is empty"),
+        (lambda data: b"", "is not a bmodel .it is empty"),
         (lambda data: b"PK\x03\x04" + data[4:], "is not a bmodel"),
-        (lambda data: data[:40], "is not a bmodel"),
+        (lambda data: data[:40], "is cut off"),
         (lambda data: data[: len(data) // 2], "is cut off"),
         (lambda data: data[:-1], "is cut off"),
         (lambda data: data[:64] + b"\xff" * 4000 + data[4064:], "is damaged"),
@@ -141,10 +141,9 @@ def test_a_model_of_another_kind_is_refused(tmp_path, bmodel):
 
 
 def test_time_is_stripped_so_equal_inputs_give_equal_bytes(tmp_path, bmodel, contents):
-    assert read_bmodel(bmodel).made == "Thu Jan  1 00:00:00 1970"
+    assert contents.count(b"Thu Jan  1 00:00:00 1970") == 1
     path = tmp_path / "copy.bmodel"
     path.write_bytes(contents.replace(b"Thu Jan  1 00:00:00 1970", b"Wed Jul 22 12:34:56 2026"))
-    assert read_bmodel(path).made.endswith("2026")
     strip_time(path)
     assert path.read_bytes() == contents
 

@@ -1,17 +1,19 @@
 import threading
+from pathlib import Path
 
 import pytest
 
 from helpers.chat.box import ChatBox, chat_box, somebody_types
-from helpers.chat.session import ChatSession
+from helpers.chat.session import ChatSession, by_heart
+from helpers.checkpoint.weights import Checkpoint
 from tests.unit.fake_runner import FakeRunner
 
 
 @pytest.fixture
 def box_saying(tokenizer):
-    def box(text, **runner):
+    def box(text, known=None, **runner):
         session = ChatSession(FakeRunner(lambda ids: tokenizer.encode(text), **runner), tokenizer)
-        return ChatBox(session)
+        return ChatBox(session, known)
 
     return box
 
@@ -72,6 +74,38 @@ def test_stop_is_heard_while_it_answers(box_saying, monkeypatch):
     box.wait()
     assert box.session.last.finish_reason == "cancelled" and len(box.session.runner.answers) == 1
     assert not box._send.disabled and box._stop.disabled
+    assert "(stopped)\n" in box._transcript.value
+
+
+def test_an_answer_that_was_cut_says_so_and_a_whole_one_says_nothing(box_saying):
+    cut, whole = box_saying("word " * 200, seq_length=64), box_saying("word")
+    for box in (cut, whole):
+        box.send("talk")
+        box.wait()
+    assert "(cut: the limit" in cut._transcript.value and "(cut" not in whole._transcript.value
+    assert "(stopped)" not in cut._transcript.value + whole._transcript.value
+
+
+def test_what_the_model_knows_by_heart_is_said_and_offered(box_saying):
+    known = {"answers": 313, "questions": ["what is a bmodel?", "什么是int8？"]}
+    box = box_saying("a file", known)
+    said, offered, *_ = box.view.children
+    assert "answers to 313 questions" in said.value
+    assert [button.description for button in offered.children] == known["questions"]
+    seen = []
+    box._transcript.observe(lambda change: seen.append([b.disabled for b in offered.children]), "value")
+    offered.children[1].click()
+    box.wait()
+    assert box.session.history == [("什么是int8？", "a file")]
+    assert [True, True] in seen and not any(button.disabled for button in offered.children)
+    assert len(box_saying("a").view.children) == len(box.view.children) - 2
+
+
+@pytest.mark.slow
+def test_a_bmodel_tells_what_its_checkpoint_knew(bmodel_tiny, tmp_path):
+    assert by_heart(bmodel_tiny) == Checkpoint.open(Path(__file__).parents[2] / "models" / "tiny").by_heart
+    (tmp_path / "alone.bmodel").symlink_to(bmodel_tiny)
+    assert by_heart(tmp_path / "alone.bmodel") is None
 
 
 def test_errors_are_shown_in_the_box(box_saying):

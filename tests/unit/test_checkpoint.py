@@ -72,8 +72,12 @@ def test_sizes_are_those_of_one_branch_and_one_head():
 def test_august_keys_are_understood(tmp_path, weights):
     folder = write(tmp_path / "c", weights, "safetensors")
     config = json.loads((folder / "config.json").read_text())
-    for new, old in (("hidden_size", "n_embd"), ("num_hidden_layers", "n_layer"),
-                     ("num_attention_heads", "n_head"), ("intermediate_size", "ffn_hidden_size")):
+    for new, old in (
+        ("hidden_size", "n_embd"),
+        ("num_hidden_layers", "n_layer"),
+        ("num_attention_heads", "n_head"),
+        ("intermediate_size", "ffn_hidden_size"),
+    ):
         config[old] = config.pop(new)
     (folder / "config.json").write_text(json.dumps(config))
     assert Checkpoint.open(folder).shapes() == Checkpoint.open(TINY).shapes()
@@ -137,9 +141,10 @@ def test_not_a_checkpoint(tmp_path):
     for folder in (tmp_path / "absent", tmp_path):
         with pytest.raises(UserError, match="no config.json"):
             Checkpoint.open(folder)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="not readable JSON"):
-        Checkpoint.open(tmp_path)
+    for text in ("{", "[]"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match="not readable JSON"):
+            Checkpoint.open(tmp_path)
     shutil.copy(TINY / "config.json", tmp_path)
     with pytest.raises(UserError, match="has no weights"):
         Checkpoint.open(tmp_path)
@@ -378,7 +383,7 @@ def test_weights_that_are_quantised_without_saying_so_are_refused(tmp_path, weig
         checkpoint.load(BLOCK)
 
 
-@pytest.mark.parametrize("index", ["[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}'])
+@pytest.mark.parametrize("index", ['{"weight_map": []}', '{"weight_map": {"a": 3}}'])
 def test_an_index_that_names_no_files_is_refused(tmp_path, index):
     shutil.copy(TINY / "config.json", tmp_path)
     (tmp_path / "model.safetensors.index.json").write_text(index)

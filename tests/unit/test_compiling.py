@@ -22,14 +22,14 @@ from onnx import TensorProto, helper
 
 from helpers import artefacts, machine, toolchain
 from helpers.bmodel.bmodel import read_bmodel, strip_time
-from helpers.compile import compiling, graph, jobs, memory
+from helpers.compile import compiling, graph, jobs, memory, server
 from helpers.compile.log import own_error
 from helpers.compile.memory import MemoryGate
 from helpers.compile.options import net_settings
 from helpers.compile.plan import check, plan_nets
 from helpers.compile.profile import PROFILE, estimates, read_profile
 from helpers.errors import UserError
-from helpers.export.signature import read_signature
+from helpers.export.signature import Signature, read_signature
 from helpers.files import locked, sha256_file, write_json
 from tests.unit import small_nets
 from tests.unit.small_nets import outputs_on_simulator, task
@@ -151,7 +151,7 @@ def test_what_is_dynamic_takes_a_prompt_and_nothing_else_is():
 
 def test_a_second_compile_makes_nothing(nets, compiled, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in compiled.parent.rglob("*.bmodel")}
-    monkeypatch.setattr(jobs, "CompilerServer", None)  # not even begun
+    monkeypatch.setattr(server, "CompilerServer", None)  # not even begun
     compiling.compile_model(nets, compiled.parent, "small", "int8")
     assert before == {path: path.stat().st_mtime_ns for path in compiled.parent.rglob("*.bmodel")}
 
@@ -195,7 +195,6 @@ def test_bytes_are_those_of_the_documented_commands(nets, tmp_path, net, quantiz
         assert done.returncode == 0, done.stderr[-2000:]
     strip_time(tmp_path / f"{net}.bmodel")
     assert Path(record["bmodel"]).read_bytes() == (tmp_path / f"{net}.bmodel").read_bytes()
-    assert "simplifier gets them all" not in (tmp_path / "ours" / f"{net}.log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -268,8 +267,8 @@ def test_a_rotation_is_recognised_by_what_it_computes():
         assert graph.fuse_rotation(rotation(**wrong)) == rotation(**wrong)
 
 
-def test_weights_that_are_computed_with_go_through_the_simplifier(tmp_path):
-    """Scaled weights: the bypass cannot fold them, the plain way can; the answer is right either way."""
+def test_weights_that_are_computed_with_are_refused(tmp_path):
+    """Scaled weights: the bypass cannot fold them."""
     generator = np.random.default_rng(0)
     weight = generator.standard_normal((192, 192)).astype(np.float32)
     graph = helper.make_graph(
@@ -285,11 +284,8 @@ def test_weights_that_are_computed_with_go_through_the_simplifier(tmp_path):
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=8)
     onnx.save(model, tmp_path / "scaled.onnx")
     settings = net_settings("greedy_head", "int8", 1, "basic", False)
-    record = jobs.compile_net(task(tmp_path, tmp_path / "out", "scaled", settings))
-    assert "simplifier gets them all" in (tmp_path / "out" / "scaled.log").read_text()
-    states = generator.standard_normal((1, 192)).astype(np.float32)
-    (found,) = outputs_on_simulator(record["bmodel"], "scaled", [states])
-    np.testing.assert_allclose(found, states @ (2 * weight), rtol=1e-4, atol=1e-3)
+    with pytest.raises(UserError, match="scaled did not compile: Mul computes something from weights alone: export"):
+        jobs.compile_net(task(tmp_path, tmp_path / "out", "scaled", settings))
 
 
 # What goes wrong
@@ -300,7 +296,7 @@ def test_weights_that_are_computed_with_go_through_the_simplifier(tmp_path):
     [
         ({"mode": "int7"}, "must be one of bf16, int8, int4"),
         ({"addr_mode": "io_together"}, "must be one of basic, io_alone"),
-        ({"num_device": 0}, "must be 1 or more"),
+        ({"num_device": 0}, "num_device 0 does not divide the 2"),
         ({"num_device": 2}, "lacks lm_head_with_topk.onnx"),
         ({"jobs": -1}, "jobs is -1, it must be 1 or more"),
         ({"name": "a/b"}, "cannot begin a file's name"),
@@ -396,7 +392,7 @@ def test_a_file_that_is_written_in_place_is_read_again(tmp_path):
     for second, content in enumerate((b"first", b"fIrst")):
         path.write_bytes(content)
         os.utime(path, (second, second))
-        digests.add(jobs.digest(path))
+        digests.add(jobs.NetToCompile("net", path, Signature({}, {}, set(), 0), tmp_path, {}).inputs()[path.name])
     assert len(digests) == 2
 
 
@@ -415,38 +411,38 @@ def test_nets_of_two_exports_in_one_folder_are_refused(nets, tmp_path):
 def test_a_missing_vocabulary_is_said_before_anything_runs(nets, tmp_path):
     folder = linked_copy(nets, tmp_path / "onnx")
     (folder / "manifest.json").write_text(json.dumps({"tokenizer": "qwen.tiktoken"}))
-    with pytest.raises(UserError, match="lacks qwen.tiktoken, the vocabulary"):
+    with pytest.raises(UserError, match="no vocabulary at .*qwen.tiktoken"):
         compiling.compile_model(folder, tmp_path / "out", "small", "int8")
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").glob("*/*"))
 
 
 def test_a_net_that_fails_on_a_full_disk_says_so(nets, tmp_path, monkeypatch):
     broken = task(nets, tmp_path / "out", "lm_head", {"recipe": "none of the settings that it needs"})
     with pytest.raises(UserError, match="lm_head did not compile: KeyError"):
         jobs.compile_net(broken)
-    monkeypatch.setattr(machine, "free_disk", lambda path: 3_000_000)
-    with pytest.raises(UserError, match="the disk that holds .*out has only 3 MB left: free some.*lm_head.log"):
+    monkeypatch.setattr(machine, "free_disk", lambda path: 30_000_000)
+    with pytest.raises(UserError, match="lm_head did not compile: KeyError.*lm_head.log; the disk has 0.03 GB left"):
         jobs.compile_net(broken)
 
 
 def test_kernels_that_were_left_half_built_are_built_anew(tmp_path, monkeypatch):
-    from helpers.compile.worker import KERNELS, _kernels
+    from helpers.compile.worker import _kernels
 
-    cache = tmp_path / "cache"
+    cache = tmp_path / "caches" / "cache"
     for number, full in enumerate((True, False)):
         (tmp_path / str(number)).mkdir()
         monkeypatch.chdir(tmp_path / str(number))
         with contextlib.suppress(OSError):
             with _kernels(cache) as kernels:
                 assert not os.listdir(kernels)
-                (kernels / "kernel").write_text("ha")
+                Path(kernels, "kernel").write_text("ha")
                 if full:
                     raise OSError("no space left: as where the process is killed, what was written stays")
-                (kernels / "kernel").write_text("half and half")
+                Path(kernels, "kernel").write_text("half and half")
     with _kernels(cache) as kernels:
-        assert (kernels / "kernel").read_text() == "half and half"
-    assert not os.path.exists(KERNELS)
-    assert [path.name for path in cache.iterdir()] == ["whole"]
+        assert Path(kernels, "kernel").read_text() == "half and half"
+    assert not os.path.exists("kernels")
+    assert list(cache.parent.iterdir()) == [cache]
 
 
 def test_a_disk_without_locks_and_links_compiles_with_one_warning(nets, compiled, tmp_path, preload):
@@ -512,13 +508,6 @@ def test_nets_of_another_version_of_the_compiling_code_are_made_anew(nets, compi
     assert "code" in artefacts.read_manifest(out / "int8_1dev" / "lm_head")
 
 
-def test_a_lock_of_somebody_else_is_named_with_its_owner(tmp_path):
-    lock = tmp_path / "ppl_1.lock"
-    lock.touch()
-    log = f"terminate called\n  what():  Procecss 7: Failed to open: {lock}\ntpuc-opt was ended by SIGABRT\n"
-    assert own_error(log, 1).startswith(f"{lock} belongs to uid {os.getuid()}: have its owner or root delete it")
-
-
 @pytest.mark.parametrize("name", ["a b", "a'b&(c", "a;b", "a:b", 'a"b\\c'])
 def test_any_name_of_a_folder_will_do_for_out_and_for_the_wheel(nets, compiled, tmp_path, name):
     """The wheel's scripts pass paths on without quotes; make and cmake have characters of their own."""
@@ -564,10 +553,10 @@ def test_bytes_do_not_depend_on_the_path(nets, tmp_path, monkeypatch, net):
     made = set()
     for number, more in enumerate(["", ":/nowhere", ":/" + "nowhere" * 9]):
         monkeypatch.setenv("PATH", os.environ["PATH"] + more)
-        jobs.shared.close()  # a server has the PATH of its start
+        server.close_all()  # a server has the PATH of its start
         folder = tmp_path / ("nowhere" * number + "a")
         made.add(jobs.compile_net(task(nets, folder, net, settings))["sha256"])
-    jobs.shared.close()
+    server.close_all()
     assert len(made) == 1
 
 
@@ -597,6 +586,7 @@ def test_memory_is_looked_at_for_the_largest_net_and_for_each_one_where_it_compi
     largest = max(plan.nets, key=lambda net: plan.nets[net].weights_bytes)
     assert plan.nets[largest].weights_bytes > 2 * plan.nets["greedy_head"].weights_bytes
     monkeypatch.setattr(memory, "needed", lambda weights: weights)
+    monkeypatch.setattr(memory, "gate", memory.gate)  # what a compile leaves goes with this test
     monkeypatch.setattr(memory, "budget", lambda: plan.nets[largest].weights_bytes - 1)
     with pytest.raises(UserError, match=f"Compiling {largest} needs"):
         compiling.compile_model(nets, tmp_path / "out", "small", "int8")
@@ -604,12 +594,12 @@ def test_memory_is_looked_at_for_the_largest_net_and_for_each_one_where_it_compi
     monkeypatch.setattr(compiling, "check_memory", lambda plan: None)
     with pytest.raises(UserError, match=f"Compiling {largest} needs"):
         compiling.compile_model(nets, tmp_path / "out", "small", "int8", jobs=1)
-    assert not jobs.shared.servers
+    assert not server._servers
     assert not (tmp_path / "out" / "int8_1dev" / "greedy_head").exists()  # the others are never made
 
 
 def test_weights_are_read_from_their_place_in_a_file(tmp_path):
-    from helpers.compile.frontend import contiguous, take_weights
+    from helpers.compile.frontend import take_weights
 
     arrays = {name: np.random.default_rng(1).random((200, 100), np.float32) + i for i, name in enumerate("abc")}
     graph = helper.make_graph([], "weights", [], [], [onnx.numpy_helper.from_array(a, n) for n, a in arrays.items()])
@@ -620,10 +610,6 @@ def test_weights_are_read_from_their_place_in_a_file(tmp_path):
     assert found.keys() == arrays.keys()
     for name, array in arrays.items():
         np.testing.assert_array_equal(found[name], array)
-    large = np.arange(130 * 3000, dtype=np.float32).reshape(130, 3000)
-    for array in (large, large.T):
-        np.testing.assert_array_equal(contiguous(array), array)
-        assert contiguous(array).flags.c_contiguous
 
 
 def test_memory_needed_covers_what_was_measured():
@@ -677,6 +663,7 @@ def test_two_compiles_in_one_folder_are_kept_apart(nets, compiled):
         ("Traceback (most recent call last):\n  File\nRuntimeError: Erfinv Op not support now\n", "Erfinv Op"),
         ("failed to find tensor w to read\n#1 0x2\nRuntimeError: [!Error]: tpuc-opt a.mlir\n", "tensor w to read"),
         ("all well\ntpuc-opt was ended by SIGKILL\n", "tpuc-opt was ended by SIGKILL"),
+        ("terminate called\n  what():  Procecss 7: Failed to open: /tmp/a.lock\n", "Failed to open: /tmp/a.lock"),
         ("all well\n", "status 3 after: all well"),
         ("", "status 3 and said nothing"),
     ],
@@ -748,14 +735,14 @@ def test_killed_at_random_moments_it_ends_with_the_same_bytes(nets, compiled, tm
 
 
 def test_a_server_that_is_killed_is_said_and_the_next_net_gets_another(nets, tmp_path):
-    jobs.shared.close()
-    server = jobs.shared.server(tmp_path / "log")
-    server._process.kill()
+    server.close_all()
+    killed = server.own(tmp_path / "log")
+    killed._process.kill()
     with pytest.raises(UserError, match="TPU-MLIR's tool chain ended.*signal 9.*make doctor"):
-        server.run(tmp_path / "log", 1)
+        killed.run(tmp_path / "log", 1)
     settings = net_settings("greedy_head", "int8", 1, "basic", False)
     assert Path(jobs.compile_net(task(nets, tmp_path, "greedy_head", settings))["bmodel"]).is_file()
-    assert jobs.shared.server(tmp_path / "log") is not server
+    assert server.own(tmp_path / "log") is not killed
 
 
 def test_ctrl_c_ends_everything_and_says_one_line(nets, tmp_path):

@@ -63,7 +63,6 @@ def test_wheel_that_does_not_start(tmp_path):
     assert code == 1
     assert checks["tpuc-opt"]["state"] == NOT_OK
     assert checks["tpuc-opt"]["found"] == "dies with -6: *** stack smashing detected ***: terminated"
-    assert checks["bytecode of the wheel"]["state"] == OPTIONAL
 
 
 def test_fix_cures_the_glibc_bundle(tmp_path):
@@ -137,7 +136,7 @@ def test_gpu(tmp_path):
 
 def test_program_that_hangs_is_not_waited_for(tmp_path):
     hanging = program(tmp_path, "hang", "exec sleep 60")
-    assert doctor._output(str(hanging), seconds=0.2) is None
+    assert "timed out" in doctor._run(str(hanging), seconds=0.2)[0]
 
 
 def test_empty_placeholder_of_sail(tmp_path):

@@ -17,7 +17,7 @@ from helpers import machine
 from helpers.bmodel import bmodel
 from helpers.errors import UserError
 from helpers.run import sail_package
-from helpers.run.engines import on_each_bmodel, open_engine, simulator, yield_library
+from helpers.run.engines import on_each_bmodel, open_engine, simulator
 from helpers.run.engines import sail as sail_engine
 from tests.engine_bmodel import ROOT, build
 from tests.engine_contract import PAST, STATES, EngineContract, bf16, run_cache
@@ -99,23 +99,25 @@ def test_killed_in_the_middle_of_a_run(bmodels):
         os.kill(process_of(engine), signal.SIGKILL)
         thread.join(PATIENCE)
         assert not thread.is_alive()
-        assert "killed, most likely because the machine ran out of memory" in str(failure[0])
-        with pytest.raises(UserError, match="killed"):
+        assert "ended with SIGKILL, most likely because the machine ran out of memory" in str(failure[0])
+        with pytest.raises(UserError, match="SIGKILL"):
             engine.allocate((1,), "int32")
     with open_engine(bmodels["io_alone"], engine="simulator") as engine:
         run_cache(engine, bf16(STATES)[0], bf16(PAST)[0])
 
 
-def test_out_of_device_memory_leaves_the_engine_of_use(bmodels):
+def test_out_of_device_memory_is_told(bmodels):
     with open_engine(bmodels["io_alone"], engine="simulator") as engine:
-        with pytest.raises(UserError, match=r"No device memory for int32 \[16777216\].* room for 256 MB"):
-            for _ in range(5):
+        for _ in range(3):
+            engine.allocate((16 << 20,), "int32")
+        with pytest.raises(UserError, match=r"The simulator stopped: .* last words: Memory exhausted") as caught:
+            for _ in range(20):
                 engine.allocate((16 << 20,), "int32")
-        run_cache(engine, bf16(STATES)[0], bf16(PAST)[0])
+        assert "\n" not in str(caught.value)
 
 
 def test_the_runtimes_last_words_are_told(bmodels, monkeypatch):
-    for name in ("FIRMWARE_BYTES", "RUNTIME_BYTES", "SLACK_BYTES"):
+    for name in ("FIRMWARE_BYTES", "RUNTIME_BYTES"):
         monkeypatch.setattr(simulator, name, 0)
     with pytest.raises(UserError) as caught:
         open_engine(bmodels["io_alone"], engine="simulator")
@@ -143,7 +145,7 @@ def test_bytes_that_make_the_runtime_abort(bmodels, tmp_path):
 
 @pytest.mark.parametrize(
     "content, said",
-    [(b"", "is empty"), (b"not a bmodel" * 100, "is not a bmodel"), (None, "No such file"), ("half", "is cut off")],
+    [(b"", "it is empty"), (b"not a bmodel" * 100, "is not a bmodel"), (None, "No such file"), ("half", "is cut off")],
 )
 def test_files_that_are_no_bmodel(bmodels, tmp_path, content, said):
     file = tmp_path / "a.bmodel"
@@ -351,7 +353,9 @@ def test_outputs_are_the_same_bits_however_the_threads_are_scheduled(bmodels, mo
 
 def yields(engine) -> bool:
     """Whether the library is in the simulator's process, and its engine says nothing else."""
-    loaded = "simulator_yield" in Path(f"/proc/{process_of(engine)}/maps").read_text()
+    # What the loader gives up amid its work stays mapped, but for its code.
+    maps = [line.split() for line in Path(f"/proc/{process_of(engine)}/maps").read_text().splitlines()]
+    loaded = any("x" in permissions and "simulator_yield" in " ".join(name) for _, permissions, *name in maps)
     assert (engine.scheduling == "yield") == loaded == ("do not yield" not in engine.reason)
     run_cache(engine, bf16(STATES)[0], bf16(PAST)[0])
     return loaded
@@ -374,8 +378,6 @@ def programs(monkeypatch, tmp_path):
 
 
 def test_without_a_compiler_it_is_slow_and_says_so(bmodels, programs):
-    with pytest.raises(UserError, match=r"cannot be made to yield\. No C compiler"):
-        simulator.SimulatorEngine(bmodels["basic"], "yield")
     with open_engine(bmodels["basic"], engine="simulator") as engine:
         assert not yields(engine)
         assert engine.reason == (
@@ -391,63 +393,43 @@ printf '\\x28' | dd of="$2" bs=1 seek=18 conv=notrunc status=none  # e_machine: 
 """
 
 
-NO_SYMBOL = """
-while [ "$1" != -o ]; do shift; done
-echo "int nothing;" | {cc} -shared -fPIC -x c -o "$2" -
-"""
-
-
 @pytest.mark.parametrize(
     "script, said",
     [
-        (CROSS, "The library is not loaded (ERROR: ld.so: object '/proc/self/fd/"),
-        (NO_SYMBOL, "The library is not loaded (the system says nothing)"),
+        (CROSS, "The library is not loaded: ERROR: ld.so: object './simulator_yield.so'"),
         ("echo 'a.c:1: error: on purpose' >&2; exit 1", "could not build it: a.c:1: error: on purpose"),
         ("exit 3", "could not build it: it ended with code 3"),
         ("exec sleep 3600", "timed out after 5 seconds"),
     ],
 )
-def test_a_compiler_that_is_of_no_use_is_named_and_the_next_one_taken(bmodels, programs, monkeypatch, script, said):
+def test_a_compiler_that_is_of_no_use_is_named(bmodels, programs, monkeypatch, script, said):
     if "sleep" in script:
-        monkeypatch.setattr(yield_library, "COMPILER_SECONDS", 5)
+        monkeypatch.setattr(simulator, "COMPILER_SECONDS", 5)
     monkeypatch.setenv("CC", f"{programs('other-cc', script)} -O1")
     with open_engine(bmodels["basic"], engine="simulator") as engine:
         assert not yields(engine)
         assert said in engine.reason and "\n" not in engine.reason
-    programs("cc", 'exec {cc} "$@"')
+
+
+def test_the_named_compiler_is_taken(bmodels, programs, monkeypatch):
+    compiler = programs("other-cc", 'exec {cc} "$@"')
+    monkeypatch.setenv("CC", f"{compiler} -O1")
     with open_engine(bmodels["basic"], engine="simulator") as engine:
         assert yields(engine)
-
-
-def test_a_compiler_whose_name_has_an_open_quote_is_passed_over(bmodels, monkeypatch):
-    monkeypatch.setenv("CC", 'gcc "')
-    with open_engine(bmodels["basic"], engine="simulator") as engine:
-        assert yields(engine)
-
-
-def test_a_temporary_folder_without_links(bmodels, preload):
-    environment = preload("int symlink(const char *to, const char *path) { errno = EPERM; return -1; }")
-    opens = "open_engine(sys.argv[1], engine='simulator').close()"
-    code = f"import sys; from helpers.run.engines import open_engine; {opens}"
-    command = [sys.executable, "-c", code, str(bmodels["basic"])]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("name", ["with space", "with:colon", "with;semicolon", "mit-ü", "with$dollar"])
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_any_name_of_a_folder(bmodels, monkeypatch, tmp_path, name, in_memory):
+def test_any_name_of_a_folder(bmodels, monkeypatch, tmp_path, name):
     """The system's loader splits its variables at spaces, colons and semicolons, and replaces $ORIGIN."""
     (tmp_path / name).mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / name))
     monkeypatch.setattr("tempfile.tempdir", None)
-    if not in_memory:
-        monkeypatch.delattr(os, "memfd_create")
     with open_engine(bmodels["basic"], engine="simulator") as engine:
         assert yields(engine)
     assert os.listdir(tmp_path / name) == []
 
 
+# From a read-only one Python goes on to the next of its folders for temporary files.
 DISKS = {"noexec": "noexec", "without room for the library": "size=20k", "read-only": "ro"}
 
 
@@ -472,15 +454,7 @@ with open_engine(sys.argv[1], engine="simulator") as engine:
         text=True,
         check=False,
     )
-    assert (done.returncode, done.stdout) == (0, f"{'room' not in disk}\n"), done.stderr
-
-
-def test_memory_that_is_not_run_is_no_end(bmodels, monkeypatch):
-    """As where a policy of the system forbids code in anonymous memory, or an old Python has no such memory."""
-    monkeypatch.delattr(os, "memfd_create")
-    with open_engine(bmodels["basic"], engine="simulator") as engine:
-        assert yields(engine)
-        assert "/memfd:" not in Path(f"/proc/{process_of(engine)}/maps").read_text()
+    assert (done.returncode, done.stdout) == (0, f"{disk == 'read-only'}\n"), done.stderr
 
 
 @pytest.mark.parametrize("script, said", [("raise SystemExit(3)", "ended with code 3"), ("open('/no')", "code 1")])
@@ -597,7 +571,7 @@ def test_tensors_are_where_the_nets_parts_are(bmodels, sail, mode):
 @pytest.mark.parametrize(
     "devid, said",
     [
-        ((4,), r"There is no device 4: this machine has 0 to 3"),
+        ((4,), r"There is no device 4: this machine has 4, from 0"),
         ((-1,), r"There is no device -1"),
         ((1, 1), r"name each device once"),
         ((), r"name each device once"),
@@ -632,7 +606,7 @@ def test_no_driver(bmodels, sail):
         ("", "PyPI's empty placeholder"),
         ("import no_such_library", "cannot be loaded.*LD_LIBRARY_PATH"),
         ("raise OSError('libbmrt.so.1.0: cannot open shared object file')", "cannot be loaded.*libbmrt"),
-        ("version = 1", "has no EngineLLM"),
+        ("get_available_tpu_num = lambda: 1\nHandle = int", r"could not load .* has no attribute 'EngineLLM'"),
     ],
 )
 def test_a_sail_that_is_none(bmodels, sail, tmp_path, content, said):
@@ -670,11 +644,6 @@ def test_a_sail_that_is_too_old(bmodels, sail):
         open_engine(bmodels["io_alone"], engine="chip")
 
 
-def test_the_one_device_is_not_said_to_be_none(bmodels, sail):
-    with pytest.raises(UserError, match="There is no device 5: this machine has only number 0"):
-        open_engine(bmodels["basic"], engine="chip", devid=(5,))
-
-
 def test_what_sail_cannot_load_is_told(bmodels, sail):
     import sophon.sail
 
@@ -684,7 +653,7 @@ def test_what_sail_cannot_load_is_told(bmodels, sail):
     sail.setattr(sophon.sail, "EngineLLM", refuses)
     sail.setattr(sophon.sail.Handle, "get_target", lambda handle: "BM1688", raising=False)
     sail.setattr(sophon.sail, "get_dev_stat", lambda device: [16000, 15000, 0], raising=False)
-    said = r"could not load .* on device 0 \(0 is a BM1688, 0 has 1000 of 16000 MB free\): EngineLLM related error!"
+    said = r"could not load .* on device 0 \(0 is a BM1688 with 1000 of 16000 MB free\): EngineLLM related error!"
     with pytest.raises(UserError, match=said):
         open_engine(bmodels["basic"], engine="chip")
 

@@ -29,7 +29,7 @@ import pytest
 
 from helpers import artefacts, cli, machine
 from helpers.errors import UserError
-from helpers.fetch import fetching, hubs, network, prepared
+from helpers.fetch import fetching, hubs, prepared
 from helpers.files import locked, remedy, sha256_file
 from helpers.patching import patching
 
@@ -348,8 +348,9 @@ def test_a_server_without_ranges_sends_it_all_again(hub, checkpoint, tmp_path, s
 def test_a_server_that_answers_for_another_range_is_asked_for_all_of_it(hub, checkpoint, tmp_path, source):
     hub.cut_after, hub.shift = 100_000, 1
     hub.cut.add(SHARDS[1])
-    refused(f"^{SHARDS[0]} .* sent it has the size", "two", source, tmp_path / "two")
+    refused(f"{SHARDS[0]}, gives no answer .*Consistency check failed", "two", source, tmp_path / "two")
     hub.cut_after, hub.shift = None, 0
+    refused(f"^{SHARDS[0]} .* sent it has the hash", "two", source, tmp_path / "two")
     out = fetching.fetch("two", source, tmp_path / "two")
     assert all((out / shard).read_bytes() == (checkpoint / shard).read_bytes() for shard in SHARDS)
 
@@ -422,21 +423,17 @@ def test_killed_while_it_is_moved_in_nothing_is_fetched_again(hub, tmp_path, mon
 
 
 @pytest.mark.parametrize(
-    ("source", "name", "kind"),
-    [
-        ("huggingface", SHARDS[0], "SHA-256"),
-        ("huggingface", "modeling_qwen.py", "Git hash"),
-        ("modelscope", "modeling_qwen.py", "SHA-256"),
-    ],
+    ("source", "name"),
+    [("huggingface", SHARDS[0]), ("huggingface", "modeling_qwen.py"), ("modelscope", "modeling_qwen.py")],
 )
-def test_other_bytes_than_announced(hub, tmp_path, source, name, kind):
+def test_other_bytes_than_announced(hub, tmp_path, source, name):
     out = tmp_path / "two"
     file = hub.folder / name
     content = file.read_bytes()
     blob = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-    genuine = blob if kind == "Git hash" else sha256_file(file)
+    genuine = blob if source == "huggingface" and name not in SHARDS else sha256_file(file)
     hub.announced[name] = genuine[:-1] + ("0" if genuine[-1] != "0" else "1")
-    said = refused(f"^{name} as .* {kind}", "two", source, out)
+    said = refused(f"^{name} as .* hash {genuine[:12]}", "two", source, out)
     assert "deleted" in said and "127.0.0.1" in said
     assert not out.exists() and not list(tmp_path.glob(f".two.download/*/{name}*"))
     hub.announced.clear()
@@ -452,7 +449,7 @@ def test_a_silent_hub_is_one_sentence_soon(hub, tmp_path, monkeypatch, source):
     started = time.monotonic()
     said = refused("gives no answer", "two", source, tmp_path / "two")
     assert time.monotonic() - started < SOON
-    assert ("Hugging Face" in said) == (source == "huggingface")
+    assert said.startswith("Hugging Face (127.0.0.1:" if source == "huggingface" else "ModelScope (127.0.0.1:")
     assert ("--source modelscope" in said) == (source == "huggingface")
     assert "--source FOLDER" in said
 
@@ -470,7 +467,7 @@ def test_a_hub_that_takes_its_time_is_waited_for(hub, tmp_path, monkeypatch, sou
 @pytest.mark.parametrize("source", ["huggingface", "modelscope"])
 def test_a_page_in_place_of_a_listing(hub, tmp_path, source):
     hub.page = "<html>Please log in.</html>"
-    refused("answered something else: a proxy", "two", source, tmp_path / "two")
+    refused("gives no answer .JSONDecodeError: Expecting value", "two", source, tmp_path / "two")
 
 
 @pytest.mark.parametrize("source", ["huggingface", "modelscope"])
@@ -533,16 +530,17 @@ def test_a_file_that_is_not_there(hub, tmp_path, source):
 
 @pytest.mark.parametrize("source", ["huggingface", "modelscope"])
 def test_a_hub_that_sends_more_than_it_announced(hub, tmp_path, monkeypatch, source):
-    genuine = fetching.HUBS[source]
-
-    def shorter(repo, revision):
-        listing = genuine(repo, revision)
+    def shorter(*asked):
+        listing = hubs.list_files(*asked)
         files = [dataclasses.replace(f, size=f.size - 1) if f.path == SHARDS[0] else f for f in listing.files]
         return dataclasses.replace(listing, files=files)
 
-    monkeypatch.setitem(fetching.HUBS, source, shorter)
-    refused(f"^{SHARDS[0]} .* sent it has the size", "two", source, tmp_path / "two")
-    assert not list(tmp_path.glob(f".two.download/*/{SHARDS[0]}*"))
+    with monkeypatch.context() as context:
+        context.setattr(fetching, "list_files", shorter)
+        refused(f"{SHARDS[0]}, gives no answer .*Consistency check failed", "two", source, tmp_path / "two")
+    hub.asked.clear()
+    fetching.fetch("two", source, tmp_path / "two")
+    assert hub.starts(SHARDS[0]) == []
 
 
 @pytest.mark.parametrize("source", ["huggingface", "modelscope"])
@@ -574,14 +572,9 @@ def test_the_token_goes_to_the_hub_and_to_nobody_else(hub, tmp_path, monkeypatch
     assert hub.authorization == {"Qwen": "Bearer hf_secret", "cdn": None}
 
 
-def test_the_disk_is_looked_at_before_anybody_is_asked(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(machine, "free_disk", lambda path: 10_000_000_000)
-    hub.silent.set()
-    said = refused("qwen-72b needs 144.6 GB more", "qwen-72b", "huggingface", tmp_path / "big")
-    assert "10.0 GB free" in said
+def test_the_disk_is_looked_at_before_any_file_is_asked_for(hub, tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "free_disk", lambda path: MODEL.weight_bytes + 10)
-    hub.silent.clear()
-    refused("two needs .* GB more", "two", "huggingface", tmp_path / "two")
+    refused("two needs .* GB more .* 0.0 GB free", "two", "huggingface", tmp_path / "two")
     assert hub.asked == []
 
 
@@ -602,13 +595,13 @@ def test_another_model_than_asked(hub, tmp_path, monkeypatch, key):
     monkeypatch.setitem(fetching.MODELS, "two", other)
     said = refused("is not two", "two", "huggingface", tmp_path / "two")
     assert f"{key} {sizes[key]} instead of {sizes[key] + 1}." in said
-    assert str(tmp_path / "two") in said and ".partial" not in said
+    assert str(tmp_path / ".two.download") in said and ".partial" not in said
 
 
 # What httpx refuses, and what it says.
 CLIENT_VARIABLES = [
-    ("HTTPS_PROXY", "http://me:pa#ss@127.0.0.1:9", "Invalid port: .* %23 for #"),
-    ("https_proxy", "http://me:pa/ss@127.0.0.1:9", "Invalid port: .* %2F for /"),
+    ("HTTPS_PROXY", "http://me:pa#ss@127.0.0.1:9", "Invalid port"),
+    ("https_proxy", "http://me:pa/ss@127.0.0.1:9", "Invalid port"),
     ("HTTP_PROXY", "http://127.0.0.1:port", "Invalid port: 'port'"),
     ("ALL_PROXY", "socks5://127.0.0.1:9", "SOCKS proxy.* 'socksio' package is not installed"),
     ("ALL_PROXY", "nonsense://127.0.0.1:9", "Unknown scheme for proxy URL .*nonsense"),
@@ -618,17 +611,13 @@ CLIENT_VARIABLES = [
     ("SSL_CERT_FILE", "/etc/passwd", "no certificate"),
     ("SSLKEYLOGFILE", "/nowhere/keys", "'/nowhere/keys'"),
     ("ENDPOINT", "http://127.0.0.1:port", "Invalid port: 'port'"),
-    ("ENDPOINT", "https://hf mirror.com", "'https://hf mirror.com' is not an address"),
-    ("ENDPOINT", "not an address", "'not an address' is not an address"),
-    ("ENDPOINT", "hf-mirror.com", "'hf-mirror.com' is not an address"),
-    ("ENDPOINT", "http://[x", "not an address"),
+    ("ENDPOINT", "not an address", "missing an 'http://' or 'https://' protocol"),
+    ("ENDPOINT", "hf-mirror.com", "missing an 'http://' or 'https://' protocol"),
 ]
 HUGGINGFACE_VARIABLES = [
     ("HF_TOKEN", "hf_tök", "xf6"),
     ("HUGGING_FACE_HUB_TOKEN", "hf_\N{LEFT DOUBLE QUOTATION MARK}x", "u201c"),
     ("HF_TOKEN", "hf_a\udc80", "udc80"),
-    ("HF_HUB_USER_AGENT_ORIGIN", "ü", "xfc"),
-    ("HF_OIDC_RESOURCE", "x", "no OIDC id token"),
 ]
 
 
@@ -640,9 +629,6 @@ def variable_set(hub, monkeypatch):
         name = f"{'HF' if source == 'huggingface' else 'MODELSCOPE'}_ENDPOINT" if variable == "ENDPOINT" else variable
         if name in ("HTTPS_PROXY", "HTTP_PROXY", "NO_PROXY"):
             monkeypatch.delenv(name.lower(), raising=False)
-        if name == "HF_HUB_USER_AGENT_ORIGIN":
-            # Read once, when huggingface_hub is imported.
-            monkeypatch.setattr("huggingface_hub.constants.HF_HUB_USER_AGENT_ORIGIN", value)
         monkeypatch.setenv(name, value)
         return name
 
@@ -657,8 +643,8 @@ def variable_set(hub, monkeypatch):
 def test_a_variable_that_breaks_the_client_is_named(hub, tmp_path, variable_set, source, variable, value, match):
     name = variable_set(source, variable, value)
     hub.silent.set()  # nobody is to be asked
-    said = refused(match, "two", source, tmp_path / "two")
-    assert name in said and "gives no answer" not in said and "pa#ss" not in said
+    said = refused(f"gives no answer .*{match}", "two", source, tmp_path / "two")
+    assert name in said.partition("look at ")[2].partition("an address is")[0] and "pa#ss" not in said
 
 
 @pytest.mark.parametrize("source", ["huggingface", "modelscope"])
@@ -677,7 +663,7 @@ def test_a_variable_that_leads_nowhere_is_named(hub, tmp_path, monkeypatch, vari
     monkeypatch.delenv("no_proxy", raising=False)
     name = variable_set(source, variable, value)
     said = refused("gives no answer", "two", source, tmp_path / "two")
-    assert name in said.partition("look at ")[2] and "1#ss" not in said
+    assert name in said.partition("look at ")[2].partition("an address is")[0] and "1#ss" not in said
     assert hub.asked == []
 
 
@@ -697,15 +683,12 @@ def test_an_exception_for_everything_makes_proxies_unimportant(hub, tmp_path, mo
         ("HF_ENDPOINT", "http://[x"),
     ],
 )
-def test_what_breaks_the_import_of_a_library_is_not_blamed_on_the_checkpoint(tmp_path, variable, value):
-    code = "from helpers.checkpoint import modeling\nmodeling.load_modeling('models/tiny')"
+def test_a_variable_that_breaks_the_import_of_the_client_is_named(tmp_path, variable, value):
+    command = [sys.executable, "-m", "helpers", "fetch", "--name", "qwen-7b", "--out", str(tmp_path / "q")]
     environment = os.environ | {variable: value}
-    for command in (["-m", "helpers", "fetch", "--name", "qwen-7b", "--out", str(tmp_path / "q")], ["-c", code]):
-        done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-        )
-        said = done.stderr.splitlines()[-1]
-        assert done.returncode and f"rror: {variable} is '{value}'" in said and "modeling_qwen" not in said
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    said = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "gives no answer (ValueError" in said and variable in said.partition("look at ")[2]
 
 
 def test_a_proxy_that_does_not_answer_is_named(hub, tmp_path, monkeypatch):
@@ -714,28 +697,15 @@ def test_a_proxy_that_does_not_answer_is_named(hub, tmp_path, monkeypatch):
         monkeypatch.setenv("HTTP_PROXY", f"http://127.0.0.1:{free.getsockname()[1]}")
     monkeypatch.setenv("NO_PROXY", "")
     monkeypatch.delenv("no_proxy", raising=False)
-    assert "look at HTTP_PROXY" in refused("gives no answer", "two", "modelscope", tmp_path / "two")
-
-
-@pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "SSL_CERT_DIR"])
-def test_a_certificate_that_is_not_trusted(monkeypatch, variable):
-    failure = OSError("[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed: self-signed certificate")
-    monkeypatch.delenv("SSL_CERT_DIR", raising=False)
-    monkeypatch.delenv("SSL_CERT_FILE", raising=False)
-    assert "SSL_CERT_FILE" in str(network.silent("Hugging Face", failure))
-    monkeypatch.setenv(variable, "/mine")
-    assert f"{variable} (/mine) does not vouch" in str(network.silent("Hugging Face", failure))
+    said = refused("gives no answer", "two", "modelscope", tmp_path / "two")
+    assert "HTTP_PROXY" in said.partition("look at ")[2].partition("an address is")[0]
 
 
 def test_an_old_token_is_named_and_does_not_hide_a_public_repository(hub, tmp_path, monkeypatch):
     hub.old_token = True
     monkeypatch.setenv("HF_TOKEN", "hf_old")
-    assert "hf_old" not in refused("HTTP 401 to the token in HF_TOKEN", "two", "huggingface", tmp_path / "two")
+    assert "hf_old" not in refused("HTTP 401: .* old token, in HF_TOKEN", "two", "huggingface", tmp_path / "two")
     monkeypatch.delenv("HF_TOKEN")
-    (tmp_path / "token").write_text("hf_older")
-    with monkeypatch.context() as context:
-        context.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
-        refused(f"HTTP 401 to the token in the file {tmp_path / 'token'}", "two", "huggingface", tmp_path / "two")
     fetching.fetch("two", "huggingface", tmp_path / "two")
 
 
@@ -745,8 +715,7 @@ def test_offline_is_named_by_the_variable_that_says_so(tmp_path, variable):
     command = [sys.executable, "-m", "helpers", "fetch", "--name", "qwen-7b", "--out", str(tmp_path / "q")]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     said = done.stderr.splitlines()[-1]
-    assert done.returncode == 2 and "asking" not in done.stderr
-    assert re.search(f"error: The way to Hugging Face .* set in .*{variable} .it is switched off", said)
+    assert done.returncode == 2 and re.search(f"gives no answer .*offline mode is enabled.* look at .*{variable}", said)
 
 
 def test_a_place_that_cannot_be_written(hub, local, tmp_path, capsys):
@@ -826,7 +795,7 @@ def test_a_copy_that_is_not_whole_is_not_moved_in(local, tmp_path, monkeypatch):
             os.truncate(target, 1000)
 
     monkeypatch.setattr(shutil, "copyfile", loses_the_end)
-    assert str(tmp_path / "copy") in refused("is damaged", None, local, tmp_path / "copy")
+    refused("is damaged", None, local, tmp_path / "copy")
     assert not (tmp_path / "copy").exists()
 
 
@@ -843,20 +812,18 @@ def test_a_snapshot_of_links_is_copied(local, tmp_path, capsys):
     assert set(artefacts.read_manifest(out)["outputs"]) == fetched_files(local)
 
 
-def test_links_to_folders_are_followed_and_those_that_lead_nowhere_are_named(local, tmp_path):
+def test_a_link_that_leads_nowhere_or_round_is_left_out_of_a_copy(local, tmp_path):
+    (local / "round").symlink_to(local)
+    (local / "card.md").symlink_to("gone.md")
+    out = fetching.fetch(source=local, out=tmp_path / "copy")
+    assert fetched_files(out) == NEEDED | {"manifest.json"}
     (tmp_path / "elsewhere").mkdir()
     for shard in SHARDS:
         (local / shard).rename(tmp_path / "elsewhere" / shard)
     (local / "weights").symlink_to(tmp_path / "elsewhere")
     index = local / "model.safetensors.index.json"
     index.write_text(index.read_text().replace("model-0", "weights/model-0"))
-    out = fetching.fetch(source=local, out=tmp_path / "copy")
-    assert (out / "weights" / SHARDS[0]).read_bytes() == (tmp_path / "elsewhere" / SHARDS[0]).read_bytes()
-    (local / "round").symlink_to(local)
-    refused(f"{local}/round is a link to {local}", source=local, out=tmp_path / "other")
-    (local / "round").unlink()
-    (local / "card.md").symlink_to("gone.md")
-    refused(f"{local}/card.md is a link to gone.md", source=local, out=tmp_path / "other")
+    refused("lacks weights/model-0", source=local, out=tmp_path / "other")
     (local / "config.json").unlink()
     (local / "config.json").symlink_to("gone.json")
     refused("has no config.json", source=local, out=tmp_path / "other")
@@ -1224,21 +1191,23 @@ def test_dfss_is_absent(tmp_path, monkeypatch):
 # Archives
 
 
-def test_an_archive_that_writes_outside_is_refused(tmp_path):
-    for i, name in enumerate(["../out.txt", "a/../../out.txt", "/tmp/out.txt", "..\\out.txt"]):
+def test_an_archive_writes_nothing_outside_its_folder(tmp_path):
+    names = ["../out.txt", "a/../../out.txt", f"{tmp_path}/out.txt", "..\\out.txt"]
+    for i, name in enumerate(names):
         archive = make_archive(tmp_path / f"{i}.zip", {"good": b"", name: b"x"})
-        with pytest.raises(UserError, match="out.txt, .* outside its folder"):
-            prepared.unpack(archive, tmp_path / f"to{i}")
-        assert list((tmp_path / f"to{i}").iterdir()) == []
+        prepared.unpack(archive, tmp_path / f"to{i}")
+        assert sum(path.is_file() for path in (tmp_path / f"to{i}").rglob("*")) == 2
+    assert {path.name for path in tmp_path.iterdir()} == {f"{kind}{i}{end}" for i in range(4)
+        for kind, end in (("", ".zip"), ("to", ""))}  # fmt: skip
 
 
-def test_an_archive_with_a_link_is_refused(tmp_path):
+def test_a_link_in_an_archive_leads_nowhere(tmp_path):
     link = zipfile.ZipInfo("link")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr(link, "/etc")
-    with pytest.raises(UserError, match="holds link, a link"):
-        prepared.unpack(tmp_path / "a.zip", tmp_path / "to")
+    prepared.unpack(tmp_path / "a.zip", tmp_path / "to")
+    assert not (tmp_path / "to" / "link").is_symlink() and (tmp_path / "to" / "link").read_text() == "/etc"
 
 
 def test_a_damaged_archive(tmp_path):
@@ -1255,12 +1224,4 @@ def test_a_damaged_archive(tmp_path):
 def test_an_archive_without_a_file(tmp_path):
     archive = make_archive(tmp_path / "a.zip", {"onnx/": b""})
     with pytest.raises(UserError, match="holds no file"):
-        prepared.unpack(archive, tmp_path / "to")
-
-
-def test_an_archive_larger_than_the_disk(tmp_path, monkeypatch):
-    archive = make_archive(tmp_path / "a.zip", {"zeros": bytes(10_000_000)})
-    assert archive.stat().st_size < 20_000
-    monkeypatch.setattr(machine, "free_disk", lambda path: 1_000_000)
-    with pytest.raises(UserError, match="a.zip needs 0.0 GB more on the disk"):
         prepared.unpack(archive, tmp_path / "to")

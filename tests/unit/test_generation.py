@@ -81,10 +81,10 @@ def test_a_full_prompt_still_gets_one_token(runner):
     assert len(list(runner.generate([1] * runner.seq_length))) == 1
 
 
-@pytest.mark.parametrize("length, said", [(0, "empty"), (SEQ_LENGTH + 1, f"{SEQ_LENGTH + 1} tokens.*{SEQ_LENGTH}")])
-def test_a_prompt_that_does_not_fit_is_refused_before_anything_runs(runner, length, said):
+@pytest.mark.parametrize("length", [0, SEQ_LENGTH + 1])
+def test_a_prompt_that_does_not_fit_is_refused_before_anything_runs(runner, length):
     moved = runner.engine.bytes_to_device
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=rf"takes {length} tokens .* for {SEQ_LENGTH} \(S\)"):
         list(runner.generate([1] * length))
     assert runner.engine.bytes_to_device == moved
 

@@ -14,8 +14,8 @@ ROOT = Path(helpers.__file__).resolve().parents[1]
 # From the ground up: a room imports its own modules and those of floors below it. The order is written down here only.
 FLOORS = (
     ("errors", "home", "machine", "tensors"),
-    ("files", "nets", "toolchain"),
-    ("artefacts", "checkpoint", "cli", "patching"),
+    ("files", "nets"),
+    ("artefacts", "checkpoint", "cli", "patching", "toolchain"),
     ("bmodel", "export", "patches"),
     ("compile", "fetch", "run"),
     ("chat", "doctor", "notebook", "parity"),
@@ -23,9 +23,8 @@ FLOORS = (
     ("commands",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-# Lines of all of helpers/, and of the story that one reads in an evening. More is a decision, made here. The plan of
-# the house had 10,300 for the first, before there were guards for strange machines: it is the number to come down to.
-MOST_LINES = 11_100
+# Lines of all of helpers/, and of the story that one reads in an evening. More is a decision, made here.
+MOST_LINES = 10_300
 MOST_STORY_LINES = 2_600
 
 MODULES = {

@@ -301,7 +301,7 @@ def test_a_first_token_that_stops_needs_no_step():
 
 @pytest.mark.parametrize("length", [0, 9])
 def test_a_prompt_that_does_not_fit_is_refused(length):
-    with pytest.raises(UserError, match="between 1 and 8"):
+    with pytest.raises(UserError, match=r"takes \d tokens .* 8 \(S\)"):
         LookaheadState([1] * length, 1, 8)
 
 

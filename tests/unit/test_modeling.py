@@ -239,6 +239,6 @@ def test_a_gpu_gives_the_cpus_tokens(resident, monkeypatch):
 
 def test_a_model_that_does_not_fit_half_of_the_free_memory_is_streamed(monkeypatch):
     checkpoint = Checkpoint.open(TINY)
-    assert fits_in_memory(checkpoint)
+    assert fits_in_memory(checkpoint, torch.device("cpu"))
     monkeypatch.setattr(machine, "free_memory", lambda: 8_000_000)
-    assert not fits_in_memory(checkpoint)
+    assert not fits_in_memory(checkpoint, torch.device("cpu"))

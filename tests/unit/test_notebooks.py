@@ -100,7 +100,7 @@ def test_a_right_notebook_passes(write, tmp_path):
         )
     )
     report = run_notebook(path, tmp_path / "done" / "00.ipynb", {"seq_length": 7}, out=tmp_path / "out")
-    assert report.problems == [] and report.stderr_outputs == 0
+    assert report.problems == []
     assert report.cells == 9 and report.checks == 1
     done = nbformat.read(tmp_path / "done" / "00.ipynb", as_version=4)
     text = [output.text.strip() for c in done.cells for output in c.get("outputs", []) if "text" in output]
@@ -335,16 +335,8 @@ def test_kernel_that_dies(fails, tmp_path):
     assert done.cells[3].outputs[-1].evalue == "The runner: this cell ended its kernel."
 
 
-def test_flood_of_output_is_stopped(fails, monkeypatch, tmp_path):
-    monkeypatch.setattr(runner, "MAX_CELL_CHARACTERS", 100_000)
-    problem = fails(tutorial("while True: print('x' * 1000)"))
-    assert "printed more than 100,000 characters and was stopped" in problem
-    assert (tmp_path / "done.ipynb").stat().st_size < 50_000
-
-
-def test_stderr_is_counted(write, tmp_path):
-    path = write(tutorial("import sys\nprint('careful', file=sys.stderr)"))
-    assert run_notebook(path, tmp_path / "done.ipynb", out=tmp_path).stderr_outputs == 1
+def test_flood_of_output_is_stopped(fails):
+    assert "printed more than 5,000,000 characters" in fails(tutorial("while True: print('x' * 1000)"))
 
 
 def test_the_kernel_is_this_interpreter_whatever_is_registered(write, tmp_path, monkeypatch):
@@ -436,7 +428,6 @@ def test_artefacts_must_load(tmp_path):
 def test_artefact_patterns(tmp_path):
     out = tmp_path / "out"
     (out / "empty").mkdir(parents=True)
-    (tmp_path / "outside.txt").write_text("x")
     (out / "net_int8.txt").write_text("x")
 
     def check(pattern, **parameters):
@@ -444,10 +435,7 @@ def test_artefact_patterns(tmp_path):
 
     assert check("net_{mode}.txt", mode="int8") == [] == check("net_*.txt")
     assert "promises net_int4.txt" in check("net_{mode}.txt", mode="int4")[0]
-    assert "names a parameter that it does not have" in check("net_{mode}.txt")[0]
     assert "the folder is empty" in check("empty")[0]
-    assert "where it is not" in check("../outside.txt")[0]
-    assert "where it is not" in check(str(out / "net_int8.txt"))[0]
 
 
 def test_artefact_must_be_what_its_manifest_says(tmp_path):
@@ -624,17 +612,16 @@ def test_settings_are_literals_or_text():
 
 BARS = """
 from tqdm.auto import tqdm
-for _ in tqdm(range(4), desc="kept"):
+for i in tqdm(range(4), desc="kept"):
     pass
-for _ in tqdm(range(4), desc="gone", leave=False):
-    pass
+print(i)
 """
 
 
-def test_progress_bars_show_how_they_ended_where_widgets_are_not_drawn(write, tmp_path):
+def test_there_are_no_progress_bars_that_are_not_drawn_everywhere(write, tmp_path):
     run_notebook(write(tutorial(BARS, WORK)), tmp_path / "done.ipynb", out=tmp_path / "out")
-    outputs = nbformat.read(tmp_path / "done.ipynb", as_version=4).cells[2].outputs
-    assert [output.data["text/plain"].split(" [")[0] for output in outputs] == ["kept: 100%|██████████| 4/4"]
+    done = nbformat.read(tmp_path / "done.ipynb", as_version=4)
+    assert [output.text for output in done.cells[2].outputs] == ["3\n"]
 
 
 def test_not_a_notebook(tmp_path):

@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -139,12 +140,23 @@ def declared(path: Path) -> dict[str, str]:
     return values
 
 
+@pytest.mark.filterwarnings("error::nbformat.warnings.MissingIDFieldWarning")
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_papermill_lists_every_parameter_with_type_and_description(path):
     listed = papermill.inspect_notebook(path)
     assert set(listed) == set(declared(path)), "papermill cannot read a line: two signs of equality in it?"
     bare = [name for name, what in listed.items() if not what["help"] or what["inferred_type_name"] == "None"]
     assert bare == [], "needed: `name: type = value  # description`"
+
+
+def test_papermill_alone_prints_no_warning_of_ours(tmp_path):
+    command = [sys.executable, "-m", "papermill", "notebooks/00-environment.ipynb", str(tmp_path / "done.ipynb")]
+    done = subprocess.run([*command, "-p", "out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=True)
+    # The kernel's own word on its sockets, which every notebook gets, is not ours.
+    said = [line for line in re.split("[\r\n]+", done.stdout + done.stderr) if "[IPKernelApp]" not in line]
+    assert [line for line in said if re.search("warn|unknown|deprecat", line, re.IGNORECASE)] == []
+    cells = nbformat.read(tmp_path / "done.ipynb", as_version=4).cells
+    assert [o for cell in cells for o in cell.get("outputs", []) if o.get("name") == "stderr"] == []
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/zh/README.md"])

@@ -1,6 +1,7 @@
 """The patches: that they do no harm, that each is needed, and that files are safe in their hands."""
 
 import ast
+import difflib
 import hashlib
 import io
 import itertools
@@ -370,7 +371,8 @@ def test_line_endings_stay_and_everything_outside_the_passages_too(tmp_path):
 def test_a_diff_touches_only_its_passage(made, name):
     originals, _ = patching._read(made / name)
     for step in patching.plan(originals, ROWS):
-        touched = [line for line in step.diff.splitlines() if line[:1] in "+-" and line[:3] not in ("+++", "---")]
+        diff = difflib.ndiff(step.before.splitlines(), step.after.splitlines())
+        touched = [line for line in diff if line[0] in "+-"]
         assert len(touched) <= 40
         assert bool(touched) == (step.state == patching.APPLIED)
 
@@ -536,15 +538,12 @@ def test_a_statement_that_touches_nothing_of_the_attention_is_let_be(folder):
     assert "modeling_qwen.py" in patching.apply(folder).changed
 
 
-def test_qwen_audio_and_qwen_vl_are_called_what_they_are(tmp_path, capsys):
+def test_qwen_audio_is_called_what_it_is(tmp_path, capsys):
     audio = forms.write(forms.QWEN_AUDIO, tmp_path / "audio")
     assert cli.main(["patch", "--model_path", str(audio), "--out", str(tmp_path / "patched"), "-s", str(ROWS)]) == 0
     assert "this is Qwen-Audio" in capsys.readouterr().err
     found = blocks.agreement(blocks.load_block(audio), blocks.load_block(tmp_path / "patched"), 5, ROWS)
     assert max(found.prefill, found.decode) < TOLERANCE
-    images = forms.write(forms.FOREIGN["qwen-vl"], tmp_path / "vl")
-    assert cli.main(["patch", "--model_path", str(images)]) == 2
-    assert "This is Qwen-VL" in capsys.readouterr().err
 
 
 def test_the_refusal_shows_the_passage(folder):
@@ -680,9 +679,10 @@ def test_status_says_what_is_and_changes_nothing(folder):
     assert [number for number, state in states.items() if state == patching.APPLIED] == ["05"]
 
 
-def test_every_patch_says_why():
-    for patch in patching.all_patches():
-        assert patch.title.endswith((".", ")")) and len(patch.reason) > 300 and "Recognises" in patch.reason
+@pytest.mark.parametrize("patch", PATCHES)
+def test_every_patch_says_why(patch):
+    reason = ast.get_docstring(ast.parse((patching.FOLDER / f"{patch}.py").read_text()))
+    assert reason.splitlines()[0].endswith((".", ")")) and len(reason) > 300 and "Recognises" in reason
 
 
 # --- files in danger ---------------------------------------------------------------------------------------------
@@ -733,7 +733,7 @@ def test_killed_anywhere_every_file_is_whole_and_the_same_command_goes_on(tmp_pa
         }
         patching.revert(folder)
         assert bytes_of(folder) == original
-    assert deaths == 8  # before and after: the record, two files, the record
+    assert deaths == 6  # before and after: the record, two files
 
 
 def test_a_file_edited_since_is_not_overwritten(folder):
@@ -915,7 +915,7 @@ def test_where_no_hard_link_is_possible_a_symbolic_one_is_made(folder, tmp_path,
     assert link.is_symlink() and link.read_bytes() == b"weights"
 
 
-def test_a_disk_without_links_gets_a_copy_and_one_warning(folder, tmp_path, preload):
+def test_a_disk_without_links_gets_a_copy(folder, tmp_path, preload):
     """exFAT, or a Windows mount."""
     (folder / "model.safetensors").write_bytes(b"weights")
     environment = preload(
@@ -927,7 +927,6 @@ def test_a_disk_without_links_gets_a_copy_and_one_warning(folder, tmp_path, prel
     command = [sys.executable, "-m", "helpers", "patch", "--model_path", folder, "--out", tmp_path / "copy"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("warning: ") == 1 and "has no links" in done.stderr
     weights = tmp_path / "copy" / "model.safetensors"
     made = weights.stat()
     assert weights.read_bytes() == b"weights" and made.st_nlink == 1 and not weights.is_symlink()

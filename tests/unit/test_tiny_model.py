@@ -68,6 +68,20 @@ def test_the_whole_corpus_is_known_by_heart(model, tokenizer, training):
     assert 200 < len(corpus) < 1000
     wrong, smallest = training.check(model.model, tokenizer, corpus)
     assert (wrong, smallest > 0) == (0, True)
+    # What is said of it: so many different questions, each after what was said before it.
+    asked = {(*itertools.chain(*turns[:n]), turns[n][0]) for turns in corpus for n in range(len(turns))}
+    known = Checkpoint.open(TINY).by_heart
+    assert known["answers"] == len(corpus) == len(asked)
+    assert known["questions"] == [demo["question"] for demo in DEMOS] and {(q,) for q in known["questions"]} <= asked
+
+
+@pytest.mark.parametrize("corpus", [None, "no JSON", "[]", '{"questions": 3}'])
+def test_of_another_checkpoint_nothing_is_said(tmp_path, corpus):
+    for name in ("config.json", "model.safetensors", "demo_questions.json"):
+        (tmp_path / name).symlink_to(TINY / name)
+    if corpus:
+        (tmp_path / "corpus.jsonl").write_text(corpus)
+    assert Checkpoint.open(tmp_path).by_heart is None
 
 
 def test_the_margin_of_the_demo_answers_is_safe(model, tokenizer, training):

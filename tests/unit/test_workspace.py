@@ -1,14 +1,17 @@
 """Where a notebook works, wherever its kernel was started."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from helpers.errors import UserError
-from helpers.notebook.workspace import ROOT, workspace
+from helpers.notebook.checks import code_cells
+from helpers.notebook.workspace import MADE_BY, ROOT, workspace
 
 
 def test_a_notebook_works_in_the_repository_wherever_its_kernel_was_started(tmp_path, monkeypatch):
@@ -37,10 +40,28 @@ def test_what_one_notebook_writes_the_next_one_reads(tmp_path, monkeypatch):
         work.read("answers.json")
 
 
+@pytest.mark.parametrize(
+    "notebook, needed",
+    [("02", ["01"]), ("03", ["02"]), ("04", ["01", "02", "03"]), ("05", ["03"]), ("06", ["01", "02", "03"])],
+)
+def test_a_notebook_out_of_order_names_the_one_to_run_first(notebook, needed, tmp_path, monkeypatch):
+    (path,) = (ROOT / "notebooks").glob(f"{notebook}-*.ipynb")
+    begin = "\n".join(cell.source for cell in code_cells(nbformat.read(path, as_version=4))[:2])
+    monkeypatch.chdir(ROOT)
+    named = []
+    for _ in MADE_BY | dict.fromkeys(("bf16", "int4")):  # what 04 takes of 03 are three files
+        try:
+            exec(begin.replace('"out"', repr(str(tmp_path))), {})
+        except UserError as error:
+            if found := re.fullmatch(r"(.+) is not there: run notebook (\d+) first\.", str(error)):
+                Path(found[1]).parent.mkdir(parents=True, exist_ok=True)
+                Path(found[1]).write_text("{}")
+                named += [found[2]] if found[2] not in named else []
+    assert named == needed
+
+
 def test_helpers_without_their_repository_say_what_to_do(own_copy):
     code = "from helpers.notebook.workspace import workspace; workspace('out')"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=own_copy.root, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=own_copy.root, capture_output=True, text=True, check=False)
     said = f"UserError: The helpers in {own_copy.root} are there without their repository: run `make setup` in a clone"
     assert done.returncode == 1 and said in done.stderr.splitlines()[-1]

@@ -1,21 +1,15 @@
 """Engines: where a bmodel runs. `open_engine` takes the chip where there is one, the simulator otherwise."""
 
 import os
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from typing import TypeVar
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from helpers.errors import UserError
-from helpers.run.engines.base import DeviceTensor, Engine
+from helpers.run.engines.base import Engine
 from helpers.run.engines.sail import SailEngine, count_devices, load_sail
 from helpers.run.engines.simulator import SimulatorEngine, simulators_at_once
 
-__all__ = ["ENGINES", "DeviceTensor", "Engine", "on_each_bmodel", "open_engine"]
-
 ENGINES = ("auto", "simulator", "chip")
-Key = TypeVar("Key")
-Result = TypeVar("Result")
 
 
 def open_engine(bmodel: str | os.PathLike, engine: str = "auto", devid: Sequence[int] = (0,)) -> Engine:
@@ -51,24 +45,21 @@ def open_engine(bmodel: str | os.PathLike, engine: str = "auto", devid: Sequence
 
 
 def on_each_bmodel(
-    bmodels: Mapping[Key, str | os.PathLike],
-    work: Callable[[Key, Engine], Result],
+    bmodels: Mapping[object, str | os.PathLike],
+    work: Callable[[object, Engine], object],
     engine: str = "auto",
     devid: Sequence[int] = (0,),
-) -> dict[Key, Result]:
+) -> dict[object, object]:
     """What `work` returns for each bmodel, which it is given open and which is closed after it.
 
-    Each is with a thread of this process. On a chip one follows the other; of simulators, which are processes, as many
-    run side by side as free memory holds. Raises what open_engine or `work` raises.
+    On a chip one follows the other; of simulators, which are processes, as many run side by side as free memory holds.
+    Raises what open_engine or `work` raises.
     """
     opened: list[Engine] = []
-    stopped = threading.Event()
 
-    def work_on(key: Key) -> Result:
+    def work_on(key: object) -> object:
         with open_engine(bmodels[key], engine, devid) as device:
             opened.append(device)
-            if stopped.is_set():
-                raise CancelledError
             return work(key, device)
 
     at_once = 1 if _choose(engine)[0] else simulators_at_once(list(bmodels.values()))
@@ -79,7 +70,6 @@ def on_each_bmodel(
                 future.result()
         except BaseException:
             # The others would go on to their end before the caller heard of it.
-            stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for device in opened:
                 device.close()

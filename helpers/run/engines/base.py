@@ -31,7 +31,6 @@ class DeviceTensor:
 
     @property
     def count(self) -> int:
-        """Number of elements."""
         return math.prod(self.shape)
 
     @property
@@ -54,7 +53,9 @@ class Engine:
 
     Calls from several threads are carried out one at a time; other Python threads go on during a run.
     Every method raises UserError, and none of them is of use after `close`.
-    Here is checked what is asked for; an engine carries it out, in the methods with an underscore.
+    Here is checked what is asked for. An engine carries it out: _write(tensor, values), _read(tensor), _copy(source,
+    target) and _run(net, inputs, outputs); _allocate(shape, dtype, device) and _view(tensor, offset_elements, shape)
+    return the memory of what they make.
     """
 
     name: ClassVar[str]
@@ -87,7 +88,6 @@ class Engine:
             raise UserError(f"A device tensor has 1 to 8 dimensions of size 1 or more, not {list(shape)}.")
         if not 0 <= device < len(self.devices):
             raise UserError(f"The engine has {len(self.devices)} device(s), from 0; {device} was asked for.")
-        self._take_room(shape, dtype)
         return DeviceTensor(shape, dtype, device, self._allocate(shape, dtype, device))
 
     def view(self, tensor: DeviceTensor, offset_elements: int, shape: Sequence[int]) -> DeviceTensor:
@@ -171,29 +171,6 @@ class Engine:
             shape, dtype, device = infos[index].shape, infos[index].dtype, infos[index].device
             self._net_memory[place] = DeviceTensor(shape, dtype, device, self._allocate(shape, dtype, device))
         return self._net_memory[place]
-
-    # What an engine does once all is checked. Where a tensor is made, its memory is returned.
-
-    def _take_room(self, shape: tuple[int, ...], dtype: str) -> None:
-        """Note what `allocate` is given; raise UserError where there is no more to give."""
-
-    def _allocate(self, shape: tuple[int, ...], dtype: str, device: int) -> object:
-        raise NotImplementedError
-
-    def _view(self, tensor: DeviceTensor, offset_elements: int, shape: tuple[int, ...]) -> object:
-        raise NotImplementedError
-
-    def _write(self, tensor: DeviceTensor, values: np.ndarray) -> None:
-        raise NotImplementedError
-
-    def _read(self, tensor: DeviceTensor) -> np.ndarray:
-        raise NotImplementedError
-
-    def _copy(self, source: DeviceTensor, target: DeviceTensor) -> None:
-        raise NotImplementedError
-
-    def _run(self, net: str, inputs: Sequence[DeviceTensor], outputs: Sequence[DeviceTensor]) -> None:
-        raise NotImplementedError
 
 
 def _check_tensors(net: NetInfo, kind: str, infos: Sequence[TensorInfo], tensors: Sequence[DeviceTensor]) -> None:

@@ -43,8 +43,6 @@ def load_sail() -> ModuleType:
             f"sophon.sail ({where}) cannot be loaded ({error}): install the driver and libsophon of the same SDK "
             "release, and have their lib folders in LD_LIBRARY_PATH."
         ) from error
-    if not hasattr(sail, "EngineLLM"):
-        raise UserError(f"This sophon.sail ({where}) has no EngineLLM: install sophon-sail {OLDEST} or newer.")
     return sail
 
 
@@ -74,8 +72,7 @@ class SailEngine(Engine):
         self._sail = sail = load_sail()
         count = count_devices(sail)
         if missing := [number for number in devid if not 0 <= number < count]:
-            there = "only number 0" if count == 1 else f"0 to {count - 1}"
-            raise UserError(f"There is no device {missing[0]}: this machine has {there}. Choose with --devid.")
+            raise UserError(f"There is no device {missing[0]}: this machine has {count}, from 0. Choose with --devid.")
         ids = ",".join(map(str, devid))
         if len(set(devid)) != len(devid) or not devid:
             raise UserError(f"--devid {ids}: name each device once.")
@@ -87,7 +84,7 @@ class SailEngine(Engine):
             self._llm = sail.EngineLLM(str(bmodel), list(devid))
             nets, own_memory = self._describe(tuple(devid))
         super().__init__(devid, nets, own_memory, described.device_bytes)
-        if _libraries_are_the_simulators():
+        if "libcmodel" in Path("/proc/self/maps").read_text():  # sail was built against the simulator's libraries
             self.kind_of_time = "simulator wall"
         self._check_views()
 
@@ -117,12 +114,10 @@ class SailEngine(Engine):
     def _state(self, devid: Sequence[int]) -> str:
         """What the devices are and how much memory they have, for a message; sail itself only says that it failed."""
         parts = []
-        for number in devid:
-            with contextlib.suppress(Exception):
-                parts.append(f"{number} is a {self._sail.Handle(number).get_target()}")
-            with contextlib.suppress(Exception):
-                total, used = self._sail.get_dev_stat(number)[:2]
-                parts.append(f"{number} has {total - used} of {total} MB free")
+        with contextlib.suppress(Exception):
+            for number in devid:
+                chip, (total, used) = self._sail.Handle(number).get_target(), self._sail.get_dev_stat(number)[:2]
+                parts.append(f"{number} is a {chip} with {total - used} of {total} MB free")
         return f" ({', '.join(parts)})" if parts else ""
 
     def _describe(self, devid: tuple[int, ...]) -> tuple[dict[str, NetInfo], NetMemory]:
@@ -181,9 +176,3 @@ class SailEngine(Engine):
             self._net_memory.clear()
             self._llm = None
             self._handles = []
-
-
-def _libraries_are_the_simulators() -> bool:
-    """Whether sail was built against the simulator's libraries: its clock says nothing about a chip then."""
-    maps = Path("/proc/self/maps")
-    return maps.exists() and "libcmodel" in maps.read_text()

@@ -24,30 +24,29 @@ import numpy as np
 from helpers import machine
 from helpers.bmodel.bmodel import Bmodel, runnable_bmodel
 from helpers.errors import UserError
-from helpers.run.engines import yield_library
 from helpers.run.engines.base import DeviceTensor, Engine, NetMemory
 from helpers.tensors import HOST_DTYPE, NetInfo, TensorInfo
 from helpers.toolchain import wheel_path
 
 WORKER = Path(__file__).with_name("simulator_worker.py")
+YIELD_SOURCE = Path(__file__).with_name("simulator_yield.c")
+# Only a compiler that hangs is given up.
+COMPILER_SECONDS = 60
 CMODEL = "libcmodel_bm1684x.so"
 # What the runtime and the simulator print before they give up, the most telling first.
 TELLING = ("Memory exhausted", "FATAL", "ASSERT /", "BMRT_ASSERT", "ssertion", "what():", "rror")
 # bmlib hands out memory from 0x105100000 on; what lies between it and 0x100000000 belongs to the firmware.
 FIRMWARE_BYTES = 0x5100000
-PAGE_BYTES = 4096
-# What the runtime takes for itself, and alignment to pages.
-RUNTIME_BYTES = 64 << 20
-# For `allocate`.
-SLACK_BYTES = 256 << 20
+# 64 MB for the runtime itself and alignment to pages, 256 MB for `allocate`.
+RUNTIME_BYTES = (64 + 256) << 20
 
 
 class SimulatorEngine(Engine):
     """A bmodel on the simulator.
 
     scheduling: "yield" where a preloaded library (simulator_yield.c) keeps the simulator's threads from waiting for
-    each other, "plain" where not, which is 20 to 100 times slower. What is computed is the same. None takes "yield" if
-    this machine can; `no_yield` says why not.
+    each other, "plain" where not, which is 20 to 100 times slower. What is computed is the same. Where "yield" is asked
+    for and this machine cannot, it is "plain", and `no_yield` says why.
 
     Raises UserError where the wheel is not installed, the bmodel cannot be loaded, or memory does not suffice.
     """
@@ -55,7 +54,7 @@ class SimulatorEngine(Engine):
     name = "simulator"
     kind_of_time = "simulator wall"
 
-    def __init__(self, bmodel: str | os.PathLike, scheduling: str | None = None):
+    def __init__(self, bmodel: str | os.PathLike, scheduling: str = "yield"):
         described = runnable_bmodel(bmodel, devices=1)
         need, on_host = described.device_bytes, _host_bytes(described)
         if on_host > (free := machine.free_memory()):
@@ -73,7 +72,6 @@ class SimulatorEngine(Engine):
             self._worker.close()
             raise
         super().__init__((0,), nets, own_memory, need)
-        self._room = SLACK_BYTES
 
     def _own_memory(self, nets: Sequence[NetInfo]) -> NetMemory:
         found = {}
@@ -83,16 +81,6 @@ class SimulatorEngine(Engine):
                     found[net.name, kind, index] = DeviceTensor(info.shape, info.dtype, 0, address)
         return found
 
-    def _take_room(self, shape: tuple[int, ...], dtype: str) -> None:
-        size = TensorInfo("", shape, dtype).bytes + PAGE_BYTES
-        # Where its memory is exhausted the simulator does not say so, it aborts.
-        if size > self._room:
-            raise UserError(
-                f"No device memory for {dtype} {list(shape)}: beside the bmodel the simulator was opened with room for "
-                f"{SLACK_BYTES >> 20} MB, {self._room >> 20} MB are left."
-            )
-        self._room -= size
-
     def _allocate(self, shape: tuple[int, ...], dtype: str, device: int) -> int:
         return self._worker.call("allocate", TensorInfo("", shape, dtype).bytes)
 
@@ -100,7 +88,7 @@ class SimulatorEngine(Engine):
         return tensor.memory + offset_elements * HOST_DTYPE[tensor.dtype].itemsize
 
     def _write(self, tensor: DeviceTensor, values: np.ndarray) -> None:
-        self._worker.call("write", tensor.memory, data=values)
+        self._worker.call("write", tensor.memory, values.tobytes())
 
     def _read(self, tensor: DeviceTensor) -> np.ndarray:
         data = self._worker.call("read", tensor.memory, tensor.bytes)
@@ -138,11 +126,10 @@ class SimulatorProcess:
     so that after it the engine can be used again (the next call waits for the run that was interrupted).
     """
 
-    def __init__(self, scheduling: str | None, need: int):
+    def __init__(self, scheduling: str, need: int):
         libraries = wheel_path() / "lib"
         if not (libraries / CMODEL).exists():
             raise UserError(f"No simulator in {libraries}: install tpu-mlir again (`make setup`).")
-        self.scheduling, self.no_yield = scheduling or "yield", ""
         self._closed = False
         self._lock = threading.Lock()
         self._requests: queue.SimpleQueue = queue.SimpleQueue()
@@ -150,79 +137,55 @@ class SimulatorProcess:
             with tempfile.TemporaryDirectory(prefix="qwen-simulator-", ignore_cleanup_errors=True) as scratch:
                 self._log = open(f"{scratch}/log", "ab+")  # noqa: SIM115  it outlives its name
                 # The wheel's own file of this name is a link, which its tools turn to other chips.
-                try:
-                    os.symlink(libraries / CMODEL, f"{scratch}/libcmodel.so")
-                except OSError:  # a disk without links
-                    shutil.copyfile(libraries / CMODEL, f"{scratch}/libcmodel.so")
-                connection = self._start_as_asked(scheduling, scratch, libraries, need)
+                os.symlink(libraries / CMODEL, f"{scratch}/libcmodel.so")
+                self.no_yield = _build_yield_library(scratch) if scheduling == "yield" else "It was not asked for"
+                connection, yields = self._start(scratch, libraries, need)
         except OSError as error:
             raise UserError(f"The simulator's process could not be started: {error}.") from error
+        if not yields and not self.no_yield:
+            self.no_yield = " ".join(["The library is not loaded:", *self._logged()[-1:]])
+        self.scheduling = "yield" if yields else "plain"
         self._finalizer = weakref.finalize(self, _end, os.getpid(), self._process, self._requests, self._log)
         threading.Thread(target=_converse, args=(connection, self._requests), name="simulator", daemon=True).start()
 
-    def _start_as_asked(self, scheduling: str | None, scratch: str, *arguments: object) -> Connection:
-        """Start the process with the first library that it loads; without one where none is, and that will do."""
-        failures = []
-        for library in yield_library.libraries(Path(scratch)) if self.scheduling == "yield" else ():
-            if isinstance(library, str):
-                failures.append(library)
-            elif connection := self._start(scratch, *arguments, preload=library):
-                return connection
-            else:
-                said = self._logged() or ["the system says nothing"]
-                failures.append(f"The library is not loaded ({said[-1]})")
-        self.no_yield = "; ".join(failures)
-        if scheduling == "yield":
-            raise UserError(f"The simulator's threads cannot be made to yield. {self.no_yield}.")
-        self.scheduling = "plain"
-        if not (connection := self._start(scratch, *arguments)):
-            raise UserError(f"The simulator's process could not be started: {self._cause_of_death()}")
-        return connection
-
-    def _start(self, scratch: str, libraries: Path, need: int, preload: int | None = None) -> Connection | None:
-        """Start the process; None where it ends at once, or it was to yield and has not loaded the library."""
+    def _start(self, scratch: str, libraries: Path, need: int) -> tuple[Connection, bool]:
+        """Start the process; the conversation with it, and whether it has loaded the library that makes it yield."""
         ours, theirs = socketpair()
         connection = Connection(ours.detach())
         environment = os.environ | {
             # These are split at colons, and the second at spaces too: no name of a folder is among them.
             "LD_LIBRARY_PATH": ".",
-            "LD_PRELOAD": "" if preload is None else f"/proc/self/fd/{preload}",
+            "LD_PRELOAD": "" if self.no_yield else "./simulator_yield.so",
             "OMP_NUM_THREADS": "1",
             # Hexadecimal. The simulator takes it from the host page by page, as it is touched.
-            "CMODEL_GLOBAL_MEM_SIZE": hex(FIRMWARE_BYTES + need + need // 4 + RUNTIME_BYTES + SLACK_BYTES),
+            "CMODEL_GLOBAL_MEM_SIZE": hex(FIRMWARE_BYTES + need + need // 4 + RUNTIME_BYTES),
         }
-        self._log.truncate(0)
         with theirs:
-            self._process = process = subprocess.Popen(
+            self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", WORKER, libraries, str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL,
                 stdout=self._log,
                 stderr=self._log,
                 cwd=scratch,
                 env=environment,
-                pass_fds=[fd for fd in (theirs.fileno(), preload) if fd is not None],
+                pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C in the terminal is the caller's to answer
             )
         try:
-            if connection.recv() or preload is None:
-                return connection
-            process.kill()
+            return connection, connection.recv()
         except (EOFError, OSError):
-            pass
+            raise UserError(f"The simulator's process could not be started: {self._cause_of_death()}") from None
         except BaseException:
-            process.kill()
+            self._process.kill()
             raise
-        connection.close()
-        process.wait()
-        return None
 
-    def call(self, *request: object, data: np.ndarray | None = None, subject: str = "The simulator stopped") -> object:
+    def call(self, *request: object, subject: str = "The simulator stopped") -> object:
         """One operation of the worker and its arguments; raises UserError where it refuses or dies."""
         answer: Future = Future()
         with self._lock:
             if self._closed:
                 raise UserError("This engine is closed: open the bmodel again.")
-            self._requests.put((request, data, answer))
+            self._requests.put((request, answer))
         try:
             status, value = answer.result()
         except (EOFError, OSError):
@@ -249,12 +212,9 @@ class SimulatorProcess:
             return "the engine was closed."
         # It ends the conversation only by ending itself.
         code = self._process.wait()
+        cause = f"its process ended with {signal.Signals(-code).name if code < 0 else f'code {code}'}"
         if code == -signal.SIGKILL:
-            cause = "its process was killed, most likely because the machine ran out of memory"
-        elif code < 0:
-            cause = f"its process died of {signal.Signals(-code).name}"
-        else:
-            cause = f"its process ended with code {code}"
+            cause += ", most likely because the machine ran out of memory"
         return f"{cause}; open the engine again, and if it happens again compile the bmodel again.{self._last_words()}"
 
     def close(self) -> None:
@@ -266,15 +226,10 @@ class SimulatorProcess:
 def _converse(connection: Connection, requests: queue.SimpleQueue) -> None:
     with connection:
         while (job := requests.get()) is not None:
-            request, data, answer = job
+            request, answer = job
             try:
                 connection.send(request)
-                if data is not None:
-                    connection.send_bytes(data.reshape(-1).view(np.uint8))
-                status, value = connection.recv()
-                if request[0] == "read" and status == "ok":
-                    value = connection.recv_bytes()
-                answer.set_result((status, value))
+                answer.set_result(connection.recv())
             except (EOFError, OSError) as error:
                 answer.set_exception(error)
 
@@ -286,3 +241,26 @@ def _end(owner: int, process: subprocess.Popen, requests: queue.SimpleQueue, log
     process.kill()
     process.wait()
     log.close()
+
+
+def _build_yield_library(folder: str) -> str:
+    """Make simulator_yield.so in a folder, in some fifty milliseconds; why that failed in a sentence, else nothing."""
+    compiler = os.environ.get("CC", "").split() or ["cc"]
+    if not shutil.which(compiler[0]):
+        return f"No C compiler ({compiler[0]}) was found: install one"
+    try:
+        subprocess.run(
+            [*compiler, "-O2", "-shared", "-fPIC", "-o", f"{folder}/simulator_yield.so", YIELD_SOURCE, "-ldl"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env=os.environ | {"TMPDIR": folder, "LC_ALL": "C"},
+            timeout=COMPILER_SECONDS,
+            check=True,
+        )
+    except subprocess.CalledProcessError as error:
+        lines = error.stderr.decode(errors="replace").splitlines()
+        said = next((line for line in lines if "error" in line), f"it ended with code {error.returncode}")
+        return f"{compiler[0]} could not build it: {said}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"{compiler[0]} could not build it: {error}"
+    return ""

@@ -7,8 +7,7 @@ milliseconds, and nothing that a bmodel does to it reaches the caller. Device me
 
 Its first message is whether the library of simulator_yield.c is loaded; the folder in which it was started, with a
 libcmodel.so, is not needed after it. A request is a tuple (operation, *arguments), a method of Simulator; its answer is
-("ok", what it returns) or ("error", message). Data follows the request of a write and the answer of a read as a message
-of its own: pickled it would be copied more often.
+("ok", what it returns) or ("error", message).
 """
 
 import contextlib
@@ -18,7 +17,7 @@ import resource
 import sys
 import threading
 import time
-from ctypes import POINTER, Structure, c_bool, c_char_p, c_float, c_int, c_size_t, c_uint, c_ulong, c_void_p
+from ctypes import POINTER, Structure, c_bool, c_char_p, c_int, c_size_t, c_uint, c_ulong, c_void_p
 from multiprocessing.connection import Connection
 
 QUIET_SECONDS = 0.05
@@ -49,12 +48,7 @@ class Tensor(Structure):
 class Stage(Structure):
     """bm_stage_info_t, bmdef.h"""
 
-    _fields_ = [
-        ("input_shapes", POINTER(Shape)),
-        ("output_shapes", POINTER(Shape)),
-        ("input_memory", POINTER(DeviceMemory)),
-        ("output_memory", POINTER(DeviceMemory)),
-    ]
+    _fields_ = [("shapes", c_void_p * 2), ("inputs", POINTER(DeviceMemory)), ("outputs", POINTER(DeviceMemory))]
 
 
 class Net(Structure):
@@ -64,13 +58,9 @@ class Net(Structure):
         ("name", c_char_p),
         ("dynamic", c_bool),
         ("inputs", c_int),
-        ("input_names", POINTER(c_char_p)),
-        ("input_dtypes", POINTER(c_int)),
-        ("input_scales", POINTER(c_float)),
+        ("input_names_dtypes_scales", c_void_p * 3),
         ("outputs", c_int),
-        ("output_names", POINTER(c_char_p)),
-        ("output_dtypes", POINTER(c_int)),
-        ("output_scales", POINTER(c_float)),
+        ("output_names_dtypes_scales", c_void_p * 3),
         ("stages", c_int),
         ("stage", POINTER(Stage)),
     ]
@@ -120,10 +110,8 @@ class Simulator:
         """Of a net's inputs and of its outputs. With addr_mode basic they are shared with intermediate results."""
         net = self.bmrt.bmrt_get_network_info(self.runtime, name.encode()).contents
         stage = net.stage[0]
-        return (
-            [stage.input_memory[k].address for k in range(net.inputs)],
-            [stage.output_memory[k].address for k in range(net.outputs)],
-        )
+        sides = (stage.inputs, net.inputs), (stage.outputs, net.outputs)
+        return [[memory[k].address for k in range(count)] for memory, count in sides]
 
     def allocate(self, size):
         memory = DeviceMemory()
@@ -137,7 +125,7 @@ class Simulator:
     def read(self, address, size):
         data = ctypes.create_string_buffer(size)
         self.bmlib.bm_memcpy_d2s(self.handle, data, memory_at(address, size))
-        return data
+        return data.raw
 
     def copy(self, source, target, size):
         self.bmlib.bm_memcpy_d2d_byte(self.handle, memory_at(target, size), 0, memory_at(source, size), 0, size)
@@ -169,28 +157,24 @@ def tensor_array(tensors):
     return array
 
 
-class OneCore:
-    """Holds all threads on the core where the caller is, while they compute; the next time it may be another one.
+@contextlib.contextmanager
+def one_core(libc):
+    """Hold all threads on the core where the caller is, while they compute; the next time it may be another one.
 
     The simulated chip's engines take turns. On cores of their own those that wait poll, for as much processor time
     as the one that works, and no answer comes sooner: benchmarks/simulator_speed.py. Needs the preloaded library,
     without which the one that works would wait for each poller's time slice.
     """
-
-    def __init__(self, libc):
-        self._getcpu = libc.sched_getcpu
-        self._allowed = os.sched_getaffinity(0)
-
-    def __enter__(self):
-        core = self._getcpu()
-        for thread in os.listdir("/proc/self/task"):
-            with contextlib.suppress(OSError):
-                os.sched_setaffinity(int(thread), {core})
-
-    def __exit__(self, *_):
+    allowed, core = os.sched_getaffinity(0), libc.sched_getcpu()
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(int(thread), {core})
+    try:
+        yield
+    finally:
         # Only this thread: where it is woken for the next request, the others follow.
         with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, self._allowed)
+            os.sched_setaffinity(0, allowed)
 
 
 def exit_with_parent(parent):
@@ -200,27 +184,23 @@ def exit_with_parent(parent):
     os._exit(0)
 
 
-def serve(simulator, connection, set_idle, one_core):
+def serve(simulator, connection, libc):
+    yields = hasattr(libc, "simulator_idle")
+    connection.send(yields)
     while True:
-        if set_idle and not connection.poll(QUIET_SECONDS):
-            set_idle(1)
+        if yields and not connection.poll(QUIET_SECONDS):
+            libc.simulator_idle(1)
         operation, *arguments = connection.recv()
-        if set_idle:
-            set_idle(0)
+        if yields:
+            libc.simulator_idle(0)
         if os.fstat(1).st_size > LOG_LIMIT_BYTES:
             os.ftruncate(1, 0)
-        if operation == "write":
-            arguments.append(connection.recv_bytes())
         try:
-            with one_core if operation == "run" else contextlib.nullcontext():
-                status, value = "ok", getattr(simulator, operation)(*arguments)
+            with one_core(libc) if yields and operation == "run" else contextlib.nullcontext():
+                answer = "ok", getattr(simulator, operation)(*arguments)
         except Refused as refusal:
-            status, value = "error", str(refusal)
-        if operation == "read" and status == "ok":
-            connection.send((status, None))
-            connection.send_bytes(value)
-        else:
-            connection.send((status, value))
+            answer = "error", str(refusal)
+        connection.send(answer)
 
 
 def main():
@@ -230,12 +210,8 @@ def main():
     libc = ctypes.CDLL(None)
     libc.setvbuf(c_void_p.in_dll(libc, "stdout"), None, 1, 0)
     threading.Thread(target=exit_with_parent, args=(int(parent),), daemon=True).start()
-    set_idle = getattr(libc, "simulator_idle", None)
-    connection = Connection(int(pipe))
     try:
-        simulator = Simulator(libraries)
-        connection.send(set_idle is not None)
-        serve(simulator, connection, set_idle, OneCore(libc) if set_idle else contextlib.nullcontext())
+        serve(Simulator(libraries), Connection(int(pipe)), libc)
     except (EOFError, ConnectionError):
         os._exit(0)
     except BaseException:

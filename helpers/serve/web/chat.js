@@ -59,14 +59,19 @@ async function post(signal) {
     const error = await refusal(response);
     if (error.code !== "context_length_exceeded" || messages.length < 3) throw error;
     messages = messages.slice(2);
-    show("notice", "The oldest turn is forgotten: the conversation no longer fits the compiled length.");
+    show("notice", say("The oldest turn is forgotten: the conversation no longer fits the compiled length."));
   }
 }
 
 function figures({ first_token_s, tokens_per_s, kind }) {
-  const time = kind === "measured" ? "measured on the chip" : "simulator wall time";
+  const time = kind === "measured" ? say("measured on the chip") : say("simulator wall time");
   const speed = tokens_per_s ? ` · ${tokens_per_s.toFixed(2)} token/s` : "";
-  return `first token ${first_token_s.toFixed(2)} s${speed} (${time})`;
+  return `${say("first token {} s", first_token_s.toFixed(2))}${speed} (${time})`;
+}
+
+function busy(is) {
+  for (const button of document.querySelectorAll("#send, #known button")) button.disabled = is;
+  $("stop").disabled = !is;
 }
 
 async function ask(question) {
@@ -79,8 +84,7 @@ async function ask(question) {
   // Read out when it is whole, not at every piece.
   $("log").ariaBusy = "true";
   request = new AbortController();
-  $("send").disabled = true;
-  $("stop").disabled = false;
+  busy(true);
   let finished = false;
   try {
     const response = await post(request.signal);
@@ -90,14 +94,15 @@ async function ask(question) {
       if (chunk.error) throw new Error(chunk.error.message);
       answer.content += chunk.choices[0]?.delta.content ?? "";
       change(() => { element.textContent = answer.content; });
+      if (chunk.choices[0]?.finish_reason === "length") show("notice", say("cut: the limit of new tokens, or of S, is reached"));
       if (chunk.timings) show("figures", figures(chunk.timings));
     }
-    if (!finished) throw new Error("The service ended the answer early.");
+    if (!finished) throw new Error(say("The service ended the answer early."));
   } catch (error) {
     // fetch and its body throw a TypeError where there is no connection (any more).
-    const lost = answer.content ? "The service ended the answer early." : "The service does not answer: is it running?";
+    const lost = answer.content ? say("The service ended the answer early.") : say("The service does not answer: is it running?");
     if (error.name !== "AbortError") show("error", error instanceof TypeError ? lost : error.message);
-    else if (messages.at(-1) === asked) show("notice", "stopped");
+    else if (messages.at(-1) === asked) show("notice", say("stopped"));
     if (error.code === "invalid_api_key") {
       $("settings").open = true;
       $("key").focus();
@@ -114,8 +119,7 @@ async function ask(question) {
   }
   $("log").ariaBusy = "false";
   request = null;
-  $("send").disabled = false;
-  $("stop").disabled = true;
+  busy(false);
 }
 
 $("form").addEventListener("submit", (event) => {
@@ -141,8 +145,23 @@ $("clear").addEventListener("click", () => {
   $("log").replaceChildren();
 });
 
+// A model that has learnt its answers by heart says so, and offers some of its questions.
+function offer({ answers, questions }) {
+  $("known").firstElementChild.textContent =
+    say("This model knows the answers to {} questions by heart, and nothing else. Some of them:", answers);
+  for (const question of questions) {
+    const button = document.createElement("button");
+    button.textContent = question;
+    button.disabled = request !== null;
+    button.addEventListener("click", () => ask(question));
+    $("known").append(button);
+  }
+  $("known").hidden = false;
+}
+
 fetch("health").then(async (response) => {
   const health = await response.json();
-  $("about").textContent = `${health.model} on the ${health.engine}, ${health.seq_length} tokens` +
-    (response.ok ? "" : ` · ${health.failure ?? health.status}`);
-}, () => { $("about").textContent = "The service does not answer."; });
+  $("about").textContent = say("{} on the {}, {} tokens", health.model, say(health.engine), health.seq_length) +
+    (response.ok ? "" : ` · ${health.failure ?? say(health.status)}`);
+  if (health.by_heart) offer(health.by_heart);
+}, () => { $("about").textContent = say("The service does not answer."); });

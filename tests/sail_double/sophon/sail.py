@@ -59,9 +59,9 @@ def _process():
     return _simulated
 
 
-def _ask(*request, data=None):
+def _ask(*request):
     try:
-        return _process().call(*request, data=data)
+        return _process().call(*request)
     except UserError as told:
         if request[0] == "run":
             raise SailEngineError("Engine related error!") from told
@@ -162,7 +162,7 @@ class Tensor:
         if self._system is not None:
             self._system[...] = data.view(wanted)
         elif self._memory is not None:
-            _ask("write", self._address(), data=np.ascontiguousarray(data))
+            _ask("write", self._address(), data.tobytes())
         else:
             raise SailTensorError("invalid Tensor")
 
@@ -176,7 +176,7 @@ class Tensor:
 
     def sync_s2d(self):
         if self._system is not None and self._memory is not None:
-            _ask("write", self._address(), data=np.ascontiguousarray(self._system))
+            _ask("write", self._address(), self._system.tobytes())
 
     def sync_d2s(self):
         if self._system is not None and self._memory is not None:
@@ -213,7 +213,7 @@ class EngineLLM:
         assert _simulated is None, "the double holds one EngineLLM at a time"
         try:
             described = read_bmodel(bmodel_path)
-            process = SimulatorProcess(None, described.device_bytes)
+            process = SimulatorProcess("yield", described.device_bytes)
         except UserError:
             raise SailEngineError("EngineLLM related error!") from None
         try:
