@@ -37,7 +37,13 @@ def key_of(kind: str, shape: Shape) -> str:
 
 def known(out: Path = OUT) -> dict[str, dict]:
     """All figures that there are, by their keys: of the atlas, and of what was compiled on this machine."""
-    figures = json.loads(ATLAS.read_text(encoding="utf-8")) if ATLAS.is_file() else {}
+    atlas = json.loads(ATLAS.read_text(encoding="utf-8")) if ATLAS.is_file() else {}
+    return atlas | compiled(out)
+
+
+def compiled(out: Path = OUT) -> dict[str, dict]:
+    """What was compiled on this machine, by these helpers as they are, and is kept in `out`."""
+    figures = {}
     for path in sorted(out.glob("*.figures.json")):
         manifest = artefacts.manifest_path(path)
         if manifest.is_file() and artefacts.read_manifest(path).get("code") == CODE:
