@@ -64,7 +64,7 @@ def fit(rows: list[Row]) -> Constants:
     shares, passes = np.arange(0.5, 1.001, 0.01), np.arange(0, 4.001, 0.1)
     prefill, decode = np.zeros(len(shares)), np.zeros((len(shares), len(passes)))
     for row in rows:
-        nets = figures.figures_of(row.shape)
+        nets = forecasting.figures_of(row.shape)
         first, token = (sum(forecasting.phase_seconds(row.shape, nets, suffix).values()) for suffix in ("", "_cache"))
         weight = 1 / sum(other.model == row.model for other in rows)
         if np.isfinite(row.first_token_s):

@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 
 from helpers import artefacts
-from helpers.errors import UserError
 from helpers.forecast.shape import Shape
 
 ATLAS = Path(__file__).with_name("atlas.json")
@@ -49,23 +48,3 @@ def compiled(out: Path = OUT) -> dict[str, dict]:
         if manifest.is_file() and artefacts.read_manifest(path).get("code") == CODE:
             figures.update(json.loads(path.read_bytes()))
     return figures
-
-
-def figures_of(shape: Shape, out: Path = OUT) -> dict[str, dict]:
-    """{kind of net: {cycles, weight_bytes, instruction_bytes, scratch_bytes}} of a model of this shape.
-
-    What is not known is compiled, which takes minutes, and kept in `out`. Sizes in bytes, over all devices; cycles at
-    1 GHz, of one device.
-    Raises UserError where memory or disk do not suffice, or with what the compiler says.
-    """
-    there = known(out)
-    missing = [kind for kind in KINDS if key_of(kind, shape) not in there]
-    if missing:
-        # Only here: torch takes a second to import, and what is known is answered without.
-        from helpers.forecast.compiling import compile_figures
-
-        there |= compile_figures(shape, missing, out)
-    found = {kind: there[key_of(kind, shape)] for kind in KINDS}
-    if refused := [figures["error"] for figures in found.values() if "error" in figures]:
-        raise UserError(f"The compiler does not take this shape: {refused[0]}")
-    return found

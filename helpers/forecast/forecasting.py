@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers.compile.profile import FREQUENCY
+from helpers.errors import UserError
 from helpers.forecast import figures
 from helpers.forecast.shape import Shape
 
@@ -60,8 +61,8 @@ class Forecast:
 
 
 def forecast(shape: Shape, constants: Constants = CONSTANTS, out: Path = figures.OUT) -> Forecast:
-    """Forecast a shape; what of it is not known is compiled first (helpers.forecast.figures). Raises UserError."""
-    nets = figures.figures_of(shape, out)
+    """Forecast a shape; what of it is not known is compiled first (figures_of). Raises UserError."""
+    nets = figures_of(shape, out)
     first = phase_seconds(shape, nets, "", constants.prefill_share)
     token = phase_seconds(shape, nets, "_cache", constants.decode_share, constants.cache_passes)
     first_s, token_s = sum(first.values()), sum(token.values())
@@ -78,6 +79,26 @@ def forecast(shape: Shape, constants: Constants = CONSTANTS, out: Path = figures
         first_token_parts=first,
         token_parts=token,
     )
+
+
+def figures_of(shape: Shape, out: Path = figures.OUT) -> dict[str, dict]:
+    """{kind of net: {cycles, weight_bytes, instruction_bytes, scratch_bytes}} of a model of this shape.
+
+    What is not known is compiled, which takes minutes, and kept in `out`. Sizes in bytes, over all devices; cycles at
+    1 GHz, of one device.
+    Raises UserError where memory or disk do not suffice, or with what the compiler says.
+    """
+    there = figures.known(out)
+    missing = [kind for kind in figures.KINDS if figures.key_of(kind, shape) not in there]
+    if missing:
+        # Only here: torch takes a second to import, and what is known is answered without.
+        from helpers.forecast.compiling import compile_figures
+
+        there |= compile_figures(shape, missing, out)
+    found = {kind: there[figures.key_of(kind, shape)] for kind in figures.KINDS}
+    if refused := [entry["error"] for entry in found.values() if "error" in entry]:
+        raise UserError(f"The compiler does not take this shape: {refused[0]}")
+    return found
 
 
 def phase_seconds(

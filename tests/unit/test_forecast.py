@@ -27,7 +27,7 @@ def shape_of_tiny(tiny):
 
 def test_nets_of_random_weights_cost_what_the_models_own_do(shape_of_tiny, bmodel_tiny, tmp_path, in_turn):
     with in_turn:
-        found = figures.figures_of(shape_of_tiny, tmp_path)
+        found = forecasting.figures_of(shape_of_tiny, tmp_path)
     nets = artefacts.read_manifest(bmodel_tiny)["nets"]
     compiled = {net_kind(net): record["cycles"] for net, record in nets.items()}
     assert {kind: nets["cycles"] for kind, nets in found.items()} == {kind: compiled[kind] for kind in figures.KINDS}
