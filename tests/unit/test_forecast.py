@@ -15,6 +15,7 @@ from helpers.fetch.fetching import MODELS
 from helpers.forecast import compiling, figures, forecasting
 from helpers.forecast.shape import SIZES, shape_of
 from helpers.nets import net_kind
+from tests.conftest import SEQ_LENGTH
 
 FORECAST = [sys.executable, "-m", "helpers", "forecast"]
 
@@ -22,7 +23,7 @@ FORECAST = [sys.executable, "-m", "helpers", "forecast"]
 @pytest.fixture(scope="session")
 def shape_of_tiny(tiny):
     checkpoint = Checkpoint.open(tiny)
-    return shape_of(**{size: getattr(checkpoint, size) for size in SIZES}, mode="int8", seq_length=256)
+    return shape_of(**{size: getattr(checkpoint, size) for size in SIZES}, mode="bf16", seq_length=SEQ_LENGTH)
 
 
 def test_nets_of_random_weights_cost_what_the_models_own_do(shape_of_tiny, bmodel_tiny, tmp_path, in_turn):
