@@ -19,7 +19,7 @@ FLOORS = (
     ("bmodel", "export", "patches"),
     ("compile", "fetch", "run"),
     ("chat", "doctor", "notebook", "parity"),
-    ("serve",),
+    ("diagnose", "serve"),
     ("commands",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,0 +1,46 @@
+"""How far one tensor is from another, and how far is still healthy: that depends on what the nets compute with."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from helpers.parity.chain import compare
+
+# Normalised mean square error that rounding explains, by what the nets compute with. Measured on healthy models, the
+# embedded one and small ones of random weights, and four times the worst that was seen:
+# `pytest tests/unit/test_diagnose.py -k healthy` prints the figures.
+LIMITS = {"float32": 1e-9, "bf16": 4e-4, "int8": 1.5e-3, "int4": 0.12}
+# Up to ten times its limit a tensor is suspicious: a larger model, or larger activations, may be no more than that.
+BROKEN = 10.0
+# Below this share of its limit it is as good as equal.
+EXACT = 1e-3
+
+
+@dataclass(frozen=True)
+class Figures:
+    """cosine; nmse: |found - expected|² / |expected|², infinite where not every value is finite; sqnr: dB."""
+
+    cosine: float
+    nmse: float
+
+    @property
+    def sqnr(self) -> float:
+        return float(-10 * np.log10(max(self.nmse, 1e-30)))
+
+    def band(self, mode: str) -> str:
+        """exact, rounding, suspicious or broken, for a mode of LIMITS."""
+        share = self.nmse / LIMITS[mode]
+        return next(
+            (name for name, most in (("exact", EXACT), ("rounding", 1), ("suspicious", BROKEN)) if share <= most),
+            "broken",
+        )
+
+
+def figures(found: np.ndarray, expected: np.ndarray) -> Figures:
+    """Figures of two arrays of one shape; of token ids: equal or not."""
+    found, expected = (np.asarray(array, dtype=np.float64) for array in (found, expected))
+    if not np.isfinite(found).all():
+        return Figures(0.0, float("inf"))
+    power = float((expected**2).sum())
+    error = float(((found - expected) ** 2).sum())
+    return Figures(compare(found, expected)["cosine"], error / power if power else float(error > 0) and float("inf"))
