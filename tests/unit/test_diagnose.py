@@ -1,0 +1,342 @@
+"""The fault ladder: healthy models in all modes, and sixteen faults in real artefacts, each at its rung and layer."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from safetensors.torch import load_file, save_file
+
+from helpers.bmodel import model_tool
+from helpers.checkpoint.tokenizer import QwenTokenizer
+from helpers.checkpoint.weights import Checkpoint
+from helpers.compile import compiling, server
+from helpers.compile.jobs import NetToCompile, compile_net
+from helpers.compile.options import net_settings
+from helpers.diagnose.bands import LIMITS
+from helpers.diagnose.ladder import diagnose
+from helpers.export import exporting
+from helpers.export.signature import read_signature
+from helpers.patching import patching
+from helpers.run.generation import QwenRunner
+from helpers.tensors import from_bf16, to_bf16
+from tests.conftest import WORK
+from tests.unit.small_nets import write_random_checkpoint
+
+pytestmark = pytest.mark.slow
+S, RANKS, HIDDEN = 64, 500, 128
+MODES = ("bf16", "int8", "int4")
+
+
+class Small:
+    """A model of two layers with random weights: checkpoint, patched copy, ONNX nets, a bmodel of each mode."""
+
+    def __init__(self, folder: Path):
+        self.checkpoint = write_checkpoint(folder / "checkpoint")
+        self.patched, self.onnx = folder / "patched", WORK / "diagnose" / "onnx"
+        patching.apply(self.checkpoint, out=self.patched, seq_length=S)
+        exporting.export(self.patched, self.onnx, S)
+
+    def bmodel(self, mode: str) -> Path:
+        return compiling.compile_model(self.onnx, WORK / "diagnose" / "bmodel", "small", mode, addr_mode="io_alone")
+
+
+def write_checkpoint(folder: Path, **config) -> Path:
+    write_random_checkpoint(folder, **config)
+    (folder / "qwen.tiktoken").unlink(missing_ok=True)
+    described = folder / "tokenizer_config.json"
+    described.write_text(json.dumps(json.loads(described.read_text()) | {"qwen_tokenizer_ranks": RANKS}))
+    assert len(QwenTokenizer.open(folder)) == RANKS + 3
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory, in_turn):
+    with in_turn:
+        return Small(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="module")
+def bmodels(small, in_turn):
+    with in_turn:
+        return {mode: small.bmodel(mode) for mode in MODES}
+
+
+@pytest.fixture
+def edited(small, tmp_path):
+    """(change of a loaded graph, nets) -> a folder of ONNX nets in which it was made."""
+
+    def edit(change, *nets: str) -> Path:
+        folder = tmp_path / "onnx"
+        shutil.copytree(small.onnx, folder)
+        for net in nets:
+            model = onnx.load(str(folder / f"{net}.onnx"))
+            change(model.graph)
+            onnx.save(model, str(folder / f"{net}.onnx"))
+        return folder
+
+    return edit
+
+
+def weight(graph, name: str):
+    return next(tensor for tensor in graph.initializer if tensor.name == name)
+
+
+def rewrite(name: str, change):
+    """A change of one weight: array -> array."""
+
+    def on(graph) -> None:
+        tensor = weight(graph, name)
+        tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(change(numpy_helper.to_array(tensor))), name))
+
+    return on
+
+
+def found(report, rung: str, net: str, cause: str) -> str:
+    finding = report.found
+    assert finding is not None, "called healthy"
+    assert (finding.rung, finding.net, finding.cause) == (rung, net, cause), finding.sentence
+    assert rung in finding.sentence and net in finding.sentence
+    return finding.sentence
+
+
+# Healthy ones.
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_healthy_model_is_healthy(small, bmodels, mode):
+    report = diagnose(small.checkpoint, small.onnx, bmodels[mode])
+    assert report.found is None and report.rungs == ["patched", "onnx", "compiled", "loop"] and report.mode == mode
+    worst = max(step.added.nmse for step in report.steps if step.rung == "compiled")
+    print(mode, f"worst {worst:.1e} of {LIMITS[mode]:.1e}")
+    # A band four times as wide as what is seen here, or less, would call a healthy model ill.
+    assert LIMITS[mode] / 30 < worst < LIMITS[mode] / 3
+
+
+def test_the_embedded_model_is_healthy(tiny, onnx_tiny, bmodel_tiny):
+    assert diagnose(tiny, onnx_tiny, bmodel_tiny).found is None
+
+
+def test_a_patched_checkpoint_is_taken_as_well(small):
+    report = diagnose(small.patched, small.onnx)
+    assert report.found is None and report.rungs == ["patched", "onnx"]
+
+
+# Faults in the patched code and in the ONNX nets.
+
+
+def test_mask_sign(small, tmp_path):
+    folder = tmp_path / "patched"
+    patching.apply(small.checkpoint, out=folder, seq_length=S)
+    code = folder / "modeling_qwen.py"
+    right = "attn_weights = attn_weights + attention_mask"
+    assert right in code.read_text(encoding="utf-8")
+    code.write_text(code.read_text(encoding="utf-8").replace(right, right.replace("+", "-")), encoding="utf-8")
+    found(diagnose(small.checkpoint, patched=folder), "patched", "block_0", "mask_sign")
+
+
+def test_wrong_rotary_base(small, tmp_path):
+    """The nets were exported with another model's config.json; the weights are the same."""
+    folder = tmp_path / "patched"
+    patching.apply(small.checkpoint, out=folder, seq_length=S)
+    config = json.loads((folder / "config.json").read_text()) | {"rotary_emb_base": 1_000_000}
+    (folder / "config.json").write_text(json.dumps(config))
+    nets = exporting.export(folder, tmp_path / "onnx", S)
+    sentence = found(diagnose(small.checkpoint, nets), "onnx", "block_0", "rotary_base")
+    assert "1e+06" in sentence and "10000" in sentence
+
+
+def swap_query_key(array):
+    query, key, value = np.split(array, 3)
+    return np.concatenate([key, query, value])
+
+
+def test_query_and_key_swapped(small, edited):
+    def change(graph):
+        for part in ("weight", "bias"):
+            rewrite(f"layer.attn.c_attn.{part}", swap_query_key)(graph)
+
+    found(
+        diagnose(small.checkpoint, edited(change, "block_1", "block_cache_1")), "onnx", "block_1", "query_key_swapped"
+    )
+
+
+def test_w1_and_w2_swapped(small, edited):
+    def change(graph):
+        one, two = (weight(graph, f"layer.mlp.{name}.weight") for name in ("w1", "w2"))
+        one.name, two.name = two.name, one.name
+
+    found(diagnose(small.checkpoint, edited(change, "block_0", "block_cache_0")), "onnx", "block_0", "w1_w2_swapped")
+
+
+def test_one_matrix_transposed(small, edited):
+    change = rewrite("layer.attn.c_proj.weight", np.transpose)
+    sentence = found(diagnose(small.checkpoint, edited(change, "block_1")), "onnx", "block_1", "transposed")
+    assert "attn.c_proj" in sentence
+
+
+def test_a_fault_of_the_decode_net_alone_is_found_there(small, edited):
+    change = rewrite("layer.attn.c_proj.weight", np.transpose)
+    found(diagnose(small.checkpoint, edited(change, "block_cache_1")), "onnx", "block_cache_1", "transposed")
+
+
+def test_exponent_bit_flipped(small, edited):
+    def flip(array):
+        array = array.copy()
+        array.view(np.uint32)[5, 7] ^= 1 << 27
+        return array
+
+    change = rewrite("layer.mlp.w1.weight", flip)
+    sentence = found(diagnose(small.checkpoint, edited(change, "block_1")), "onnx", "block_1", "exponent_bit")
+    assert "layer.mlp.w1.weight[5, 7]" in sentence
+
+
+def test_weights_of_another_layer(small, edited):
+    folder = edited(None)
+    shutil.copy(folder / "block_0.weights", folder / "block_1.weights")
+    assert "layer 0" in found(diagnose(small.checkpoint, folder), "onnx", "block_1", "other_layer")
+
+
+def test_float16_overflow(tmp_path):
+    """A feed-forward whose product is large, as in real models, and a net that computes it in float16."""
+    checkpoint = write_checkpoint(tmp_path / "checkpoint")
+    tensors = load_file(checkpoint / "model.safetensors")
+    for name, factor in (("w1", 512), ("w2", 512), ("c_proj", 2**-18)):
+        tensors[f"transformer.h.1.mlp.{name}.weight"] *= factor
+    save_file(tensors, checkpoint / "model.safetensors")
+    patching.apply(checkpoint, out=tmp_path / "patched", seq_length=S)
+    nets = exporting.export(tmp_path / "patched", tmp_path / "onnx", S)
+    assert diagnose(checkpoint, nets).found is None
+    model = onnx.load(str(nets / "block_1.onnx"))
+    down = next(node for node in model.graph.node if node.name == "/layer/mlp/c_proj/MatMul")
+    kinds = (onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT)
+    half, whole = (
+        onnx.helper.make_node("Cast", [""], [name], to=to) for name, to in zip(("h", "w"), kinds, strict=True)
+    )
+    half.input[0], whole.input[0], down.input[0] = down.input[0], "h", "w"
+    place = list(model.graph.node).index(down)
+    model.graph.node.insert(place, whole)
+    model.graph.node.insert(place, half)
+    onnx.save(model, str(nets / "block_1.onnx"))
+    assert "mlp.c_proj" in found(diagnose(checkpoint, nets), "onnx", "block_1", "float16_overflow")
+
+
+# Faults in the compiled nets.
+
+
+def test_one_quantisation_scale_zeroed(small, bmodels, tmp_path):
+    row = 2 * HIDDEN + 5  # of the values
+    weights = Checkpoint.open(small.checkpoint).load("transformer.h.1.attn.c_attn.weight")
+    (matrix,) = weights.values()
+    groups = matrix.float().reshape(3 * HIDDEN, -1, 64)
+    scales = to_bf16(((groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)) / 255).numpy())
+    # The scales of a row lie side by side, the next row's eight bytes on.
+    one, other = (re.escape(scales[r].tobytes()) for r in (row, row + 1))
+    data = bytearray(bmodels["int8"].read_bytes())
+    places = [match.start() for match in re.finditer(one + b".{4}" + other, bytes(data), re.DOTALL)]
+    assert 1 <= len(places) <= 2
+    for place in places:
+        data[place : place + 2] = b"\0\0"
+    (tmp_path / "small_int8.bmodel").write_bytes(data)
+    report = diagnose(small.checkpoint, small.onnx, tmp_path / "small_int8.bmodel")
+    sentence = found(report, "compiled", "block_1", "scale_zeroed")
+    assert f"attn.c_attn.weight, row {row}, columns 0 to 63" in sentence
+
+
+def test_int4_groups_of_the_wrong_size(small, bmodels, tmp_path):
+    net, folder = "block_1", tmp_path / "nets"
+    folder.mkdir()
+    settings = net_settings(net, "int4", 1, "io_alone", False) | {"q_group_size": 32}
+    file = small.onnx / f"{net}.onnx"
+    try:
+        other = compile_net(NetToCompile(net, file, read_signature(file), folder, settings))["bmodel"]
+    finally:
+        server.close_all()
+    nets = bmodels["int4"].parent / "int4_1dev"
+    parts = [path / f"{path.name}.bmodel" for path in sorted(nets.iterdir()) if (path / f"{path.name}.bmodel").exists()]
+    whole = tmp_path / "small_int4.bmodel"
+    model_tool.combine([other if path.parent.name == net else str(path) for path in parts], whole)
+    report = diagnose(small.checkpoint, small.onnx, whole)
+    assert "groups of 32" in found(report, "compiled", net, "group_size")
+
+
+# Faults in the loop.
+
+
+class MaskOffByOne(QwenRunner):
+    def feed(self, ids, positions, mask, new_rows):
+        super().feed(
+            ids, positions, np.concatenate([np.roll(mask[..., :-1], -1, axis=-1), mask[..., -1:]], -1), new_rows
+        )
+
+
+class PositionOffByOne(QwenRunner):
+    def feed(self, ids, positions, mask, new_rows):
+        super().feed(ids, positions + 1, mask, new_rows)
+
+
+class CacheRowOffByOne(QwenRunner):
+    def _cache_row(self, cache, position):
+        return super()._cache_row(cache, position + 1)
+
+
+class OtherDevicesHeads(QwenRunner):
+    def prefill(self, ids):
+        super().prefill(ids)
+        for _, (values,) in self._caches:
+            array = from_bf16(self.engine.read(values))
+            self.engine.write(values, to_bf16(np.roll(array, array.shape[2] // 2, axis=2)))
+
+
+class StaleStates(QwenRunner):
+    """It forgets that states go from one memory to the other and back."""
+
+    def prefill(self, ids):
+        super().prefill(ids[:-1])
+
+
+@pytest.mark.parametrize(
+    ("runner", "net", "cause"),
+    [
+        (MaskOffByOne, "block_cache_0", "mask_shift"),
+        (PositionOffByOne, "block_cache_0", "position_shift"),
+        (CacheRowOffByOne, "block_cache_0", "cache_row"),
+        (OtherDevicesHeads, "block_cache_0", "other_heads"),
+        (StaleStates, "embedding", "ids"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_fault_of_the_loop(small, bmodels, runner, net, cause):
+    report = diagnose(small.checkpoint, bmodel=bmodels["bf16"], make_runner=runner)
+    found(report, "loop", net, cause)
+
+
+@pytest.fixture
+def beside(bmodels, tmp_path):
+    """Lines of a vocabulary -> the bf16 bmodel with another one beside it."""
+
+    def copy(lines: list[bytes]) -> Path:
+        (tmp_path / "qwen.tiktoken").write_bytes(b"".join(lines))
+        for path in (bmodels["bf16"], bmodels["bf16"].with_name(bmodels["bf16"].name + ".json")):
+            shutil.copy(path, tmp_path)
+        return tmp_path / bmodels["bf16"].name
+
+    return copy
+
+
+def test_wrong_vocabulary(small, beside):
+    lines = (small.onnx / "qwen.tiktoken").read_bytes().splitlines(keepends=True)
+    (one, a), (other, b) = (line.split() for line in lines[300:302])
+    lines[300:302] = [other + b" " + a + b"\n", one + b" " + b + b"\n"]
+    sentence = found(diagnose(small.checkpoint, bmodel=beside(lines)), "loop", "tokenizer", "vocabulary")
+    assert "2 ids" in sentence and "300 is" in sentence
+
+
+def test_wrong_special_token(small, beside):
+    lines = (small.onnx / "qwen.tiktoken").read_bytes().splitlines(keepends=True)
+    sentence = found(diagnose(small.checkpoint, bmodel=beside(lines[:-1])), "loop", "tokenizer", "special_token")
+    assert f"<|im_start|> is {RANKS} " in sentence and f"in the checkpoint {RANKS + 1}" in sentence
