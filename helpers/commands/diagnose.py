@@ -1,4 +1,4 @@
-"""`python -m helpers diagnose`: where garbage comes from, rung by rung from the checkpoint to the loop, on this machine.
+"""`python -m helpers diagnose`: where garbage comes from, rung by rung from the checkpoint to the loop.
 
 The exit code is 0 where all is healthy, 1 where a fault was found.
 """

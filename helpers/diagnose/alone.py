@@ -101,6 +101,6 @@ def _template(nets, words: QwenTokenizer, seq_length: int) -> Finding | None:
     ids[0, :3] = words.im_start, words.im_end, words.endoftext
     start, end, _ = nets.run("embedding", ids)[0][0, :3]
     if not start.any() or not end.any() or _same(start, end):
-        what = "<|im_start|> and <|im_end|> have no states of their own: the model was not trained with the ChatML template"
+        what = "<|im_start|> and <|im_end|> have no states of their own: the model was not trained with ChatML"
         return _finding("embedding", "input_states", "chat_template", what)
     return None

@@ -20,7 +20,7 @@ from helpers.export.modules import NetBuilder, load_weights, read_weights, rotar
 # Bases that models of this family and its neighbours have.
 ROTARY_BASES = (1e3, 5e3, 1e4, 2.5e4, 5e4, 1e5, 5e5, 1e6, 5e6, 1e7)
 GROUPS = (16, 32, 64, 128, 256)
-# A cause is named where it leaves at most this share of the error, or no more than rounding.
+# A cause is named where it leaves at most this share of the error, or no more than rounding and not a third of it.
 EXPLAINED = 0.05
 FLOAT16_LARGEST = 65504.0
 
@@ -60,18 +60,22 @@ class Suspects:
             return min(scored, key=lambda pair: pair[0], default=(np.inf, None))
 
         unexplained = self._distance(phase, net, found, expected)
+
+        def explains(left: float) -> bool:
+            return left <= max(EXPLAINED * unexplained, LIMITS[mode]) and 3 * left < unexplained
+
         suspects = list(self._all(net, module, inputs))
         if mode.startswith("int"):
             suspects += [suspect for *_, suspect in self._groups(module, inputs)]
         left, cause = best(suspects)
-        if left <= max(EXPLAINED * unexplained, LIMITS[mode]) < unexplained:
+        if explains(left):
             return cause
         place = self._place(phase, net, module, found, expected)
         if place is None:
             return None
         name, row = place
         left, cause = best(_zeroed(module, inputs, name, row))
-        if left <= max(EXPLAINED * unexplained, LIMITS[mode]) < unexplained:
+        if explains(left):
             return cause
         return Cause("weight", f"row {row} of {name} is damaged: a bit has flipped, or a file was cut", name)
 

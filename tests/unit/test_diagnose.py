@@ -142,9 +142,7 @@ def test_mask_sign(small, tmp_path):
 def test_wrong_rotary_base(small, tmp_path):
     """The nets were exported with another model's config.json; the weights are the same."""
     folder = tmp_path / "patched"
-    patching.apply(small.checkpoint, out=folder, seq_length=S)
-    config = json.loads((folder / "config.json").read_text()) | {"rotary_emb_base": 1_000_000}
-    (folder / "config.json").write_text(json.dumps(config))
+    patching.apply(write_checkpoint(tmp_path / "other", rotary_emb_base=1_000_000), out=folder, seq_length=S)
     nets = exporting.export(folder, tmp_path / "onnx", S)
     sentence = found(diagnose(small.checkpoint, nets), "onnx", "block_0", "rotary_base")
     assert "1e+06" in sentence and "10000" in sentence
@@ -212,15 +210,22 @@ def test_float16_overflow(tmp_path):
     nets = exporting.export(tmp_path / "patched", tmp_path / "onnx", S)
     assert diagnose(checkpoint, nets).found is None
     model = onnx.load(str(nets / "block_1.onnx"))
-    down = next(node for node in model.graph.node if node.name == "/layer/mlp/c_proj/MatMul")
-    kinds = (onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT)
-    half, whole = (
-        onnx.helper.make_node("Cast", [""], [name], to=to) for name, to in zip(("h", "w"), kinds, strict=True)
-    )
-    half.input[0], whole.input[0], down.input[0] = down.input[0], "h", "w"
-    place = list(model.graph.node).index(down)
-    model.graph.node.insert(place, whole)
-    model.graph.node.insert(place, half)
+    nodes, make = model.graph.node, onnx.helper.make_node
+    down = next(node for node in nodes if node.name == "/layer/mlp/c_proj/MatMul")
+    half, single = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+    # onnxruntime takes two casts in a row for nothing.
+    between = [
+        make("Cast", [down.input[0]], ["in_half"], to=half),
+        make("Reshape", ["in_half", "flat"], ["flat_half"]),
+        make("Cast", ["flat_half"], ["flat_single"], to=single),
+        make("Reshape", ["flat_single", "whole"], ["in_single"]),
+    ]
+    for name, shape in (("flat", [-1]), ("whole", [1, S, -1])):
+        model.graph.initializer.append(numpy_helper.from_array(np.array(shape, dtype=np.int64), name))
+    down.input[0] = "in_single"
+    place = list(nodes).index(down)
+    for node in reversed(between):
+        nodes.insert(place, node)
     onnx.save(model, str(nets / "block_1.onnx"))
     assert "mlp.c_proj" in found(diagnose(checkpoint, nets), "onnx", "block_1", "float16_overflow")
 
@@ -340,3 +345,75 @@ def test_wrong_special_token(small, beside):
     lines = (small.onnx / "qwen.tiktoken").read_bytes().splitlines(keepends=True)
     sentence = found(diagnose(small.checkpoint, bmodel=beside(lines[:-1])), "loop", "tokenizer", "special_token")
     assert f"<|im_start|> is {RANKS} " in sentence and f"in the checkpoint {RANKS + 1}" in sentence
+
+
+# A bmodel alone.
+
+
+def spoilt(bmodel: Path, tmp_path: Path, old: bytes, new: bytes) -> Path:
+    """A copy with its vocabulary, in which bytes were changed wherever they stand."""
+    data = bmodel.read_bytes()
+    assert old in data and len(old) == len(new)
+    shutil.copy(bmodel.with_name("qwen.tiktoken"), tmp_path)
+    (tmp_path / bmodel.name).write_bytes(data.replace(old, new))
+    return tmp_path / bmodel.name
+
+
+def test_a_healthy_bmodel_alone(bmodels, capsys):
+    assert examine(bmodels["bf16"], "Hello").found is None
+    assert cli.main(["diagnose", "--bmodel", str(bmodels["bf16"]), "--prompt", "Hello", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["found"] is None
+
+
+def test_nan_in_a_bmodel_alone(small, bmodels, tmp_path):
+    (norm,) = Checkpoint.open(small.checkpoint).load("transformer.h.1.ln_1.weight").values()
+    row = to_bf16(norm.float().numpy()).tobytes()
+    report = examine(spoilt(bmodels["bf16"], tmp_path, row, b"\xc0\x7f" * (len(row) // 2)), "Hello")
+    found(report, "bmodel alone", "block_1", "not_finite")
+
+
+def test_special_tokens_without_states_in_a_bmodel_alone(small, bmodels, tmp_path):
+    (embedding,) = Checkpoint.open(small.checkpoint).load("transformer.wte.weight").values()
+    rows = to_bf16(embedding.float().numpy())[RANKS + 1 : RANKS + 3].tobytes()
+    report = examine(spoilt(bmodels["bf16"], tmp_path, rows, bytes(len(rows))), "Hello")
+    found(report, "bmodel alone", "embedding", "chat_template")
+
+
+# Bad input, and the command.
+
+
+def refused(capsys, *arguments) -> str:
+    assert cli.main(["diagnose", *map(str, arguments)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    return error
+
+
+def test_artefacts_of_two_models_are_refused(small, tiny, bmodels, tmp_path, capsys):
+    assert "two different models" in refused(capsys, "--checkpoint", tiny, "--onnx", small.onnx)
+    assert "two different models" in refused(capsys, "--checkpoint", tiny, "--bmodel", bmodels["bf16"])
+    other = write_checkpoint(tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    tensors["transformer.h.1.mlp.w1.weight"] += 1
+    save_file(tensors, other / "model.safetensors")
+    assert "block_1 of other weights" in refused(capsys, "--checkpoint", other, "--onnx", small.onnx)
+
+
+def test_another_chip_and_missing_folders_are_refused(small, bmodels, tmp_path, capsys):
+    shutil.copy(bmodels["bf16"].with_name("qwen.tiktoken"), tmp_path)
+    data = bmodels["bf16"].read_bytes()
+    (tmp_path / "other.bmodel").write_bytes(data.replace(b"BM1684X\0", b"BM1688\0\0", 1))
+    for arguments in ([], ["--checkpoint", small.checkpoint]):
+        assert "BM1684X" in refused(capsys, *arguments, "--bmodel", tmp_path / "other.bmodel")
+    assert "no folder" in refused(capsys, "--checkpoint", small.checkpoint, "--onnx", tmp_path / "none")
+    refused(capsys, "--checkpoint", tmp_path / "none")
+    refused(capsys, "--checkpoint", small.checkpoint, "--bmodel", tmp_path / "none.bmodel")
+    assert "--checkpoint DIR" in refused(capsys, "--onnx", small.onnx)
+
+
+def test_the_page_and_its_exit_code(small, edited, capsys):
+    nets = edited(rewrite("layer.attn.c_proj.weight", np.transpose), "block_1")
+    assert cli.main(["diagnose", "--checkpoint", str(small.checkpoint), "--onnx", str(nets)]) == 1
+    page = capsys.readouterr().out
+    assert "[ ok  ] patched" in page and "[FAULT] ONNX" in page and "attn.c_proj is transposed" in page
+    assert len(page.splitlines()) < 60
