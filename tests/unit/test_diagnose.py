@@ -11,12 +11,14 @@ import pytest
 from onnx import numpy_helper
 from safetensors.torch import load_file, save_file
 
+from helpers import cli
 from helpers.bmodel import model_tool
 from helpers.checkpoint.tokenizer import QwenTokenizer
 from helpers.checkpoint.weights import Checkpoint
 from helpers.compile import compiling, server
 from helpers.compile.jobs import NetToCompile, compile_net
 from helpers.compile.options import net_settings
+from helpers.diagnose.alone import examine
 from helpers.diagnose.bands import LIMITS
 from helpers.diagnose.ladder import diagnose
 from helpers.export import exporting
