@@ -18,7 +18,7 @@ from helpers.bmodel.bmodel import read_bmodel, require_qwen
 from helpers.checkpoint.tokenizer import QwenTokenizer
 from helpers.checkpoint.weights import Checkpoint
 from helpers.compile.options import Q_GROUP_SIZE, QUANTIZE
-from helpers.diagnose.bands import LIMITS, Figures, figures
+from helpers.diagnose.bands import Figures, figures
 from helpers.diagnose.initializers import compare_initializers
 from helpers.diagnose.loop import compare_loop, watch
 from helpers.diagnose.suspects import Cause, Suspects
@@ -130,7 +130,7 @@ class _Ladder:
             found = nets.run(net, *inputs)
             steps = list(self._steps(rung, phase, net, mode, found, expected, own))
             self.report.steps += steps
-            past = next((step for step in steps if step.added.nmse > LIMITS[mode]), None)
+            past = next((step for step in steps if step.added.past(mode)), None)
             block = net_kind(net).startswith("block")
             if past:
                 cause = self.suspects.cause(phase, net, inputs, found, expected, mode) if block else None

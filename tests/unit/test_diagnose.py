@@ -254,21 +254,32 @@ def test_one_quantisation_scale_zeroed(small, bmodels, tmp_path):
     assert f"attn.c_attn.weight, row {row}, columns 0 to 63" in sentence
 
 
-def test_int4_groups_of_the_wrong_size(small, bmodels, tmp_path):
-    net, folder = "block_1", tmp_path / "nets"
-    folder.mkdir()
-    settings = net_settings(net, "int4", 1, "io_alone", False) | {"q_group_size": 32}
-    file = small.onnx / f"{net}.onnx"
-    try:
-        other = compile_net(NetToCompile(net, file, read_signature(file), folder, settings))["bmodel"]
-    finally:
-        server.close_all()
-    nets = bmodels["int4"].parent / "int4_1dev"
-    parts = [path / f"{path.name}.bmodel" for path in sorted(nets.iterdir()) if (path / f"{path.name}.bmodel").exists()]
-    whole = tmp_path / "small_int4.bmodel"
-    model_tool.combine([other if path.parent.name == net else str(path) for path in parts], whole)
-    report = diagnose(small.checkpoint, small.onnx, whole)
-    assert "groups of 32" in found(report, "compiled", net, "group_size")
+@pytest.fixture
+def recompiled(small, bmodels, tmp_path):
+    """(mode, net, folder of ONNX, settings) -> that mode's bmodel, in which one net was compiled anew."""
+
+    def build(mode: str, net: str, nets: Path, **settings) -> Path:
+        folder, file = tmp_path / "nets", nets / f"{net}.onnx"
+        folder.mkdir()
+        settings = net_settings(net, mode, 1, "io_alone", False) | settings
+        try:
+            other = compile_net(NetToCompile(net, file, read_signature(file), folder, settings))["bmodel"]
+        finally:
+            server.close_all()
+        own = bmodels[mode].parent / f"{mode}_1dev"
+        parts = {path.name: str(path / f"{path.name}.bmodel") for path in own.iterdir() if path.is_dir()}
+        parts = {name: part for name, part in sorted(parts.items()) if Path(part).exists()}
+        model_tool.combine(list((parts | {net: other}).values()), tmp_path / f"small_{mode}.bmodel")
+        shutil.copy(small.onnx / "qwen.tiktoken", tmp_path)
+        return tmp_path / f"small_{mode}.bmodel"
+
+    return build
+
+
+def test_int4_groups_of_the_wrong_size(small, recompiled):
+    bmodel = recompiled("int4", "block_1", small.onnx, q_group_size=32)
+    report = diagnose(small.checkpoint, small.onnx, bmodel)
+    assert "groups of 32" in found(report, "compiled", "block_1", "group_size")
 
 
 # Faults in the loop.
@@ -372,6 +383,35 @@ def test_nan_in_a_bmodel_alone(small, bmodels, tmp_path):
     row = to_bf16(norm.float().numpy()).tobytes()
     report = examine(spoilt(bmodels["bf16"], tmp_path, row, b"\xc0\x7f" * (len(row) // 2)), "Hello")
     found(report, "bmodel alone", "block_1", "not_finite")
+
+
+def test_a_dead_head_in_a_bmodel_alone(edited, recompiled):
+    def dead(array):
+        array = array.copy()
+        array[2 * HIDDEN + 32 : 2 * HIDDEN + 64] = 0
+        return array
+
+    nets = edited(rewrite("layer.attn.c_attn.weight", dead), "block_1")
+    sentence = found(examine(recompiled("bf16", "block_1", nets), "Hello"), "bmodel alone", "block_1", "dead_head")
+    assert "past_v of head 1" in sentence
+
+
+def test_a_mask_that_is_not_looked_at_in_a_bmodel_alone(edited, recompiled):
+    def ignore(graph):
+        nodes = graph.node
+        add = next(node for node in nodes if "attention_mask" in node.input)
+        graph.initializer.append(numpy_helper.from_array(np.array([1e-20], dtype=np.float32), "hardly"))
+        nodes.insert(list(nodes).index(add), onnx.helper.make_node("Mul", ["attention_mask", "hardly"], ["nothing"]))
+        add = next(node for node in nodes if node.op_type == "Add" and "attention_mask" in node.input)
+        add.input[:] = ["nothing" if name == "attention_mask" else name for name in add.input]
+
+    bmodel = recompiled("bf16", "block_0", edited(ignore, "block_0"))
+    found(examine(bmodel, "Hello"), "bmodel alone", "block_0", "mask_not_used")
+
+
+def test_a_token_that_does_not_depend_on_the_prompt_in_a_bmodel_alone(edited, recompiled):
+    nets = edited(rewrite("ln_f.weight", np.zeros_like), "lm_head")
+    found(examine(recompiled("bf16", "lm_head", nets), "Hello"), "bmodel alone", "lm_head", "prompt_not_used")
 
 
 def test_special_tokens_without_states_in_a_bmodel_alone(small, bmodels, tmp_path):
