@@ -32,6 +32,8 @@ from helpers.patching import patching
 from helpers.run.engines import open_engine
 from helpers.run.generation import QwenRunner, check_prompt
 
+# An embedding that is only rounded has a cosine of 0.999 or more.
+UNRELATED = 0.5
 PATCHED, ONNX, COMPILED, LOOP = "patched", "onnx", "compiled", "loop"
 
 
@@ -132,6 +134,11 @@ class _Ladder:
             self.report.steps += steps
             past = next((step for step in steps if step.added.past(mode)), None)
             block = net_kind(net).startswith("block")
+            if past and rung == COMPILED and net == "embedding" and past.added.cosine < UNRELATED:
+                raise UserError(
+                    "The states that the bmodel's embedding gives have nothing to do with the checkpoint's (cosine "
+                    f"{past.added.cosine:.2f}): they are of two different models, compile this one's export."
+                )
             if past:
                 cause = self.suspects.cause(phase, net, inputs, found, expected, mode) if block else None
                 if folder and (cause is None or cause.name in ("weight", "not_finite")):

@@ -5,6 +5,7 @@ give if the mask had the other sign, if query and key had changed places, and so
 its name.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -64,10 +65,9 @@ class Suspects:
         def explains(left: float) -> bool:
             return left <= max(EXPLAINED * unexplained, LIMITS[mode]) and 3 * left < unexplained
 
-        suspects = list(self._all(net, module, inputs))
-        if mode.startswith("int"):
-            suspects += [suspect for *_, suspect in self._groups(module, inputs)]
-        left, cause = best(suspects)
+        # One at a time: another layer's weights may be a gigabyte.
+        rounded = self._groups(module, inputs) if mode.startswith("int") else ()
+        left, cause = best(itertools.chain(self._all(net, module, inputs), (suspect for *_, suspect in rounded)))
         if explains(left):
             return cause
         place = self._place(phase, net, module, found, expected)

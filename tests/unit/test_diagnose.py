@@ -441,6 +441,14 @@ def test_artefacts_of_two_models_are_refused(small, tiny, bmodels, tmp_path, cap
     assert "block_1 of other weights" in refused(capsys, "--checkpoint", other, "--onnx", small.onnx)
 
 
+def test_a_bmodel_of_the_same_shape_with_other_weights_is_refused(small, bmodels, tmp_path, capsys):
+    (embedding,) = Checkpoint.open(small.checkpoint).load("transformer.wte.weight").values()
+    rows = to_bf16(embedding.float().numpy())
+    bmodel = spoilt(bmodels["bf16"], tmp_path, rows.tobytes(), rows[::-1].tobytes())
+    assert cli.main(["diagnose", "--checkpoint", str(small.checkpoint), "--bmodel", str(bmodel)]) == 2
+    assert "two different models" in capsys.readouterr().err
+
+
 def test_another_chip_and_missing_folders_are_refused(small, bmodels, tmp_path, capsys):
     shutil.copy(bmodels["bf16"].with_name("qwen.tiktoken"), tmp_path)
     data = bmodels["bf16"].read_bytes()
