@@ -132,7 +132,8 @@ class _Ladder:
             found = nets.run(net, *inputs)
             steps = list(self._steps(rung, phase, net, mode, found, expected, own))
             self.report.steps += steps
-            past = next((step for step in steps if step.added.past(mode)), None)
+            # A block computes its key and its value before its states.
+            past = next((step for step in (*steps[1:], *steps[:1]) if step.added.past(mode)), None)
             block = net_kind(net).startswith("block")
             if past and rung == COMPILED and net == "embedding" and past.added.cosine < UNRELATED:
                 raise UserError(

@@ -147,7 +147,7 @@ def test_wrong_rotary_base(small, tmp_path):
     patching.apply(write_checkpoint(tmp_path / "other", rotary_emb_base=1_000_000), out=folder, seq_length=S)
     nets = exporting.export(folder, tmp_path / "onnx", S)
     sentence = found(diagnose(small.checkpoint, nets), "onnx", "block_0", "rotary_base")
-    assert "1e+06" in sentence and "10000" in sentence
+    assert "1e+06" in sentence and "10000" in sentence and "in past_k" in sentence
 
 
 def swap_query_key(array):
