@@ -12,6 +12,7 @@
     bmodel        what such a file contains
     run           the engines (the chip, the simulator), prefill and decode, lookahead, latency
     chat serve    a conversation; the same over HTTP
+    diagnose      which rung, which layer, which tensor: where garbage comes from
     notebook      what runs the notebooks and draws in them
     doctor        what this machine has and lacks
     commands      `python -m helpers COMMAND`, a file each

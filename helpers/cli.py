@@ -15,7 +15,7 @@ from helpers.files import remedy
 # In the order in which one needs them. What each does is said at the top of its module.
 COMMANDS = (
     *("doctor", "fetch", "patch", "calibrate", "export", "compile", "chat", "serve"),
-    *("info", "forecast", "notebooks"),
+    *("info", "diagnose", "forecast", "notebooks"),
 )
 
 
