@@ -12,6 +12,7 @@
     bmodel        what such a file contains
     run           the engines (the chip, the simulator), prefill and decode, lookahead, latency
     chat serve    a conversation; the same over HTTP
+    forecast      how fast a model will be on the chip, from the cycles of its nets
     diagnose      which rung, which layer, which tensor: where garbage comes from
     notebook      what runs the notebooks and draws in them
     doctor        what this machine has and lacks
