@@ -30,7 +30,8 @@ def prepare(args: argparse.Namespace, out: Path) -> tuple[Path, Path, float]:
         patching.apply(checkpoint, seq_length=args.seq_length)
     else:
         patching.apply(TINY, out=checkpoint, seq_length=args.seq_length)
-    (_, seconds) = timed(lambda: exporting.export(checkpoint, out / "onnx", args.seq_length))
+    rows = getattr(args, "rows", 1)
+    (_, seconds) = timed(lambda: exporting.export(checkpoint, out / "onnx", args.seq_length, rows=rows))
     return checkpoint, out / "onnx", seconds
 
 

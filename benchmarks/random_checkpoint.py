@@ -1,6 +1,6 @@
 """Checkpoints of any size with random weights: the embedded model's code, Qwen's layout, one shard a layer.
 
-    python -m benchmarks.random_checkpoint DIR --hidden 4096 --heads 32 --layers 1 --inner 11008 --vocab 151936
+python -m benchmarks.random_checkpoint DIR --hidden 4096 --heads 32 --layers 1 --inner 11008 --vocab 151936
 """
 
 import argparse

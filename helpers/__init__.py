@@ -2,14 +2,18 @@
 
     errors files machine tensors nets artefacts toolchain home cli    the ground floor
     checkpoint    weights, tokenizer and code of a Qwen checkpoint
+    convert       make one of a llama or a Qwen2
     fetch         bring one here
     patching      change its code so that it exports (the changes are in patches/)
     export        write it as ONNX, net by net
     parity        the same nets in PyTorch, in onnxruntime and in an engine, compared
     compile       compile the nets with TPU-MLIR, to one bmodel
+    calibrate     what rounding to int8 and int4 costs, and weights that round well
     bmodel        what such a file contains
     run           the engines (the chip, the simulator), prefill and decode, lookahead, latency
     chat serve    a conversation; the same over HTTP
+    forecast      how fast a model will be on the chip, from the cycles of its nets
+    diagnose      which rung, which layer, which tensor: where garbage comes from
     notebook      what runs the notebooks and draws in them
     doctor        what this machine has and lacks
     commands      `python -m helpers COMMAND`, a file each

@@ -13,7 +13,10 @@ from helpers.errors import UserError
 from helpers.files import remedy
 
 # In the order in which one needs them. What each does is said at the top of its module.
-COMMANDS = ("doctor", "fetch", "patch", "export", "compile", "chat", "serve", "info", "notebooks")
+COMMANDS = (
+    *("doctor", "fetch", "patch", "calibrate", "export", "compile", "chat", "serve"),
+    *("info", "diagnose", "forecast", "notebooks"),
+)
 
 
 def main(argv: list[str] | None = None) -> int:

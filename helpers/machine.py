@@ -1,7 +1,6 @@
 """This machine as a process sees it: memory and cores, the limits of its container included; disk, tool versions."""
 
 import contextlib
-import functools
 import math
 import os
 import platform
@@ -96,4 +95,11 @@ def log(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-log_once = functools.cache(log)  # the same line a second time is not said
+_said: dict[str, object] = {}
+
+
+def log_once(message: str) -> None:
+    """Log a line, once a process: whichever thread comes first says it."""
+    own = object()
+    if _said.setdefault(message, own) is own:
+        log(message)

@@ -1,6 +1,7 @@
 """The vocabulary file of Qwen's tokenizer: found, cut from the genuine one, checked, copied.
 
-A line a token: its bytes in base64, and its rank, which is its id and the order in which pairs are merged.
+A line a token: its bytes in base64, and its rank, which is its id and the order in which pairs are merged. That of a
+converted model begins with a line of its own, `# {"split": …}`: what Qwen's has by definition (see `described`).
 """
 
 import base64
@@ -45,17 +46,49 @@ def read_vocabulary(path: str | Path) -> tuple[bytes, Path]:
 
 def parse_ranks(contents: bytes, file: Path) -> dict[bytes, int]:
     """The rank of each token. Raises UserError, naming `file`, where this is not a whole vocabulary."""
+    description = described(contents, file)
+    if reason := description.get("refused"):
+        raise UserError(f"{file}: {reason}")
     try:
         lines = [line.split() for line in contents.removeprefix(codecs.BOM_UTF8).splitlines() if line]
-        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        ranks = {base64.b64decode(t, validate=True): int(rank) for t, rank in lines[1 if description else 0 :]}
     except (ValueError, binascii.Error):
         ranks = {}
-    if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([byte]) in ranks for byte in range(256)):
+    if description:
+        ids = sorted([*ranks.values(), *description["specials"].values()])
+        whole = ranks and ids[0] >= 0 and len(set(ids)) == len(lines) - 1 + len(description["specials"])
+    else:
+        whole = sorted(ranks.values()) == list(range(len(ranks))) and all(bytes([b]) in ranks for b in range(256))
+    if not whole:
         raise UserError(
             f"{file} is not a whole vocabulary: lines of `base64 rank` with ranks from 0 up and all 256 bytes were "
             "needed; download it again."
         )
     return ranks
+
+
+def described(contents: bytes, file: Path) -> dict:
+    """What the first line of a converted model's vocabulary says; {} of Qwen's own, which has no such line.
+
+    split: how text is cut, a name in helpers.checkpoint.tokenizer.SPLITS. nfc: whether it is normalised before.
+    specials: ids by name, and matched: those of them that are recognised in text. never_cut: ids that no text is cut
+    into. stop_ids: what ends an answer.
+    not_chatml, refused: why the model cannot be chatted with, and why its text cannot be cut; None where it can.
+    Raises UserError where the line cannot be read.
+    """
+    first = contents.removeprefix(codecs.BOM_UTF8).split(b"\n", 1)[0]
+    if not first.startswith(b"#"):
+        return {}
+    try:
+        found = json.loads(first[1:])
+        kinds = {"split": str, "nfc": bool, "specials": dict, "matched": list, "never_cut": list, "stop_ids": list}
+        if not found.get("refused"):
+            whole = all(isinstance(found[key], kind) for key, kind in kinds.items())
+            if not whole or any(type(i) is not int for i in [*found["specials"].values(), *found["stop_ids"]]):
+                raise ValueError("it does not say what a vocabulary's first line says")
+        return found
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"The first line of {file} cannot be read ({error!r}): convert the model again.") from None
 
 
 def copy_vocabulary(source: str | Path, folder: Path) -> str:

@@ -120,7 +120,7 @@ class Checkpoint:
         whole, faults = {}, []
         for file in (self.path / name for name in WEIGHT_FILES if (self.path / name).is_file()):
             try:
-                files = _weights_of(file)
+                files = weights_of(file)
                 self._require_all(files)
                 whole[file] = files
             except UserError as error:
@@ -263,7 +263,8 @@ def _read_config(path: Path) -> dict:
     if (kind := config.get("model_type")) != "qwen":
         raise UserError(
             f"{file} says model_type {kind!r}; first-generation Qwen ('qwen') was needed: take Qwen-1.8B-Chat, "
-            "Qwen-7B-Chat, Qwen-14B-Chat or models/tiny. TPU-MLIR's own llm_convert.py takes many of the others."
+            "Qwen-7B-Chat, Qwen-14B-Chat or models/tiny. `python -m helpers fetch --source FOLDER` converts models of "
+            "llama and qwen2 architecture; TPU-MLIR's own llm_convert.py takes many of the others."
         )
     if config.get("quantization_config") is not None:
         raise UserError(
@@ -273,7 +274,7 @@ def _read_config(path: Path) -> dict:
     return config
 
 
-def _weights_of(file: Path) -> dict[str, Path]:
+def weights_of(file: Path) -> dict[str, Path]:
     """The file of each tensor, of the shards that an index names or of a single file."""
     if not file.name.endswith(".index.json"):
         with opened(file, "np") as tensors:

@@ -30,10 +30,11 @@ def device_ids(text: str) -> tuple[int, ...]:
 def open_tokenizer(model: str | Path, tokenizer: str | None) -> QwenTokenizer:
     """The tokenizer asked for, or the one that the bmodel's manifest names.
 
-    Raises UserError where neither is there; what is no bmodel is said to be none.
+    Raises UserError where neither is there, or it is of a model that is not chatted with in ChatML; what is no bmodel
+    is said to be none.
     """
     if tokenizer:
-        return QwenTokenizer.open(tokenizer)
+        return _for_chat(tokenizer)
     try:
         named = read_manifest(model).get("tokenizer")
     except UserError:
@@ -42,4 +43,10 @@ def open_tokenizer(model: str | Path, tokenizer: str | None) -> QwenTokenizer:
         read_bmodel(Path(model))
         remedy = "give --tokenizer, a checkpoint folder or a qwen.tiktoken."
         raise UserError(f"{model} has no manifest that names its tokenizer: {remedy}")
-    return QwenTokenizer.open(Path(model).parent / named)
+    return _for_chat(Path(model).parent / named)
+
+
+def _for_chat(path: str | Path) -> QwenTokenizer:
+    tokenizer = QwenTokenizer.open(path)
+    tokenizer.require_chatml()  # before a bmodel is loaded, which takes its time
+    return tokenizer

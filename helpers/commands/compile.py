@@ -9,6 +9,7 @@ from helpers.errors import UserError
 def add_arguments(parser) -> None:
     parser.add_argument("--name", required=True, help="name of the model, such as qwen-7b: begins the file's name")
     parser.add_argument("--mode", default="int8", help="bf16, int8 (default) or int4")
+    parser.add_argument("--head_mode", help="of lm_head, where it is another (--via onnx only)")
     parser.add_argument("--via", choices=("onnx", "llm_convert"), default="onnx", help="onnx (default)")
     parser.add_argument("--onnx", help="folder of ONNX nets, from `export`")
     parser.add_argument("--model_path", help="folder of the checkpoint, for --via llm_convert")
@@ -31,6 +32,8 @@ def run(args) -> int:
     if args.via == "llm_convert":
         if not args.model_path:
             raise UserError("--via llm_convert needs --model_path DIR, the folder of the checkpoint.")
+        if args.head_mode:
+            raise UserError("--head_mode goes with --via onnx: the converter has one mode for all nets, leave it out.")
         seq_length = 512 if args.seq_length is None else args.seq_length
         common |= {"addr_mode": args.addr_mode or "io_alone"}
         target = llm_convert.convert(args.model_path, args.out, args.name, args.mode, seq_length, **common)
@@ -44,6 +47,7 @@ def run(args) -> int:
                 f"export again with --seq_length {args.seq_length}."
             )
         common |= {"addr_mode": args.addr_mode or "basic", "jobs": args.jobs, "scheduler": args.scheduler}
+        common |= {"head_mode": args.head_mode}
         target = compiling.compile_model(args.onnx, args.out, args.name, args.mode, **common)
     manifest = artefacts.read_manifest(target)
     if manifest["estimates"]:

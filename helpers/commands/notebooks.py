@@ -44,9 +44,14 @@ def add_arguments(parser) -> None:
     parser.add_argument("--cell-seconds", type=float, help="stop a cell that runs longer")
 
 
+def on_demand(path: Path) -> bool:
+    """Whether a notebook runs only where it is asked for by name."""
+    return read_notebook(path).metadata.get("tutorial", {}).get("on_demand", False)
+
+
 def _chosen(args) -> list[Path]:
     every = sorted(NOTEBOOKS.glob("[0-9][0-9]*.ipynb"))
-    chosen = args.notebooks or every
+    chosen = args.notebooks or [path for path in every if args.only or not on_demand(path)]
     if args.only:
         chosen = [path for path in chosen if any(start and path.name.startswith(start) for start in args.only)]
     if args.first:

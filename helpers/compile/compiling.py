@@ -36,10 +36,12 @@ def compile_model(
     dynamic: bool = False,
     jobs: int | None = None,
     scheduler: str | None = None,
+    head_mode: str | None = None,
 ) -> Path:
     """Compile all nets of an exported model; return out/<name>_<mode>_<n>dev.bmodel (…_dyn.bmodel where dynamic).
 
     onnx: folder of nets as `export` writes them. mode: bf16, int8 (W8BF16) or int4 (W4BF16, groups of 64).
+    head_mode: of lm_head, where it is another: int8 while the blocks are int4, for one.
     jobs: nets at a time, by default one a core, fewer where memory is short. scheduler: address of a Dask cluster.
     The manifest has extra keys nets {net: {bytes, cycles, ms, ddr_bw, flops, seconds}}, estimates {first_token_ms,
     decode_ms} (None where a net is dynamic), layers, seq_length, config, tokenizer, by_heart.
@@ -50,6 +52,7 @@ def compile_model(
         raise UserError(f"jobs is {jobs}, it must be 1 or more.")
     plan = plan_nets(onnx, num_device)
     check(plan, mode, num_device, addr_mode)
+    check(plan, head_mode or mode, num_device, addr_mode)
     jobs = jobs or machine.cores()
     if scheduler is None:
         toolchain.require()
@@ -66,7 +69,7 @@ def compile_model(
             onnx=plan.files[net].absolute(),
             signature=signature,
             folder=folder,
-            settings=net_settings(net, mode, num_device, addr_mode, dynamic),
+            settings=net_settings(net, mode, num_device, addr_mode, dynamic, head_mode),
             recorded={file: output["sha256"] for file, output in plan.manifest.get("outputs", {}).items()},
             threads=max(1, machine.cores() // jobs),
         )
@@ -87,6 +90,8 @@ def compile_model(
         }
         settings = {"name": name, "mode": mode, "num_device": num_device, "addr_mode": addr_mode, "dynamic": dynamic}
         settings |= {"via": "onnx"}
+        if head_mode not in (None, mode):
+            settings |= {"head_mode": head_mode}
         if not artefacts.up_to_date(target, inputs, settings, _CODE):
             with artefacts.building(
                 target, kind="bmodel", inputs=inputs, settings=settings, code=_CODE, extra=extra

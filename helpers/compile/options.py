@@ -34,15 +34,17 @@ def check_options(mode: str, num_device: int, addr_mode: str, heads: int, hidden
         )
 
 
-def net_settings(net: str, mode: str, num_device: int, addr_mode: str, dynamic: bool) -> dict:
+def net_settings(
+    net: str, mode: str, num_device: int, addr_mode: str, dynamic: bool, head_mode: str | None = None
+) -> dict:
     """The compiler's settings for one net, as documented in compile.sh; and the edits of helpers.compile.graph.
 
     io_alone is for block_cache only: its inputs are the cache, which must outlive a run. dynamic is for prefill
-    (embedding and blocks): decode nets have one row whatever the prompt.
+    (embedding and blocks): decode nets have one row whatever the prompt. head_mode: of lm_head, where it is another.
     """
     kind = net_kind(net)
     head, embedding, block = net in HEADS, kind.startswith("embedding"), kind.startswith("block")
-    quantize = "F32" if head else "BF16" if embedding else QUANTIZE[mode]
+    quantize = "F32" if head else "BF16" if embedding else QUANTIZE[head_mode or mode if net == "lm_head" else mode]
     return {
         "quantize": quantize,
         "q_group_size": Q_GROUP_SIZE if quantize.startswith("W") else 0,

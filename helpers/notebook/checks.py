@@ -4,6 +4,8 @@ A notebook may say in its metadata what it makes, as paths below the out folder:
 
     "tutorial": {"makes": ["patched/config.json", "{name}_{mode}_1dev.bmodel"]}   # {parameter}, *
 
+and, with "on_demand": true, that it runs only where it is asked for by name: it downloads, or takes long.
+
 That a notebook did its work is never told by the clock, since a fast machine would be called a cheat. Evidence tells:
 every code cell ran, in order; checks (`assert`) ran, and passed; each promised artefact was written by this run, or has
 a manifest that proves its content; a cell that shows a figure has one.
@@ -57,7 +59,7 @@ def name_of(notebook, cell) -> str:
 def promises_of(notebook) -> list[str]:
     """What a notebook's metadata.tutorial says that it makes. Raises ValueError where that has any other key."""
     declared = notebook.metadata.get("tutorial", {})
-    if unknown := sorted(set(declared) - {"makes"}):
+    if unknown := sorted(set(declared) - {"makes", "on_demand"}):
         raise ValueError(f"metadata.tutorial has {', '.join(unknown)}, which the runner does not know")
     return declared.get("makes", [])
 

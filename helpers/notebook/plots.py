@@ -199,19 +199,24 @@ def net_costs(nets: dict[str, dict], title: str):
     return figure
 
 
-def timeline(profiles: dict[str, list[dict]], marked: dict[str, list[dict]], title: str):
+def timeline(profiles: dict[str, list[dict]], marked: dict[str, dict[str, list[dict]]], title: str):
     """When the compute unit and the data movement of a net are busy, by the compiler's cycle model: two rows a mode.
 
-    profiles: {mode: commands} from helpers.compile.profile.commands. marked: {mode: commands} in another colour.
+    profiles: {mode: commands} from helpers.compile.profile.commands. marked: {what: {mode: commands}}, two at most,
+    each in a colour of its own.
     """
-    figure, axis = _figure(9.6, 1.2 + 0.8 * len(profiles))
+    figure, axis = _figure(9.6, 1.6 + 0.8 * len(profiles))
     rows = [f"{mode}, {part}" for mode in profiles for part in ("compute", "data movement")]
+    colours = dict(zip(marked, (_ORANGE, _PURPLE), strict=False))
     for place, (mode, commands) in enumerate(profiles.items()):
         moves = [command for command in commands if command["bytes"] is not None]
         compute = [command for command in commands if command["bytes"] is None]
-        for row, colour, chosen in ((0, _GREEN, compute), (1, _BLUE, moves), (1, _ORANGE, marked[mode])):
-            bars = [(command["start"], command["cycles"]) for command in chosen]
+        chosen = [(0, _GREEN, compute), (1, _BLUE, moves)]
+        for row, colour, some in chosen + [(1, colours[what], of[mode]) for what, of in marked.items()]:
+            bars = [(command["start"], command["cycles"]) for command in some]
             axis.broken_barh(bars, (2 * place + row - 0.4, 0.8), color=colour)
     _name_rows(axis, rows)
-    axis.set(xlabel=f"cycle, {KINDS['estimated']} (1 GHz); orange: small loads beside the weights", title=title)
+    axis.set(xlabel=f"cycle, {KINDS['estimated']} (1 GHz)", title=title)
+    named = {"compute": _GREEN, **colours, "other data movement": _BLUE}
+    _legend_below(figure, [Patch(color=colour, label=what) for what, colour in named.items()], len(named))
     return figure

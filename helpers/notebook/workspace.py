@@ -13,6 +13,7 @@ MADE_BY = {
     "tokens_original.json": "notebook 01",
     "patched": "notebook 01",
     "onnx": "notebook 02",
+    "opened": "notebook 03",
     "bmodel": "notebook 03",
 }
 

@@ -144,6 +144,13 @@ def test_each_net_has_the_flags_of_the_documented_script(mode, addr_mode):
         assert found["num_device"] == 1 and not found["dynamic"]
 
 
+def test_the_head_may_have_a_mode_of_its_own():
+    modes = {net: net_settings(net, "int4", 1, "basic", False, "int8")["quantize"] for net in NETS}
+    assert modes == {net: net_settings(net, "int4", 1, "basic", False)["quantize"] for net in NETS} | {
+        "lm_head": "W8BF16"
+    }
+
+
 def test_what_is_dynamic_takes_a_prompt_and_nothing_else_is():
     dynamic = {net for net in NETS if net_settings(net, "int8", 1, "basic", True)["dynamic"]}
     assert dynamic == {"embedding", "block_0"}
@@ -295,6 +302,7 @@ def test_weights_that_are_computed_with_are_refused(tmp_path):
     "arguments, message",
     [
         ({"mode": "int7"}, "must be one of bf16, int8, int4"),
+        ({"head_mode": "int7"}, "must be one of bf16, int8, int4"),
         ({"addr_mode": "io_together"}, "must be one of basic, io_alone"),
         ({"num_device": 0}, "num_device 0 does not divide the 2"),
         ({"num_device": 2}, "lacks lm_head_with_topk.onnx"),

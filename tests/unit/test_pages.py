@@ -161,21 +161,19 @@ def test_papermill_alone_prints_no_warning_of_ours(tmp_path):
 
 @pytest.mark.parametrize("page", ["README.md", "docs/zh/README.md"])
 def test_the_table_of_parameters_is_that_of_the_notebooks(page):
-    wanted: dict[str, tuple[list[str], set[str]]] = {}
+    wanted: dict[tuple[str, str], list[str]] = {}
     numbers = []
     for path in sorted((ROOT / "notebooks").glob("[0-9]*-*.ipynb")):
         numbers.append(path.name.partition("-")[0])
-        for name, default in declared(path).items():
-            places, defaults = wanted.setdefault(name, ([], set()))
-            places.append(numbers[-1])
-            defaults.add(default)
+        for parameter in declared(path).items():  # name and default
+            wanted.setdefault(parameter, []).append(numbers[-1])
     table = {}
     rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \| `([^|]+)` \| .+ \|$", (ROOT / page).read_text("utf-8"), re.MULTILINE)
     for name, where, default in rows:
         places = re.findall(r"\d\d\w?", where)
         if "," not in where:  # the first and the last of a row of notebooks
             places = [number for number in numbers if places[0] <= number <= places[-1]]
-        table[name] = places, {default}
+        table[name, default] = places
     assert table == wanted
 
 

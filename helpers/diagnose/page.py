@@ -1,0 +1,41 @@
+"""The report as one page of text: a flow chart of the rungs, the figures of each net, and one sentence."""
+
+from helpers.diagnose.bands import LIMITS
+from helpers.diagnose.ladder import COMPILED, LOOP, ONNX, PATCHED, Report, Step
+
+_TITLES = {
+    PATCHED: "patched checkpoint, in PyTorch",
+    ONNX: "ONNX nets, in onnxruntime",
+    COMPILED: "compiled nets, on the simulator",
+    LOOP: "the loop: text to ids, ids to masks, positions and cache rows",
+}
+
+
+def page(report: Report) -> str:
+    """One page. Of a net the worst of its tensors is shown; nets that add nothing are left out above a fault."""
+    lines = []
+    if report.steps:
+        lines += [f"original checkpoint, in PyTorch; {report.prompt_tokens} tokens of prompt, and two more", ""]
+    for rung in report.rungs:
+        faulty = report.found is not None and report.found.rung == rung
+        mode = report.mode if rung == COMPILED else "float32"
+        band = f", band {LIMITS[mode]:.0e} ({mode})" if any(step.rung == rung for step in report.steps) else ""
+        lines += ["      |", "      v", f"[{'FAULT' if faulty else ' ok  '}] {_TITLES.get(rung, rung)}{band}"]
+        steps = [step for step in report.steps if step.rung == rung]
+        if steps:
+            lines.append(
+                f"        {'phase':8} {'net':16} {'tensor':14}     adds (NMSE, SQNR, cosine)    accumulated  band"
+            )
+        lines += [_line(max(of_net, key=lambda step: step.added.nmse)) for of_net in _by_net(steps)]
+    lines += ["", report.found.sentence if report.found else "Healthy: every rung is within its band."]
+    return "\n".join(lines)
+
+
+def _by_net(steps: list[Step]) -> list[list[Step]]:
+    nets = dict.fromkeys((step.phase, step.net) for step in steps)
+    return [[step for step in steps if (step.phase, step.net) == key] for key in nets]
+
+
+def _line(step: Step) -> str:
+    added = f"{step.added.nmse:8.1e} {step.added.sqnr:6.1f} dB {step.added.cosine:9.6f}"
+    return f"        {step.phase:8} {step.net:16} {step.tensor:14} {added} {step.accumulated.nmse:12.1e}  {step.band}"

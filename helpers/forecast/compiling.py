@@ -1,0 +1,148 @@
+"""Figures of nets that no atlas has: exported with random weights at the real size, and compiled."""
+
+import json
+import shutil
+from collections.abc import Collection, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from helpers import artefacts, machine, toolchain
+from helpers.bmodel.bmodel import read_bmodel
+from helpers.checkpoint.weights import Checkpoint
+from helpers.compile import memory
+from helpers.compile.jobs import NetToCompile, compile_nets
+from helpers.compile.options import net_settings
+from helpers.errors import UserError
+from helpers.export.exporting import needed_bytes
+from helpers.export.modules import NetBuilder
+from helpers.export.signature import read_signature
+from helpers.export.tracing import WeightFile, attach_weights, trace
+from helpers.files import digest_of
+from helpers.forecast.figures import CODE, EMBEDDING_ROWS, OUT, key_of
+from helpers.forecast.shape import Shape
+from helpers.nets import TOPK_HEAD, net_kind
+from helpers.patching import patching
+
+MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny"  # its code is that of every size
+# Seconds of processor time to export and compile a million weights, and for every net beside; measured on 2 cores.
+SECONDS_A_MILLION, SECONDS_A_NET = 0.16, 8
+
+
+def compile_figures(shape: Shape, kinds: Collection[str], out: Path = OUT) -> dict[str, dict]:
+    """Compile kinds of nets of a shape; {key: figures}. Says before what it takes. Raises UserError as figures_of."""
+    toolchain.require()
+    weights = {kind: _weights(kind, shape) for kind in kinds}
+    largest = max(weights, key=weights.__getitem__)
+    # Tracing a block runs it once; what of it grows with the length is as in an export of the model.
+    block = _checkpoint(shape, Path(), {}, rows=True)
+    tracing = needed_bytes(block, shape.seq_length)[0] if {"block", "block_cache"} & set(kinds) else 0
+    room = max(memory.needed(4 * weights[largest]), tracing)
+    disk = 3 * 4 * sum(weights.values())
+    seconds = sum(SECONDS_A_NET + SECONDS_A_MILLION * count / 1e6 for count in weights.values())
+    machine.log(
+        f"compiling {', '.join(kinds)} of this size: {room / 1e9:.1f} GB of memory, {disk / 1e9:.1f} GB of disk, about "
+        f"{max(1, round(seconds / 2 / 60))} min on two idle cores"
+    )
+    memory.require(f"{shape.mode} nets of this size at S = {shape.seq_length}", room, memory.budget())
+    if disk > (free := machine.free_disk(out)):
+        raise UserError(
+            f"Compiling these nets needs {disk / 1e9:.1f} GB on the disk that holds {out}, which has {free / 1e9:.1f} "
+            "GB free: free some, or run it on another disk."
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    place = out / f"{digest_of([asdict(shape), sorted(kinds)])[:16]}.figures.json"
+    with artefacts.building(place, kind="forecast", inputs={}, settings=asdict(shape), code=CODE) as partial:
+        work = partial.parent / "work"
+        try:
+            found = _compile(shape, tuple(kinds), work)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return found
+
+
+def _weights(kind: str, shape: Shape) -> int:
+    if kind.startswith("embedding"):
+        return EMBEDDING_ROWS * shape.hidden_size
+    return shape.vocab_size * shape.hidden_size if kind == "lm_head" else shape.block_weights
+
+
+def _compile(shape: Shape, kinds: tuple[str, ...], work: Path) -> dict[str, dict]:
+    tasks = [
+        NetToCompile(
+            net,
+            onnx=path,
+            signature=read_signature(path),
+            folder=(work / "nets").absolute(),
+            settings=net_settings(net, shape.mode, shape.num_device, "io_alone", dynamic=False),
+            threads=1,
+        )
+        for net, path in _export(shape, kinds, work)
+    ]
+    records = compile_nets(tasks, machine.cores(), None, f"compile {shape.mode}")
+    found = {}
+    for net, record in records.items():
+        (compiled,) = read_bmodel(record["bmodel"]).nets.values()
+        found[key_of(_kind(net), shape)] = {
+            "cycles": record["cycles"],
+            "weight_bytes": compiled.weight_bytes,
+            "instruction_bytes": compiled.instruction_bytes,
+            "scratch_bytes": compiled.scratch_bytes,
+        }
+    return found
+
+
+def _kind(net: str) -> str:
+    return "lm_head" if net == TOPK_HEAD else net_kind(net)
+
+
+def _export(shape: Shape, kinds: tuple[str, ...], work: Path) -> Iterator[tuple[str, Path]]:
+    """Write nets of random weights as ONNX, those of one group over the same weights; (net, file) of each."""
+    code = work / "code"
+    code.mkdir(parents=True)
+    for file in (*MODEL.glob("*_qwen.py"), MODEL / "config.json"):
+        shutil.copy(file, code)
+    patching.apply(code, seq_length=shape.seq_length)
+    config = json.loads((code / "config.json").read_text(encoding="utf-8"))
+    for group in ("embedding", "block", "lm_head"):
+        if not (nets := [kind for kind in kinds if kind.startswith(group)]):
+            continue
+        builder = NetBuilder(_checkpoint(shape, code, config, rows=group == "embedding"), shape.seq_length)
+        weights = WeightFile(work / f"{group}.weights")
+        for kind in nets:
+            traced = TOPK_HEAD if kind == "lm_head" and shape.num_device > 1 else kind
+            module = builder.module(traced)
+            if not weights.places:
+                weights.write(_random(module))
+            net = f"{kind}_0" if kind.startswith("block") else kind
+            path = work.absolute() / f"{net}.onnx"
+            graph = trace(module, traced, builder.example(traced))
+            path.write_bytes(attach_weights(graph, module, weights).SerializeToString())
+            yield net, path
+
+
+def _checkpoint(shape: Shape, code: Path, config: dict, rows: bool) -> Checkpoint:
+    vocabulary = EMBEDDING_ROWS if rows else shape.vocab_size
+    config = config | {
+        "hidden_size": shape.hidden_size,
+        "num_attention_heads": shape.heads,
+        "kv_channels": shape.head_dim,
+        "num_hidden_layers": 1,
+        "intermediate_size": 2 * shape.intermediate_size,
+        "vocab_size": vocabulary,
+        "seq_length": shape.seq_length,
+    }
+    sizes = {"hidden_size": shape.hidden_size, "heads": shape.heads, "head_dim": shape.head_dim}
+    sizes |= {"intermediate_size": shape.intermediate_size, "vocab_size": vocabulary, "layers": 1}
+    return Checkpoint(code, config, files={}, eps=1e-6, rotary_base=10000, **sizes)
+
+
+def _random(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Weights that differ from each other: the exporter stores equal ones once."""
+    random = torch.Generator().manual_seed(0)
+    for name, parameter in module.named_parameters():
+        values = torch.randn(parameter.shape, generator=random).mul_(0.02)
+        yield name, values + 1 if "ln_" in name and name.endswith("weight") else values
