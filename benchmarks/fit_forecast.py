@@ -30,7 +30,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Row:
-    """A published measurement with a shape; first_token_s and tokens_per_s may be nan. cycles: {phase: of all nets}."""
+    """A published measurement with a shape; first_token_s and tokens_per_s may be nan."""
 
     model: str
     board: str

@@ -53,24 +53,24 @@ def grid_between(least: torch.Tensor, greatest: torch.Tensor, bits: int) -> Grid
     return Grid(divisor, divisor.bfloat16().float(), zero)
 
 
-def grouped(weight: torch.Tensor) -> torch.Tensor:
-    """[outputs, inputs] -> float32 [outputs, groups, 64]. Raises ValueError where groups do not divide the inputs."""
+def grouped(weight: torch.Tensor, size: int = Q_GROUP_SIZE) -> torch.Tensor:
+    """[outputs, inputs] -> float32 [outputs, groups, size]. Raises ValueError where groups do not divide the inputs."""
     rows, columns = weight.shape
-    if columns % Q_GROUP_SIZE:
-        raise ValueError(f"groups of {Q_GROUP_SIZE} do not divide {columns} inputs")
-    return weight.float().reshape(rows, columns // Q_GROUP_SIZE, Q_GROUP_SIZE)
+    if columns % size:
+        raise ValueError(f"groups of {size} do not divide {columns} inputs")
+    return weight.float().reshape(rows, columns // size, size)
 
 
-def quantise(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, Grid]:
-    """What the compiler stores of a matrix [outputs, inputs]: codes [outputs, groups, 64], and their grid."""
-    groups = grouped(weight)
+def quantise(weight: torch.Tensor, bits: int, size: int = Q_GROUP_SIZE) -> tuple[torch.Tensor, Grid]:
+    """What the compiler stores of a matrix [outputs, inputs]: codes [outputs, groups, size], and their grid."""
+    groups = grouped(weight, size)
     grid = grid_between(groups.amin(-1), groups.amax(-1), bits)
     return grid.codes(groups, bits), grid
 
 
-def rounded(weight: torch.Tensor, mode: str) -> torch.Tensor:
+def rounded(weight: torch.Tensor, mode: str, size: int = Q_GROUP_SIZE) -> torch.Tensor:
     """A matrix as the chip multiplies by it in a mode (bf16, int8 or int4): float32 that bfloat16 can hold."""
     if mode not in BITS:
         return weight.bfloat16().float()
-    codes, grid = quantise(weight, BITS[mode])
+    codes, grid = quantise(weight, BITS[mode], size)
     return grid.values(codes).reshape(weight.shape)

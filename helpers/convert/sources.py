@@ -10,7 +10,6 @@ get(key): what the file says; None where it says nothing. read(name): one tensor
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ import numpy as np
 
 from helpers.checkpoint.weights import WEIGHT_FILES, opened, weights_of
 from helpers.errors import UserError
+from helpers.files import json_object
 
 if TYPE_CHECKING:
     import torch
@@ -160,12 +160,4 @@ Source = Gguf | Folder
 
 def read_json(file: Path) -> dict:
     """An object out of a JSON file; {} where there is no such file. Raises UserError where it holds something else."""
-    if not file.is_file():
-        return {}
-    try:
-        held = json.loads(file.read_bytes())
-        if not isinstance(held, dict):
-            raise ValueError("it is no object")
-        return held
-    except ValueError as error:
-        raise UserError(f"{file} is not readable JSON ({error}): download it again.") from None
+    return json_object(file, file.read_bytes()) if file.is_file() else {}

@@ -196,7 +196,7 @@ _WHO_MADE = {
 
 
 def _mode(bmodel: str | Path) -> str:
-    """bf16, int8 or int4: of the manifest or, without one, by the bytes that a weight has."""
+    """bf16, int8 or int4: of the manifest or, without one, of the file's name; else bf16."""
     with contextlib.suppress(UserError):
         if (mode := artefacts.read_manifest(bmodel)["settings"].get("mode")) in QUANTIZE:
             return mode
@@ -229,7 +229,7 @@ def _same_model(source: Checkpoint, onnx: str | Path | None, bmodel: str | Path 
             raise _another(bmodel, f"layers, hidden size, heads and head size {found}", source)
     if len(set(lengths.values())) > 1:
         raise UserError(f"{onnx} is for S = {lengths[onnx]}, {bmodel} for {lengths[bmodel]}: give those of one export.")
-    return next(iter(lengths.values()), 0) or min(512, patching.trained_seq_length(source.path))
+    return next(iter(lengths.values()), 0) or min(patching.SEQ_LENGTH, patching.trained_seq_length(source.path))
 
 
 def _another(where, what: str, source: Checkpoint) -> UserError:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from helpers.calibrate.rounding import rounded
 from helpers.checkpoint.weights import Checkpoint
 from helpers.diagnose.bands import LIMITS, figures
 from helpers.diagnose.walk import PREFILL, Text, outputs_of
@@ -148,7 +149,7 @@ class Suspects:
         weights = {name: w for name, w in module.named_parameters() if w.ndim == 2}
         for size in (size for size in GROUPS if all(w.shape[1] % size == 0 for w in weights.values())):
             for bits in (4, 8):
-                changed = {name: quantised(w, size, bits) for name, w in weights.items()}
+                changed = {name: rounded(w.detach(), f"int{bits}", size) for name, w in weights.items()}
                 sentence = f"its weights have {bits} bits in groups of {size}, where another size or mode was asked for"
                 yield size, bits, _Suspect(Cause("group_size", sentence, "weights"), changed, inputs)
 
@@ -222,16 +223,6 @@ def _zeroed(module: nn.Module, inputs: list, name: str, row: int) -> Iterator[_S
                     f"{start + size - 1}, is 0: the file was damaged, or the group was all zeros when it was quantised"
                 )
                 yield _Suspect(Cause("scale_zeroed", sentence, name), {name: changed}, inputs)
-
-
-def quantised(weight: torch.Tensor, group: int, bits: int) -> torch.Tensor:
-    """Weights [out, in] rounded as the compiler does it: asymmetric, to nearest, a scale for each group of inputs."""
-    w = weight.detach().reshape(weight.shape[0], -1, group)
-    low, high = w.amin(-1, keepdim=True).clamp(max=0), w.amax(-1, keepdim=True).clamp(min=0)
-    scale = ((high - low) / (2**bits - 1)).clamp(min=1e-12)
-    zero = (-low / scale).round()
-    q = ((w / scale).round() + zero).clamp(0, 2**bits - 1)
-    return ((q - zero) * scale).reshape(weight.shape)
 
 
 def _run(module: nn.Module, changed: dict, inputs: list) -> list[np.ndarray]:
