@@ -130,10 +130,6 @@ class NetBuilder:
                 "greedy_head": GreedyHead,
                 "penalty_sample_head": PenaltySampleHead,
             }[net_kind(net)]()
-        with torch.no_grad():
-            for number, parameter in enumerate(module.parameters()):
-                # The exporter stores equal weights once, and the others would be lost.
-                parameter.view(-1)[0] = number
         return module.eval()
 
     def _embedding(self) -> Embedding:

@@ -38,6 +38,7 @@ def trace(module: nn.Module, net: str, example: tuple[torch.Tensor, ...]) -> Mod
             example,
             file,
             export_params=False,
+            keep_initializers_as_inputs=True,  # or equal weights are stored once, and the others lost
             do_constant_folding=False,
             input_names=INPUT_NAMES[net],
             output_names=OUTPUT_NAMES[net],
