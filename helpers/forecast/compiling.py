@@ -115,7 +115,9 @@ def _export(shape: Shape, kinds: tuple[str, ...], work: Path) -> Iterator[tuple[
                 weights.write(_random(module))
             net = f"{kind}_0" if kind.startswith("block") else kind
             path = work.absolute() / f"{net}.onnx"
-            graph = trace(module, traced, tuple(value.to("meta") for value in builder.example(traced)))
+            with torch.device("meta"):
+                example = builder.example(traced)
+            graph = trace(module, traced, example)
             path.write_bytes(attach_weights(graph, module, weights).SerializeToString())
             yield net, path
 
@@ -148,7 +150,7 @@ def _without_values(module: nn.Module) -> nn.Module:
 
 
 def _random(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Weights that differ from each other: the exporter stores equal ones once."""
+    """Weights about as large as a model's own, around 0; those of a norm around 1."""
     random = torch.Generator().manual_seed(0)
     for name, parameter in module.named_parameters():
         values = torch.randn(parameter.shape, generator=random).mul_(0.02)
