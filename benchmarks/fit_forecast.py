@@ -7,7 +7,7 @@ the same, however many rows it has. Then one model is left out at a time and for
 """
 
 import csv
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from helpers.compile.profile import FREQUENCY
 from helpers.fetch.fetching import MODELS
 from helpers.forecast import figures, forecasting
-from helpers.forecast.forecasting import BANDWIDTH, Constants
+from helpers.forecast.forecasting import BANDWIDTH, PROGRAMS, Constants, figures_of, cycle_seconds
 from helpers.forecast.shape import SIZES, Shape, shape_of
 
 PUBLISHED = Path(figures.__file__).with_name("published.csv")
@@ -25,15 +25,19 @@ SHAPES = {
     "Qwen-7B-Chat": QWEN_7B,
     "Qwen1.5-7B-Chat": QWEN_7B,
     "MiniCPM-2B": dict(zip(SIZES, (2304, 5760, 40, 36, 122753), strict=True)),
+    "Qwen1.5-1.8B-Chat": dict(zip(SIZES, (2048, 5504, 24, 16, 151936), strict=True)),
+    "Qwen1.5-4B-Chat": dict(zip(SIZES, (2560, 6912, 40, 20, 151936), strict=True)),
+    "Baichuan2-7B-Chat": QWEN_7B | {"vocab_size": 125696},
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """A published measurement with a shape; first_token_s and tokens_per_s may be nan."""
+    """A published measurement with a shape. program: on the host, one of forecasting.PROGRAMS."""
 
     model: str
     board: str
+    program: str
     shape: Shape
     first_token_s: float
     tokens_per_s: float
@@ -52,8 +56,19 @@ def published_rows() -> list[Row]:
             if whole and board != "RISC-V" and row["seq_length"]:
                 shape = shape_of(**SHAPES[row["model"]], mode=mode, seq_length=int(row["seq_length"]))
                 numbers = [float(row[key] or "nan") for key in ("first_token_s", "tokens_per_s")]
-                rows.append(Row(row["model"], board, shape, *numbers, row["source"]))
+                program = "c++" if "C++" in row["runtime"] else "python"
+                rows.append(Row(row["model"], board, program, shape, *numbers, row["source"]))
     return rows
+
+
+def contradicted(rows: list[Row]) -> list[bool]:
+    """Whether a row is a fifth off the median token/s of the rows whose blocks, mode and S are the same."""
+    found = []
+    for row in rows:
+        same = replace(row.shape, vocab_size=1)
+        median = np.median([other.tokens_per_s for other in rows if replace(other.shape, vocab_size=1) == same])
+        found.append(bool(abs(np.log(row.tokens_per_s / median)) > np.log(1.2)))
+    return found
 
 
 def fit(rows: list[Row]) -> Constants:
@@ -61,33 +76,40 @@ def fit(rows: list[Row]) -> Constants:
 
     Of absolute errors, since some rows contradict others: squares would follow those that are farthest off.
     """
-    shares, passes = np.arange(0.5, 1.001, 0.01), np.arange(0, 4.001, 0.1)
-    prefill, decode = np.zeros(len(shares)), np.zeros((len(shares), len(passes)))
+    shares, launches, passes = np.arange(0.5, 1.001, 0.01), np.arange(0, 1.001, 0.01) / 1e3, np.arange(0, 4.001, 0.1)
+    decode = {program: np.zeros((len(passes), len(launches))) for program in PROGRAMS}
     for row in rows:
-        nets = forecasting.figures_of(row.shape)
-        first, token = (sum(forecasting.phase_seconds(row.shape, nets, suffix).values()) for suffix in ("", "_cache"))
-        weight = 1 / sum(other.model == row.model for other in rows)
-        if np.isfinite(row.first_token_s):
-            prefill += weight * np.abs(np.log(first / shares / row.first_token_s))
-        if np.isfinite(row.tokens_per_s):
-            moved = token + passes * row.shape.cache_bytes / BANDWIDTH
-            decode += weight * np.abs(np.log(moved / shares[:, None] * row.tokens_per_s))
-    best = np.unravel_index(decode.argmin(), decode.shape)
-    found = shares[prefill.argmin()], shares[best[0]], passes[best[1]]
-    return Constants(*(round(float(value), 2) for value in found))
+        token = sum(cycle_seconds(row.shape, figures_of(row.shape), "_cache").values())
+        cache, started = passes * row.shape.cache_bytes / BANDWIDTH, launches * (row.shape.layers + 2)
+        decode[row.program] += _weight(row, rows) * np.abs(np.log((token + cache[:, None] + started) * row.tokens_per_s))
+    # Of each number of passes the best launch of each program.
+    best = sum(of_program.min(axis=1) for of_program in decode.values()).argmin()
+    launch_s = {program: float(launches[of_program[best].argmin()]) for program, of_program in decode.items()}
+    prefill = np.zeros(len(shares))
+    for row in rows:
+        first = sum(cycle_seconds(row.shape, figures_of(row.shape), "").values())
+        prefill += _weight(row, rows) * np.abs(np.log(first / shares / row.first_token_s))
+    rounded = {program: round(launch, 5) for program, launch in launch_s.items()}
+    return Constants(round(float(shares[prefill.argmin()]), 2), rounded, round(float(passes[best]), 1))
+
+
+def _weight(row: Row, rows: list[Row]) -> float:
+    """Each model weighs the same, however many rows it has."""
+    return 1 / sum(other.model == row.model for other in rows)
 
 
 def errors(rows: list[Row], constants: Constants) -> list[dict]:
     """A line a row: published and forecast, and forecast / published - 1."""
     lines = []
     for row in rows:
-        found = forecasting.forecast(row.shape, constants)
+        found = forecasting.forecast(row.shape, constants, program=row.program)
         lines.append(
             {
                 "model": row.model,
                 "mode": row.shape.mode,
                 "S": row.shape.seq_length,
                 "board": row.board,
+                "program": row.program,
                 "first token, s": row.first_token_s,
                 "forecast, s": found.first_token_s,
                 "off, s": found.first_token_s / row.first_token_s - 1,

@@ -1,11 +1,11 @@
 """How fast a model will be on BM1684X, and what it takes there, from the cycles of its nets.
 
     first token   = (embedding + layers · block + lm_head) / share of prefill
-    further token = (embedding_cache + layers · block_cache + lm_head + passes · KV cache / bandwidth) / share of decode
+    further token = embedding_cache + layers · block_cache + lm_head + nets · launch + passes · KV cache / bandwidth
 
 The cycles are the compiler's, of a chip that never waits for anything but its memory. Three constants stand for what a
-real one waits for beside. They are fitted on published measurements by `python -m benchmarks.fit_forecast`. A constant
-for each net that the host starts was tried in place of the passes: the fit makes it 0.
+real one waits for beside: the launch is that of the program on the host, in Python or in C++ (in prefill it is part of
+the share). They are fitted on published measurements by `python -m benchmarks.fit_forecast`.
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,8 @@ from pathlib import Path
 from helpers.compile.profile import FREQUENCY
 from helpers.errors import UserError
 from helpers.forecast import figures
-from helpers.forecast.shape import Shape
+from helpers.forecast.shape import HOSTS, Shape
 
-# Bytes that a program gets of 16 GB: on a card; on a board, unless its memory is divided otherwise than as delivered.
-HOSTS = {"soc": 9_000_000_000, "pcie": 14_700_000_000}
 # Bytes a second at which large loads of weights run in the cycle model (a profile prints 50.31, in GiB/s).
 BANDWIDTH = 54.018 * FREQUENCY
 KIND = "estimated"  # by the compiler's cycle model, and the constants
@@ -25,27 +23,29 @@ KIND = "estimated"  # by the compiler's cycle model, and the constants
 
 @dataclass(frozen=True)
 class Constants:
-    """prefill_share, decode_share: of the cycle model's speed, as chips reach it.
+    """prefill_share: of the cycle model's speed, as chips reach it in prefill.
 
+    launch_s: {kind of program on the host: seconds that it takes to start a net of a decode step}.
     cache_passes: how often a step moves all keys and values beside the once that the cycle model has.
     """
 
     prefill_share: float
-    decode_share: float
+    launch_s: dict[str, float]
     cache_passes: float
 
 
+PROGRAMS = ("python", "c++")
 # As `python -m benchmarks.fit_forecast` prints them, with the factor that published figures lie off.
-CONSTANTS = Constants(prefill_share=0.73, decode_share=0.89, cache_passes=1.6)
-FIRST_TOKEN_SPREAD, TOKENS_SPREAD = 1.15, 1.25
+CONSTANTS = Constants(prefill_share=0.73, launch_s={"python": 0.00037, "c++": 0.0}, cache_passes=1.6)
+FIRST_TOKEN_SPREAD, TOKENS_SPREAD = 1.2, 1.15
 
 
 @dataclass(frozen=True)
 class Forecast:
     """A forecast in seconds, tokens a second and bytes over all devices.
 
-    The intervals hold as many published measurements as the fit was off. first_token_parts, token_parts: seconds of
-    {embedding, blocks, lm_head, the rest}. fits: {host: whether a device of it has room}.
+    The intervals are as wide as published measurements lie off that do not contradict others. first_token_parts,
+    token_parts: seconds, as of phase_seconds. fits: {host: whether a device of it has room}.
     """
 
     first_token_s: float
@@ -60,11 +60,15 @@ class Forecast:
     kind: str = KIND
 
 
-def forecast(shape: Shape, constants: Constants = CONSTANTS, out: Path = figures.OUT) -> Forecast:
-    """Forecast a shape; what of it is not known is compiled first (figures_of). Raises UserError."""
+def forecast(
+    shape: Shape, constants: Constants = CONSTANTS, out: Path = figures.OUT, program: str = "python"
+) -> Forecast:
+    """Forecast a shape; what of it is not known is compiled first (figures_of). Raises UserError.
+
+    program: on the host, one of PROGRAMS.
+    """
     nets = figures_of(shape, out)
-    first = phase_seconds(shape, nets, "", constants.prefill_share)
-    token = phase_seconds(shape, nets, "_cache", constants.decode_share, constants.cache_passes)
+    first, token = (phase_seconds(shape, nets, suffix, constants, program) for suffix in ("", "_cache"))
     first_s, token_s = sum(first.values()), sum(token.values())
     memory = device_parts(shape, nets)
     needed = sum(memory.values())
@@ -101,15 +105,23 @@ def figures_of(shape: Shape, out: Path = figures.OUT) -> dict[str, dict]:
     return found
 
 
-def phase_seconds(
-    shape: Shape, nets: dict, suffix: str, share: float = 1.0, cache_passes: float = 0.0
-) -> dict[str, float]:
-    """Seconds of prefill (suffix "") or of a decode step ("_cache"), by what they go into."""
+def cycle_seconds(shape: Shape, nets: dict, suffix: str) -> dict[str, float]:
+    """Seconds of the cycle model in prefill (suffix "") or in a decode step ("_cache"), by kind of net."""
     counts = {f"embedding{suffix}": 1, f"block{suffix}": shape.layers, "lm_head": 1}
-    seconds = [count * nets[net]["cycles"] / FREQUENCY for net, count in counts.items()]
-    cache = cache_passes * shape.cache_bytes / shape.num_device / BANDWIDTH
-    waiting = (sum(seconds) + cache) / share - sum(seconds) - cache
-    return dict(zip(("embedding", "blocks", "lm_head", "KV cache", "waiting"), [*seconds, cache, waiting], strict=True))
+    return {kind: count * nets[kind]["cycles"] / FREQUENCY for kind, count in counts.items()}
+
+
+def phase_seconds(
+    shape: Shape, nets: dict, suffix: str, constants: Constants = CONSTANTS, program: str = "python"
+) -> dict[str, float]:
+    """Forecast seconds of prefill (suffix "") or of a decode step ("_cache"), by what they go into."""
+    parts = cycle_seconds(shape, nets, suffix)
+    if suffix:
+        parts["launches"] = (shape.layers + 2) * constants.launch_s[program]
+        parts["KV cache"] = constants.cache_passes * shape.cache_bytes / shape.num_device / BANDWIDTH
+    else:
+        parts["waiting"] = sum(parts.values()) * (1 / constants.prefill_share - 1)
+    return parts
 
 
 def device_parts(shape: Shape, nets: dict) -> dict[str, int]:

@@ -6,6 +6,8 @@ from helpers.compile.options import Q_GROUP_SIZE, check_options
 from helpers.errors import UserError
 from helpers.fetch.fetching import MODELS
 
+# Bytes that a program gets of 16 GB: on a card; on a board, unless its memory is divided otherwise than as delivered.
+HOSTS = {"soc": 9_000_000_000, "pcie": 14_700_000_000}
 SIZES = ("hidden_size", "intermediate_size", "layers", "heads", "vocab_size")
 
 
@@ -36,6 +38,11 @@ class Shape:
         """Bytes of all keys and values in bfloat16, over all devices."""
         return 2 * 2 * self.layers * self.seq_length * self.hidden_size
 
+    @property
+    def mask_bytes(self) -> int:
+        """Bytes of the mask of a prefill in bfloat16: S rows of S."""
+        return 2 * self.seq_length**2
+
     def check(self) -> None:
         """Raises UserError for a shape that no model has, or that cannot be compiled."""
         for name, value in asdict(self).items():
@@ -47,6 +54,12 @@ class Shape:
                 "look both up in the model's config.json."
             )
         check_options(self.mode, self.num_device, "io_alone", self.heads, self.hidden_size)
+        rows = self.mask_bytes + self.cache_bytes // self.num_device
+        if rows > HOSTS["pcie"]:
+            raise UserError(
+                f"S = {self.seq_length} takes {rows / 1e9:.1f} GB of memory of a device for the mask of a prefill and "
+                f"the KV cache alone, a card gives {HOSTS['pcie'] / 1e9:.1f} GB: take a shorter --seq_length."
+            )
         if self.mode == "int4" and self.intermediate_size % Q_GROUP_SIZE:
             raise UserError(
                 f"int4 quantises in groups of {Q_GROUP_SIZE} weights, which does not divide --intermediate_size "
