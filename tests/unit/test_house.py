@@ -14,7 +14,7 @@ ROOT = Path(helpers.__file__).resolve().parents[1]
 # From the ground up: a room imports its own modules and those of floors below it. The order is written down here only.
 FLOORS = (
     ("errors", "home", "machine", "tensors"),
-    ("files", "nets"),
+    ("cost", "files", "nets"),
     ("artefacts", "checkpoint", "cli", "patching", "toolchain"),
     ("bmodel", "convert", "export", "patches"),
     ("compile", "fetch", "run"),
