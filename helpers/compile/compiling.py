@@ -117,7 +117,7 @@ def _work(tasks: list[NetToCompile], target: Path, jobs: int, scheduler: str | N
         [task.needs for task in to_do if scheduler is None],
         jobs,
         there=sum(file.stat().st_size for file in there if file.is_file()),
-        combined=(BMODEL_BYTES + sum(weights.values())) if to_do else 0,
+        combined=BMODEL_BYTES + sum(weights.values()) if to_do or not target.is_file() else 0,
     )
     work.announce("close other programs", "free some, or choose another --out")
     return work

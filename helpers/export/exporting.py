@@ -25,8 +25,11 @@ from helpers.patching import patching
 _CODE = artefacts.code_of(
     "export.exporting", "export.modules", "export.tracing", "nets", "checkpoint.modeling", "checkpoint.weights"
 )
-# The exporter and one traced layer's activations, beside torch; measured, with benchmarks/export_memory.py too.
-_BASE_MEMORY = 250_000_000
+# Beside torch: Qwen's code, the exporter, a traced layer's activations, weights on their way to the disk. Measured.
+_BASE_MEMORY = 130_000_000
+# How often a net's weights are there while it is traced, filled in or not: of one that fits into one message of ONNX,
+# and of a larger one. Measured with heads of 0.03 to 0.5 GB, and of 2.5 GB.
+_COPIES, _MESSAGE = (3, 2), 2 << 30
 # Of a block's attention scores, that are there at once while it is traced; measured for S from 2048 to 6000.
 _SCORE_COPIES = 4
 # Seconds, measured on 2 cores: to import Qwen's code, for a trace, a weight that is in it, a weight that is written, an
@@ -130,8 +133,8 @@ def export(
 def needed_bytes(checkpoint: Checkpoint, seq_length: int = 0, rows: int = 1) -> tuple[int, int]:
     """Bytes of memory and of disk that an export of the whole model needs; without S, those of its weights."""
     weights = _weights(checkpoint, rows)
-    # The exporter copies what it traces, filled in or not: twice the weights of one net, in float32, for a moment.
-    memory = _BASE_MEMORY + 2 * FLOAT32_BYTES * max(weights.values())
+    copied = [_COPIES[FLOAT32_BYTES * count >= _MESSAGE] * FLOAT32_BYTES * count for count in weights.values()]
+    memory = _BASE_MEMORY + max(copied)
     # Tracing runs the block once: the mask and the scores of all heads grow with the square of S.
     seen = max(seq_length * seq_length, rows * (seq_length + rows))
     return memory + _SCORE_COPIES * FLOAT32_BYTES * (checkpoint.heads + 1) * seen, FLOAT32_BYTES * sum(weights.values())
