@@ -82,9 +82,12 @@ class Work:
         return self
 
     def _look(self, before: int) -> None:
-        while not self._over.wait(_EVERY):
+        wait = _EVERY
+        while not self._over.wait(wait):
+            began = time.monotonic()
             self._others = max(self._others, _started_by(os.getpid()) - before)
             self._disk = max(self._disk, _size(self.folder) - self._size)
+            wait = max(_EVERY, 20 * (time.monotonic() - began))  # in a folder with many other files
 
     def __exit__(self, *_) -> None:
         self._over.set()
@@ -94,8 +97,8 @@ class Work:
 def require(what: str, need: float, kind: str, free: float, remedy: str, where: str = "") -> None:
     """Raises UserError where more bytes are needed than are free. kind: "memory" or "disk". remedy: what to do."""
     if need > free:
-        needed, there = (f"{count / 1e9:.{1 if count >= 1e8 else 3}f} GB" for count in (need, free))
-        raise UserError(f"{what} needs {needed} of {kind}, {there} are free{where}: {remedy}.")
+        needed, there = (f"{count / 1e9:.{1 if count >= 1e8 else 3}f}" for count in (need, free))
+        raise UserError(f"{what} needs {needed} GB of {kind}, {there} GB are free{where}: {remedy}.")
 
 
 def _span(seconds: float) -> str:

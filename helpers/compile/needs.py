@@ -48,12 +48,13 @@ def work_of(
     there: int = 0,
     combined: int = 0,
     beside: int = 0,
+    own: int = 0,
     start: float = 0,
 ) -> Work:
     """What it takes to compile nets in this order, and to combine them. Raises UserError where memory is too small.
 
     Bytes of disk: there, of earlier bmodels, which go when theirs come; combined, of the bmodel of all; beside, of what
-    is made before. start: seconds before.
+    is made before. own: bytes of memory that this process takes beside. start: seconds before.
     """
     parts = {
         need.net: need.seconds + _START * (number < at_once) + _KERNELS * (need.net in FIRST)
@@ -72,7 +73,7 @@ def work_of(
         memory.require(largest.net, largest.memory, memory.budget())
         together = min(together, memory.budget())
     disk = max([*(peak - there for peak in scratch), combined, *(need.scratch for need in nets)], default=0)
-    return Work(what, folder, parts, together, beside + disk, at_once=at_once, start=start)
+    return Work(what, folder, parts, own + together, beside + disk, at_once=at_once, start=start)
 
 
 def _sum(nets: Iterable[Needs], what: str) -> int:

@@ -36,7 +36,7 @@ def cost_rows(cost: Mapping[str, Mapping[str, float]]) -> list[dict]:
     rows = []
     for key, (label, unit) in units.items():
         before, predicted, taken = (cost.get(name, cost["predicted"])[key] for name in ("before", "predicted", "taken"))
-        error = 100 * (predicted / taken - 1) if taken else None
+        error = round(100 * (predicted / taken - 1)) if taken else None
         named = {"before": before / unit, "after the first part": predicted / unit, "taken": taken / unit}
         rows.append({"": label, **{name: round(value, 1) for name, value in named.items()}, "error, %": error})
     return rows
