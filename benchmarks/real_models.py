@@ -7,6 +7,7 @@ lm_head's; L layers; S = 512. Minutes are those of a benchmark on 2 cores (bench
 of Qwen-7B's size: export 134 s, compile 152 to 169 s a mode), in proportion to the weights.
 """
 
+from helpers.compile.needs import needs_of
 from helpers.fetch.fetching import MODELS
 
 NAMES = ("qwen-1_8b", "qwen-7b", "qwen-14b")
@@ -33,12 +34,13 @@ class Sizes:
         self.cache = 2 * 2 * model.layers * SEQ_LENGTH * hidden
 
     def export_memory(self) -> float:
-        """The largest net twice in float32, and what Python and PyTorch take (as `export` asks for it, without S)."""
-        return 1e9 + 2 * 4 * max(self.block, self.embedding)
+        """The copies of the largest net in float32, and what Python and PyTorch take: the process as a whole."""
+        head = 4 * self.embedding
+        return 0.7e9 + (2 if head >= 2 << 30 else 3) * head
 
     def compile_memory(self) -> float:
-        """What `compile` asks for the largest net; measured for Qwen-7B's lm_head: 8.6 GB."""
-        return 0.5e9 + 3.3 * 4 * self.embedding
+        """What `compile` asks for the largest net, in int8; measured for Qwen-7B's lm_head in int4: 8.6 GB."""
+        return needs_of("lm_head", 4 * self.embedding, "W8BF16").memory
 
     def bmodel(self, mode: str) -> float:
         """Weights only: the embedding in bfloat16, blocks and lm_head in the mode's bits."""

@@ -1,6 +1,6 @@
 """The tutorial's plumbing: a room for each step of the story, in its order; an import only ever goes down.
 
-    errors files machine tensors nets artefacts toolchain home cli    the ground floor
+    errors files machine tensors nets cost artefacts toolchain home cli    the ground floor
     checkpoint    weights, tokenizer and code of a Qwen checkpoint
     convert       make one of a llama or a Qwen2
     fetch         bring one here

@@ -29,6 +29,7 @@ from helpers.calibrate.texts import PIECE, pieces_of, python_text, read_text
 from helpers.checkpoint.tokenizer import QwenTokenizer
 from helpers.checkpoint.weights import WEIGHT_FILES, Checkpoint, opened
 from helpers.compile.options import Q_GROUP_SIZE, QUANTIZE
+from helpers.cost import Work
 from helpers.errors import UserError
 from helpers.files import digest_of, locked, sha256_file, write_json
 
@@ -37,8 +38,9 @@ MARK = "calibrated"
 _KIND = "calibrated checkpoint"
 TOKENS = 4096
 _CODE = artefacts.code_of(*(f"calibrate.{name}" for name in ("calibrating", "folding", "gptq", "layers", "rounding")))
-# Seconds of one core a weight, measured on SmolLM2-135M with 4096 tokens; bytes that torch takes.
-_SECONDS, _BASE_MEMORY = 1.5e-6, 700_000_000
+# Seconds of one core: a weight, an operation, a column of a matrix; bytes beside those of torch. Measured with blocks
+# of 0.2 and 3 million weights.
+_SECONDS, _OPERATION, _COLUMN, _BASE_MEMORY = 0.45e-6, 4.5e-11, 2.2e-4, 30_000_000
 
 
 def calibrate(
@@ -87,15 +89,20 @@ def calibrate(
     if artefacts.up_to_date(out, inputs, settings, _CODE):
         return out
     work = out.with_name(f"{out.name}.partial")
-    machine.log(check_room(checkpoint, work, len(pieces) * PIECE))
+    record = {"inputs": inputs, "settings": settings, "code": _CODE}
+    costs = expected(checkpoint, work, pieces.numel(), settings, begun=_is_of(work, record))
+    costs.announce("close other programs, add swap, or ask for fewer --tokens", "free some or choose another --out")
     work.mkdir(parents=True, exist_ok=True)
-    with locked(work / ".lock", f"Another calibration writes to {out}: wait for it, or take another --out."):
-        _begin(work, {"inputs": inputs, "settings": settings, "code": _CODE})
+    busy = f"Another calibration writes to {out}: wait for it, or take another --out."
+    with locked(work / ".lock", busy), costs:
+        _begin(work, record)
         with torch.no_grad():
-            _calibrate_parts(checkpoint, pieces, settings, work)
+            _calibrate_parts(checkpoint, pieces, settings, work, costs)
         config = checkpoint.config | {MARK: settings | {"tokens": pieces.numel()}}
-        with artefacts.building(out, kind=_KIND, inputs=inputs, settings=settings, code=_CODE) as partial:
+        extra: dict = {}
+        with artefacts.building(out, kind=_KIND, **record, extra=extra) as partial:
             _finish(checkpoint, work, partial, config)
+            extra["cost"] = costs.record()
     shutil.rmtree(work)
     return out
 
@@ -106,18 +113,22 @@ def _made_here(out: Path) -> bool:
     return False
 
 
+def _is_of(work: Path, record: dict) -> bool:
+    """Whether what lies in the folder was made from these inputs."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((work / "record.json").read_bytes()) == json.loads(json.dumps(record))
+    return False
+
+
 def _begin(work: Path, record: dict) -> None:
     """Empty the folder of what was made from something else."""
-    file = work / "record.json"
-    with contextlib.suppress(OSError, ValueError):
-        if json.loads(file.read_bytes()) == json.loads(json.dumps(record)):
-            return
-    for old in work.glob("*.safetensors"):
-        old.unlink()
-    write_json(file, record)
+    if not _is_of(work, record):
+        for old in work.glob("*.safetensors"):
+            old.unlink()
+        write_json(work / "record.json", record)
 
 
-def _calibrate_parts(checkpoint: Checkpoint, pieces: torch.Tensor, settings: dict, work: Path) -> None:
+def _calibrate_parts(checkpoint: Checkpoint, pieces: torch.Tensor, settings: dict, work: Path, costs: Work) -> None:
     layers = Layers(checkpoint, PIECE)
     states_file = work / "states.safetensors"
     kept = load_file(states_file) if states_file.is_file() else {}
@@ -134,6 +145,7 @@ def _calibrate_parts(checkpoint: Checkpoint, pieces: torch.Tensor, settings: dic
             _save(work / f"block_{part - 1}.safetensors", _as_before(checkpoint, prefix, weights))
             # Last: whoever finds these states finds the weights that made them.
             _save(states_file, {"golden": golden, "states": states, "done": torch.tensor(part + 1)})
+            costs.done(f"block_{part - 1}")
         progress.update(checkpoint.layers + 1 - progress.n)
         if not (work / f"{HEAD}.safetensors").is_file():
             _save(work / f"{HEAD}.safetensors", calibrate_head(layers, golden, states, settings))
@@ -252,28 +264,19 @@ def _finish(checkpoint: Checkpoint, work: Path, partial: Path, config: dict) -> 
     Checkpoint.open(partial).check_files()
 
 
-def check_room(checkpoint: Checkpoint, out: Path, tokens: int) -> str:
-    """One line saying what calibrating will need. Raises UserError, with the remedy, where that is not there."""
+def expected(checkpoint: Checkpoint, work: Path, tokens: int, settings: dict, begun: bool = False) -> Work:
+    """What calibrating takes. begun: what lies in the folder `work` is of this calibration."""
     h, f, vocab = checkpoint.hidden_size, checkpoint.intermediate_size, checkpoint.vocab_size
     block, head = 4 * h * h + 3 * h * f, vocab * h
     # A block twice in float32, four matrices of the widest product's Hessian, what goes into and out of the products.
     memory = _BASE_MEMORY + 4 * max(2 * block + 4 * max(f, h) ** 2 + tokens * (12 * h + 4 * f), 2 * head + 4 * h * h)
-    states = 4 * 2 * 2 * tokens * h
-    disk = sum(file.stat().st_size for file in set(checkpoint.files.values())) + states
-    free_memory, free_disk = machine.free_memory(), machine.free_disk(out)
-    done = sum(file.stat().st_size for file in out.glob("*.safetensors")) if out.is_dir() else 0
-    if free_memory < memory:
-        raise UserError(
-            f"Calibrating needs {memory / 1e9:.1f} GB of memory, {free_memory / 1e9:.1f} GB are free: close other "
-            "programs, add swap, or ask for fewer --tokens."
-        )
-    if free_disk + done < disk:
-        raise UserError(
-            f"Calibrating needs {disk / 1e9:.3f} GB of disk, {free_disk / 1e9:.3f} GB are free on the disk that holds "
-            f"{out}: free some or choose another --out."
-        )
-    minutes = max(1, round((checkpoint.layers * block + head) * _SECONDS / machine.cores() / 60))
-    return (
-        f"{checkpoint.layers} layers, {tokens} tokens: needs {memory / 1e9:.1f} GB of memory ({free_memory / 1e9:.1f} "
-        f"free), {disk / 1e9:.2f} GB of disk ({free_disk / 1e9:.1f} free), about {minutes} min"
-    )
+    states = 4 * 2 * tokens * h  # there twice while they are written, before the head is
+    files = sum(file.stat().st_size for file in set(checkpoint.files.values()))
+    disk = files + max(states, 2 * states - 2 * head)
+    # A weight of a block multiplies every token four times; a column of a matrix is one step after the other.
+    each = _SECONDS + _OPERATION * (4 * tokens + f)
+    parts = {f"block_{i}": block * each / machine.cores() + _COLUMN * (4 * h + f) for i in range(checkpoint.layers)}
+    parts[HEAD] = (settings["head_mode"] == "int4") * (head * _SECONDS / machine.cores() + _COLUMN * h)
+    there = {file.stem: file.stat().st_size for file in work.glob("*.safetensors")}
+    to_do = {part: seconds for part, seconds in parts.items() if not (begun and part in there)}
+    return Work("Calibrating", work, to_do, memory, max(disk - sum(there.values()), 0))

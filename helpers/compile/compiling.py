@@ -13,12 +13,15 @@ from pathlib import Path
 from helpers import artefacts, machine, toolchain
 from helpers.bmodel import bmodel, model_tool
 from helpers.checkpoint.vocabulary import copy_vocabulary
-from helpers.compile.jobs import NetToCompile, compile_nets
+from helpers.compile.jobs import NetToCompile, compile_nets, in_order
+from helpers.compile.needs import BMODEL_BYTES, work_of
 from helpers.compile.options import check_name, net_settings
-from helpers.compile.plan import check, check_memory, plan_nets
+from helpers.compile.plan import check, plan_nets
 from helpers.compile.profile import estimates
+from helpers.cost import Work
 from helpers.errors import UserError
 from helpers.files import locked
+from helpers.nets import weight_group
 
 # What decides what the nets are combined to; for a net see helpers.compile.jobs.
 _CODE = artefacts.code_of(
@@ -44,7 +47,7 @@ def compile_model(
     head_mode: of lm_head, where it is another: int8 while the blocks are int4, for one.
     jobs: nets at a time, by default one a core, fewer where memory is short. scheduler: address of a Dask cluster.
     The manifest has extra keys nets {net: {bytes, cycles, ms, ddr_bw, flops, seconds}}, estimates {first_token_ms,
-    decode_ms} (None where a net is dynamic), layers, seq_length, config, tokenizer, by_heart.
+    decode_ms} (None where a net is dynamic), layers, seq_length, config, tokenizer, by_heart, cost (of helpers.cost).
     Raises UserError for everything a user can cause, with a failing net's own error and the path of its log.
     """
     check_name(name)
@@ -56,12 +59,9 @@ def compile_model(
     jobs = jobs or machine.cores()
     if scheduler is None:
         toolchain.require()
-        check_memory(plan)
     out = Path(out).absolute()
     folder = out / f"{mode}_{num_device}dev"
-    folder.mkdir(parents=True, exist_ok=True)
     vocabulary = plan.manifest.get("tokenizer")
-    tokenizer = copy_vocabulary(Path(onnx) / vocabulary, out) if vocabulary else None
     target = out / f"{name}_{mode}_{num_device}dev{'_dyn' if dynamic else ''}.bmodel"
     tasks = [
         NetToCompile(
@@ -75,8 +75,12 @@ def compile_model(
         )
         for net, signature in plan.nets.items()
     ]
-    with locked(folder / ".lock", f"Another compile is running in {folder}: wait for it, or take another --out."):
-        nets = compile_nets(tasks, jobs, scheduler, f"compile {mode}")
+    work = _work(tasks, target, jobs, scheduler)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = copy_vocabulary(Path(onnx) / vocabulary, out) if vocabulary else None
+    busy = f"Another compile is running in {folder}: wait for it, or take another --out."
+    with locked(folder / ".lock", busy), work:
+        nets = compile_nets(tasks, jobs, scheduler, f"compile {mode}", work)
         bmodels = [record.pop("bmodel") for record in nets.values()]
         inputs = {net: record.pop("sha256") for net, record in nets.items()}
         extra = {
@@ -98,4 +102,22 @@ def compile_model(
             ) as partial:
                 model_tool.combine(bmodels, partial)
                 bmodel.strip_time(partial)
+                extra["cost"] = work.record()
     return target
+
+
+def _work(tasks: list[NetToCompile], target: Path, jobs: int, scheduler: str | None) -> Work:
+    """What is to do of the nets, and what that takes here. Raises UserError where memory or disk are not there."""
+    to_do = [task for task in in_order(tasks) if not task.seems_made()]
+    weights = {weight_group(task.net): task.needs.stays - BMODEL_BYTES for task in tasks}
+    there = [target, *(task.folder / task.net / f"{task.net}.bmodel" for task in to_do)]
+    work = work_of(
+        f"Compiling to {target.name}",
+        target.parent,
+        [task.needs for task in to_do if scheduler is None],
+        jobs,
+        there=sum(file.stat().st_size for file in there if file.is_file()),
+        combined=BMODEL_BYTES + sum(weights.values()) if to_do or not target.is_file() else 0,
+    )
+    work.announce("close other programs", "free some, or choose another --out")
+    return work

@@ -18,7 +18,9 @@ from helpers import artefacts, machine
 from helpers.bmodel import bmodel
 from helpers.compile import memory, server
 from helpers.compile.log import own_error, read_log
+from helpers.compile.needs import FIRST, Needs, needs_of
 from helpers.compile.profile import FIGURES, PROFILE, net_figures
+from helpers.cost import Work
 from helpers.errors import UserError
 from helpers.export.signature import Signature
 from helpers.files import digest_of, sha256_file
@@ -44,6 +46,17 @@ class NetToCompile:
     settings: dict
     recorded: dict[str, str] = field(default_factory=dict)
     threads: int = 1
+
+    @property
+    def needs(self) -> Needs:
+        """What compiling it takes."""
+        return needs_of(self.net, self.signature.weights_bytes, self.settings["quantize"])
+
+    def seems_made(self) -> bool:
+        """Whether compile_net would find it made, as far as can be said without reading the files."""
+        files = (self.onnx.name, *self.signature.external)
+        inputs = {name: self.recorded[name] for name in files if name in self.recorded}
+        return artefacts.up_to_date(self.folder / self.net, inputs, self.settings, _CODE, read=False)
 
     def inputs(self) -> dict[str, str]:
         """{file name: SHA-256} of the net's files. Raises UserError where one is not what the export wrote."""
@@ -90,7 +103,7 @@ def _build(task: NetToCompile, artefact: Path, inputs: dict[str, str]) -> None:
     kernels = artefact.parent / f".kernels.{socket.gethostname()}" / kind
     extra: dict = {}
     with (
-        memory.gate.room_for(task.net, memory.needed(task.signature.weights_bytes)),
+        memory.gate.room_for(task.net, task.needs.memory),
         artefacts.building(
             artefact, kind="net", inputs=inputs, settings=task.settings, code=_CODE, extra=extra
         ) as partial,
@@ -120,19 +133,29 @@ def _require_split(net: bmodel.Net, devices: int) -> None:
         )
 
 
-def compile_nets(tasks: list[NetToCompile], jobs: int, scheduler: str | None, title: str) -> dict[str, dict]:
-    """{net: its record}; `jobs` nets at a time here, or on the Dask cluster at an address. Raises UserError."""
-    # The first of each kind goes first: those after it find its kernels; and the prefill block takes longest.
-    ordered = sorted(tasks, key=lambda task: ("block_0", "block_cache_0", task.net).index(task.net))
+def in_order(tasks: list[NetToCompile]) -> list[NetToCompile]:
+    """The first of each kind goes first: those after it find its kernels; and the prefill block takes longest."""
+    return sorted(tasks, key=lambda task: (*FIRST, task.net).index(task.net))
+
+
+def compile_nets(
+    tasks: list[NetToCompile], jobs: int, scheduler: str | None, title: str, work: Work | None = None
+) -> dict[str, dict]:
+    """{net: its record}; `jobs` nets at a time here, or on the Dask cluster at an address. Raises UserError.
+
+    work: is told of each net that is done.
+    """
     records: dict[str, dict] = {}
     memory.gate = memory.MemoryGate()
     with ThreadPoolExecutor(jobs) if scheduler is None else _cluster(scheduler) as pool:
         nets: dict[Future, str] = {}
         try:
-            for task in ordered:
+            for task in in_order(tasks):
                 nets[pool.submit(compile_net, task)] = task.net
             for future in (bar := tqdm(as_completed(nets), desc=title, total=len(nets), unit="net")):
                 records[nets[future]] = future.result()
+                if work:
+                    work.done(nets[future])
                 bar.set_postfix_str(nets[future], refresh=False)
         finally:
             # After Ctrl-C, or a net that failed, none goes on in the background and none begins there.

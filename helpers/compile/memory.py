@@ -1,21 +1,10 @@
-"""What memory a net takes to compile, what there is, and a gate that lets as many nets run as fit."""
+"""A gate that lets as many nets compile at once as fit into memory."""
 
 import contextlib
 import threading
 from collections.abc import Iterator
 
-from helpers import machine
-from helpers.errors import UserError
-
-# Peak memory of one net, measured at Qwen-7B's size: 1.7 GB for a block (0.81 GB of float32 weights), 7.5 GB for an
-# embedding and 8.6 GB for lm_head (2.49 GB each). The base is the front end's own, with room to spare.
-BASE = 500_000_000
-PER_WEIGHT_BYTE = 3.3
-
-
-def needed(weights_bytes: int) -> int:
-    """Bytes of memory that compiling a net takes at its peak. weights_bytes: size of its ONNX with its weights."""
-    return int(BASE + PER_WEIGHT_BYTE * weights_bytes)
+from helpers import cost, machine
 
 
 def budget() -> int:
@@ -25,11 +14,8 @@ def budget() -> int:
 
 def require(net: str, need: int, free: int) -> None:
     """Raises UserError where a net needs more bytes of memory than there are."""
-    if need > free:
-        raise UserError(
-            f"Compiling {net} needs {need / 1e9:.1f} GB of memory, {free / 1e9:.1f} GB are free: close other programs, "
-            "add swap, or compile on a larger machine (--scheduler)."
-        )
+    remedy = "close other programs, add swap, or compile on a larger machine (--scheduler)"
+    cost.require(f"Compiling {net}", need, "memory", free, remedy)
 
 
 class MemoryGate:

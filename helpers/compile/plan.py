@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers import artefacts
-from helpers.compile import memory
 from helpers.compile.options import check_options
 from helpers.errors import UserError
 from helpers.export.signature import Signature, read_signature
@@ -66,9 +65,3 @@ def check(plan: Plan, mode: str, num_device: int, addr_mode: str) -> None:
                 f"{plan.files[net]} takes states {list(states)}, the other blocks say {list(wanted)}: the folder mixes "
                 "two exports; export again into an empty folder."
             )
-
-
-def check_memory(plan: Plan) -> None:
-    """Raises UserError where the largest net would not fit into the memory that is free now."""
-    net = max(plan.nets, key=lambda net: plan.nets[net].weights_bytes)
-    memory.require(net, memory.needed(plan.nets[net].weights_bytes), memory.budget())

@@ -12,52 +12,57 @@ from torch import nn
 from helpers import artefacts, machine, toolchain
 from helpers.bmodel.bmodel import read_bmodel
 from helpers.checkpoint.weights import Checkpoint
-from helpers.compile import memory
 from helpers.compile.jobs import NetToCompile, compile_nets
+from helpers.compile.needs import needs_of, work_of
 from helpers.compile.options import net_settings
-from helpers.errors import UserError
+from helpers.cost import Work, require
 from helpers.export.modules import NetBuilder
 from helpers.export.signature import read_signature
-from helpers.export.tracing import WeightFile, attach_weights, trace
+from helpers.export.tracing import FLOAT32_BYTES, WeightFile, attach_weights, trace
 from helpers.files import digest_of
 from helpers.forecast.figures import CODE, EMBEDDING_ROWS, OUT, key_of
 from helpers.forecast.shape import Shape
-from helpers.nets import TOPK_HEAD, net_kind
+from helpers.nets import TOPK_HEAD, net_kind, weight_group
 from helpers.patching import patching
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny"  # its code is that of every size
-# Seconds of processor time to export and compile a million weights, and for every net beside; measured on 2 cores.
-SECONDS_A_MILLION, SECONDS_A_NET = 0.16, 8
+DEVICE_BYTES = 16_000_000_000  # of a BM1684X, as it is sold
+# Seconds to export: the exporter's start, a net, a million weights; bytes of the exporter. Measured on 2 cores.
+_START, _A_NET, _A_MILLION, _BASE_MEMORY = 2.0, 0.5, 0.05, 150_000_000
 
 
 def compile_figures(shape: Shape, kinds: Collection[str], out: Path = OUT) -> dict[str, dict]:
     """Compile kinds of nets of a shape; {key: figures}. Says before what it takes. Raises UserError as figures_of."""
+    mask = 2 * shape.seq_length**2  # bfloat16, an input of the prefill block
+    require(f"The mask at S = {shape.seq_length}", mask, "memory", DEVICE_BYTES, "take a smaller one", " on the chip")
     toolchain.require()
-    weights = {kind: _weights(kind, shape) for kind in kinds}
-    largest = max(weights, key=weights.__getitem__)
-    room = memory.needed(4 * weights[largest])
-    disk = 3 * 4 * sum(weights.values())
-    seconds = sum(SECONDS_A_NET + SECONDS_A_MILLION * count / 1e6 for count in weights.values())
-    machine.log(
-        f"compiling {', '.join(kinds)} of this size: {room / 1e9:.1f} GB of memory, {disk / 1e9:.1f} GB of disk, about "
-        f"{max(1, round(seconds / 2 / 60))} min on two idle cores"
-    )
-    memory.require(f"{shape.mode} nets of this size at S = {shape.seq_length}", room, memory.budget())
-    if disk > (free := machine.free_disk(out)):
-        raise UserError(
-            f"Compiling these nets needs {disk / 1e9:.1f} GB on the disk that holds {out}, which has {free / 1e9:.1f} "
-            "GB free: free some, or run it on another disk."
-        )
+    work = _expected(shape, kinds, out)
+    work.announce("close other programs, add swap, or take a smaller shape", "free some, or run it on another disk")
     out.mkdir(parents=True, exist_ok=True)
     place = out / f"{digest_of([asdict(shape), sorted(kinds)])[:16]}.figures.json"
-    with artefacts.building(place, kind="forecast", inputs={}, settings=asdict(shape), code=CODE) as partial:
-        work = partial.parent / "work"
+    extra: dict = {}
+    building = artefacts.building(place, kind="forecast", inputs={}, settings=asdict(shape), code=CODE, extra=extra)
+    with work, building as partial:
+        scratch = partial.parent / "work"
         try:
-            found = _compile(shape, tuple(kinds), work)
+            found = _compile(shape, tuple(kinds), scratch, work)
         finally:
-            shutil.rmtree(work, ignore_errors=True)
+            extra["cost"] = work.record()
+            shutil.rmtree(scratch, ignore_errors=True)
         partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
+
+
+def _expected(shape: Shape, kinds: Collection[str], out: Path) -> Work:
+    """What compiling these kinds takes. The nets are written first, one at a time; all goes at the end."""
+    nets = []
+    for kind in kinds:
+        quantize = net_settings(kind, shape.mode, shape.num_device, "io_alone", dynamic=False)["quantize"]
+        nets.append(needs_of(_net(kind), FLOAT32_BYTES * _weights(kind, shape), quantize))
+    groups = {weight_group(kind): FLOAT32_BYTES * _weights(kind, shape) for kind in kinds}
+    start = _START + sum(_A_NET + _A_MILLION * _weights(kind, shape) / 1e6 for kind in kinds)
+    what = f"Compiling {', '.join(kinds)} at S = {shape.seq_length} in {shape.mode}"
+    return work_of(what, out, nets, machine.cores(), beside=sum(groups.values()), own=_BASE_MEMORY, start=start)
 
 
 def _weights(kind: str, shape: Shape) -> int:
@@ -66,19 +71,19 @@ def _weights(kind: str, shape: Shape) -> int:
     return shape.vocab_size * shape.hidden_size if kind == "lm_head" else shape.block_weights
 
 
-def _compile(shape: Shape, kinds: tuple[str, ...], work: Path) -> dict[str, dict]:
+def _compile(shape: Shape, kinds: tuple[str, ...], scratch: Path, work: Work) -> dict[str, dict]:
     tasks = [
         NetToCompile(
             net,
             onnx=path,
             signature=read_signature(path),
-            folder=(work / "nets").absolute(),
+            folder=(scratch / "nets").absolute(),
             settings=net_settings(net, shape.mode, shape.num_device, "io_alone", dynamic=False),
             threads=1,
         )
-        for net, path in _export(shape, kinds, work)
+        for net, path in _export(shape, kinds, scratch)
     ]
-    records = compile_nets(tasks, machine.cores(), None, f"compile {shape.mode}")
+    records = compile_nets(tasks, machine.cores(), None, f"compile {shape.mode}", work)
     found = {}
     for net, record in records.items():
         (compiled,) = read_bmodel(record["bmodel"]).nets.values()
@@ -89,6 +94,10 @@ def _compile(shape: Shape, kinds: tuple[str, ...], work: Path) -> dict[str, dict
             "scratch_bytes": compiled.scratch_bytes,
         }
     return found
+
+
+def _net(kind: str) -> str:
+    return f"{kind}_0" if kind.startswith("block") else kind
 
 
 def _kind(net: str) -> str:
@@ -113,7 +122,7 @@ def _export(shape: Shape, kinds: tuple[str, ...], work: Path) -> Iterator[tuple[
             module = _without_values(builder.module(traced))
             if not weights.places:
                 weights.write(_random(module))
-            net = f"{kind}_0" if kind.startswith("block") else kind
+            net = _net(kind)
             path = work.absolute() / f"{net}.onnx"
             with torch.device("meta"):
                 example = builder.example(traced)

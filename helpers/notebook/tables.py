@@ -28,3 +28,15 @@ def markdown(rows: Iterable[Mapping[str, object]]) -> str:
 def show(rows: Iterable[Mapping[str, object]]) -> None:
     """Display rows as a table in a notebook."""
     display(Markdown(markdown(rows)))
+
+
+def cost_rows(cost: Mapping[str, Mapping[str, float]]) -> list[dict]:
+    """What helpers.cost has put into a manifest, as rows: time, memory and disk, predicted and taken, and the error."""
+    units = {"seconds": ("time, s", 1), "memory_bytes": ("memory, MB", 1e6), "disk_bytes": ("disk, MB", 1e6)}
+    rows = []
+    for key, (label, unit) in units.items():
+        before, predicted, taken = (cost.get(name, cost["predicted"])[key] for name in ("before", "predicted", "taken"))
+        error = round(100 * (predicted / taken - 1)) if taken else None
+        named = {"before": before / unit, "after the first part": predicted / unit, "taken": taken / unit}
+        rows.append({"": label, **{name: round(value, 1) for name, value in named.items()}, "error, %": error})
+    return rows

@@ -11,6 +11,7 @@ import pytest
 
 from helpers import artefacts, machine
 from helpers.checkpoint.weights import Checkpoint
+from helpers.cost import Cost
 from helpers.errors import UserError
 from helpers.export import exporting, modules, tracing
 from helpers.files import sha256_file
@@ -262,11 +263,40 @@ def test_a_weight_that_the_exporter_drops_or_the_checkpoint_lacks_is_an_error(pa
 
 
 def test_what_is_written_already_needs_no_room(onnx_tiny, patched_tiny, tmp_path, monkeypatch):
-    checkpoint = Checkpoint.open(patched_tiny)
     monkeypatch.setattr(machine, "free_disk", lambda path: 10**5)
-    exporting.check_room(checkpoint, onnx_tiny, SEQ_LENGTH)
-    with pytest.raises(UserError, match="disk"):
-        exporting.check_room(checkpoint, tmp_path, SEQ_LENGTH)
+    before = json.loads((onnx_tiny / "manifest.json").read_bytes())["cost"]
+    said = []
+    exporting.export(patched_tiny, onnx_tiny, SEQ_LENGTH, log=said.append)
+    assert said == []  # nothing is to do
+    assert json.loads((onnx_tiny / "manifest.json").read_bytes())["cost"] == before
+    with pytest.raises(UserError, match="needs 0.006 GB of disk, 0.000 GB are free on the disk that holds"):
+        exporting.export(patched_tiny, tmp_path, SEQ_LENGTH)
+
+
+def test_the_manifest_has_what_was_predicted_beside_what_it_took(patched_tiny, tmp_path):
+    folder = exporting.export(patched_tiny, tmp_path / "onnx", 16)
+    cost = json.loads((folder / "manifest.json").read_bytes())["cost"]
+    written = sum(path.stat().st_size for path in folder.glob("*.weights"))
+    assert written <= cost["taken"]["disk_bytes"] < 1.3 * written
+    assert cost["predicted"]["disk_bytes"] == pytest.approx(cost["taken"]["disk_bytes"], rel=0.3)
+    # The first group has told how fast this machine is.
+    assert cost["before"] | {"seconds": 0} == cost["predicted"] | {"seconds": 0}
+    assert cost["taken"]["seconds"] > 0 and cost["taken"]["memory_bytes"] > 0
+
+
+def test_what_is_half_there_needs_half(onnx_tiny, patched_tiny, tmp_path):
+    folder = tmp_path / "onnx"
+    shutil.copytree(onnx_tiny, folder)
+    settings = json.loads((folder / "manifest.json").read_bytes())["settings"]
+    checkpoint = Checkpoint.open(patched_tiny)
+    assert exporting.expected(checkpoint, folder, {}, settings).before == Cost(0, 0, 0)
+    (folder / "block_1.weights").unlink()
+    part = exporting.expected(checkpoint, folder, {}, settings).before
+    whole = exporting.expected(checkpoint, tmp_path / "none", {}, settings).before
+    assert 0 < 4 * part.disk_bytes < whole.disk_bytes and 0 < part.seconds < whole.seconds
+    # What is there from another length goes when its successor comes.
+    longer = exporting.expected(checkpoint, folder, {}, settings | {"seq_length": 512}).before
+    assert longer.disk_bytes < whole.disk_bytes / 2
 
 
 def test_another_sequence_length_is_another_export(patched_tiny, tmp_path):
@@ -305,10 +335,11 @@ def test_what_it_says_to_need_is_what_an_export_takes(onnx_tiny, patched_tiny):
     written = sum(path.stat().st_size for path in onnx_tiny.glob("*.weights"))
     assert exporting.needed_bytes(checkpoint)[1] == pytest.approx(written, rel=0.02)
     large = replace(checkpoint, hidden_size=4096, heads=32, intermediate_size=11008, vocab_size=151936)
-    assert 5.8e9 < exporting.needed_bytes(large, 512)[0] < 1.15 * 5.8e9
+    # 5.8 GB resident in all, of which a process that has imported torch begins with 0.56 (its libraries are of files).
+    assert 5.2e9 < exporting.needed_bytes(large, 512)[0] < 1.15 * 5.2e9
     # A block is the largest net where the vocabulary is small, and attention where S is large: more of it needs more.
     small = replace(large, vocab_size=1000)
-    assert 1.5e9 < exporting.needed_bytes(small, 512)[0] < exporting.needed_bytes(large, 512)[0]
+    assert 0.9e9 < exporting.needed_bytes(small, 512)[0] < exporting.needed_bytes(large, 512)[0]
     longer = [exporting.needed_bytes(small, length)[0] - exporting.needed_bytes(small)[0] for length in (2048, 4096)]
     assert longer[0] > 32 * 2048**2 * 4 and longer[1] == pytest.approx(4 * longer[0])
 
