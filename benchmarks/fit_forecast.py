@@ -15,7 +15,7 @@ import numpy as np
 from helpers.compile.profile import FREQUENCY
 from helpers.fetch.fetching import MODELS
 from helpers.forecast import figures, forecasting
-from helpers.forecast.forecasting import BANDWIDTH, PROGRAMS, Constants, figures_of, cycle_seconds
+from helpers.forecast.forecasting import BANDWIDTH, PROGRAMS, Constants, cycle_seconds, figures_of
 from helpers.forecast.shape import SIZES, Shape, shape_of
 
 PUBLISHED = Path(figures.__file__).with_name("published.csv")
@@ -81,7 +81,8 @@ def fit(rows: list[Row]) -> Constants:
     for row in rows:
         token = sum(cycle_seconds(row.shape, figures_of(row.shape), "_cache").values())
         cache, started = passes * row.shape.cache_bytes / BANDWIDTH, launches * (row.shape.layers + 2)
-        decode[row.program] += _weight(row, rows) * np.abs(np.log((token + cache[:, None] + started) * row.tokens_per_s))
+        off = np.log((token + cache[:, None] + started) * row.tokens_per_s)
+        decode[row.program] += _weight(row, rows) * np.abs(off)
     # Of each number of passes the best launch of each program.
     best = sum(of_program.min(axis=1) for of_program in decode.values()).argmin()
     launch_s = {program: float(launches[of_program[best].argmin()]) for program, of_program in decode.items()}

@@ -35,9 +35,18 @@ class Work:
     before them. memory, disk: bytes at the peak; nothing where no part is to do. folder: that grows.
     """
 
-    def __init__(self, what: str, folder: Path, parts: dict[str, float], memory: float, disk: float, **how) -> None:
-        self.what, self.folder, self._parts, self._start = what, folder, parts, how.get("start", 0.0)
-        seconds = self._start + max(sum(parts.values()) / how.get("at_once", 1), *parts.values(), 0) if parts else 0
+    def __init__(
+        self,
+        what: str,
+        folder: Path,
+        parts: dict[str, float],
+        memory: float,
+        disk: float,
+        at_once: int = 1,
+        start: float = 0.0,
+    ) -> None:
+        self.what, self.folder, self._parts, self._start = what, folder, parts, start
+        seconds = start + max(sum(parts.values()) / at_once, *parts.values()) if parts else 0
         self.before = self.predicted = Cost(seconds, int(memory), int(disk)) if parts else Cost(0, 0, 0)
         self._log, self._over, self._others, self._disk = machine.log, threading.Event(), 0, 0
 

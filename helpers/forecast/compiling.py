@@ -15,7 +15,8 @@ from helpers.checkpoint.weights import Checkpoint
 from helpers.compile.jobs import NetToCompile, compile_nets
 from helpers.compile.needs import needs_of, work_of
 from helpers.compile.options import net_settings
-from helpers.cost import Work, require
+from helpers.cost import Work
+from helpers.errors import UserError
 from helpers.export.modules import NetBuilder
 from helpers.export.signature import read_signature
 from helpers.export.tracing import FLOAT32_BYTES, WeightFile, attach_weights, trace
@@ -26,16 +27,17 @@ from helpers.nets import TOPK_HEAD, net_kind, weight_group
 from helpers.patching import patching
 
 MODEL = Path(__file__).resolve().parents[2] / "models" / "tiny"  # its code is that of every size
-DEVICE_BYTES = 16_000_000_000  # of a BM1684X, as it is sold
 # Seconds to export: the exporter's start, a net, a million weights; bytes of the exporter. Measured on 2 cores.
 _START, _A_NET, _A_MILLION, _BASE_MEMORY = 2.0, 0.5, 0.05, 150_000_000
 
 
 def compile_figures(shape: Shape, kinds: Collection[str], out: Path = OUT) -> dict[str, dict]:
     """Compile kinds of nets of a shape; {key: figures}. Says before what it takes. Raises UserError as figures_of."""
-    mask = 2 * shape.seq_length**2  # bfloat16, an input of the prefill block
-    require(f"The mask at S = {shape.seq_length}", mask, "memory", DEVICE_BYTES, "take a smaller one", " on the chip")
-    toolchain.require()
+    try:
+        toolchain.require()
+    except UserError as error:
+        size = f"hidden size {shape.hidden_size}, S = {shape.seq_length}, {shape.mode}, {shape.num_device} devices"
+        raise UserError(f"{', '.join(kinds)} of {size} were never compiled, and cannot be here. {error}") from None
     work = _expected(shape, kinds, out)
     work.announce("close other programs, add swap, or take a smaller shape", "free some, or run it on another disk")
     out.mkdir(parents=True, exist_ok=True)
