@@ -119,6 +119,7 @@ def _tool(folder: Path, program: str, *arguments) -> str:
         "COLUMNS": "999",
         "PPL_CACHE_PATH": "./kernels/",
     }
+    env.pop("FORCE_COLOR", None)  # a notebook has it
     env["PYTHONPATH"] = f"{Path(__file__).resolve().parents[2]}:{env['PYTHONPATH']}"
     command = [sys.executable, *map(str, [*script, *arguments])]
     with open(folder / f"{program}.log", "w", encoding="utf-8") as log:

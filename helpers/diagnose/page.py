@@ -1,6 +1,6 @@
 """The report as one page of text: a flow chart of the rungs, the figures of each net, and one sentence."""
 
-from helpers.diagnose.bands import LIMITS
+from helpers.diagnose.bands import COLUMN, LIMITS
 from helpers.diagnose.deeper import TOLERANCE, Deeper
 from helpers.diagnose.ladder import COMPILED, LOOP, ONNX, PATCHED, Report, Step
 
@@ -27,7 +27,7 @@ def page(report: Report) -> str:
             lines.append(
                 f"        {'phase':8} {'net':16} {'tensor':14}     adds (NMSE, SQNR, cosine)    accumulated  band"
             )
-        lines += [_line(max(of_net, key=lambda step: step.added.nmse)) for of_net in _by_net(steps)]
+        lines += [_line(max(of_net, key=_share)) for of_net in _by_net(steps)]
     lines += ["", report.found.sentence if report.found else "Healthy: every rung is within its band."]
     return "\n".join(lines)
 
@@ -43,6 +43,11 @@ def deeper_page(deeper: Deeper) -> str:
             + (f"; the first is {deeper.wrong[0]}." if deeper.wrong else ": for so coarse a look the net is healthy."),
         ]
     )
+
+
+def _share(step: Step) -> float:
+    """What its band goes by, up to a factor."""
+    return max(step.added.nmse, step.added.column / COLUMN)
 
 
 def _by_net(steps: list[Step]) -> list[list[Step]]:
