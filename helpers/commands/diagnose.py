@@ -4,6 +4,7 @@ The exit code is 0 where all is healthy, 1 where a fault was found.
 """
 
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -25,6 +26,12 @@ def add_arguments(parser) -> None:
 
 
 def run(args) -> int:
+    if args.deeper and not (args.checkpoint and args.onnx and args.bmodel):
+        raise UserError("--deeper DIR needs --checkpoint, --onnx and --bmodel: it compiles a net of them once more.")
+    if args.deeper and os.path.exists(args.deeper):
+        raise UserError(
+            f"{args.deeper} is there already: give --deeper a new folder, for what the wheel's tools write."
+        )
     if args.checkpoint:
         report = diagnose(args.checkpoint, args.onnx, args.bmodel, args.prompt, patched=args.patched)
     elif args.bmodel and not args.onnx:

@@ -65,8 +65,6 @@ def go_deeper(onnx: Path, bmodel: Path, net: str, inputs: Sequence[np.ndarray], 
     if kind == "block":
         # Rows of padding see nothing, and a mean over nothing is arbitrary: here each sees itself.
         inputs[2] = np.where(np.eye(inputs[2].shape[-1]), 0, inputs[2]).astype(np.float32)
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty: give --deeper a new folder.")
     context.mkdir(parents=True)
     np.savez(folder / "in.npz", **dict(zip(INPUT_NAMES[kind], inputs, strict=True)))
     settings = net_settings(net, made["mode"], 1, made["addr_mode"], made["dynamic"], made.get("head_mode"))

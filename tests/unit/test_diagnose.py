@@ -488,6 +488,9 @@ def test_another_chip_and_missing_folders_are_refused(small, bmodels, tmp_path, 
     for arguments in ([], ["--checkpoint", small.checkpoint]):
         assert "BM1684X" in refused(capsys, *arguments, "--bmodel", tmp_path / "other.bmodel")
     assert "no folder" in refused(capsys, "--checkpoint", small.checkpoint, "--onnx", tmp_path / "none")
+    given = "--checkpoint", small.checkpoint, "--onnx", small.onnx, "--bmodel", bmodels["bf16"]
+    assert "needs --checkpoint" in refused(capsys, *given[:2], "--deeper", tmp_path / "new")
+    assert "is there already" in refused(capsys, *given, "--deeper", tmp_path)
     refused(capsys, "--checkpoint", tmp_path / "none")
     refused(capsys, "--checkpoint", small.checkpoint, "--bmodel", tmp_path / "none.bmodel")
     assert "--checkpoint DIR" in refused(capsys, "--onnx", small.onnx)
