@@ -8,7 +8,7 @@ from helpers.parity.chain import compare
 
 # Normalised mean square error that rounding explains, by what the nets compute with. Measured on healthy models, the
 # embedded one and small ones of random weights, and four times the worst that was seen:
-# `pytest tests/unit/test_diagnose.py -k healthy` prints the figures.
+# `pytest -s tests/unit/test_diagnose.py -k healthy` prints them.
 LIMITS = {"float32": 1e-9, "bf16": 4e-4, "int8": 5e-4, "int4": 0.08}
 # Up to ten times its limit a tensor is suspicious: a larger model, or larger activations, may be no more than that.
 BROKEN = 10.0

@@ -8,9 +8,10 @@ it, the cause.
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from helpers import artefacts
@@ -63,16 +64,18 @@ class Finding:
 
 @dataclass
 class Report:
-    """rungs: those that were climbed. found: None where all of them are healthy."""
+    """rungs: those that were climbed. found: None where all of them are healthy. inputs: golden, of the net found."""
 
     mode: str | None
     prompt_tokens: int
     rungs: list[str] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     found: Finding | None = None
+    inputs: list[np.ndarray] | None = None
 
     def to_json(self) -> dict:
-        return asdict(self)
+        """Everything but the inputs, as plain data."""
+        return {name: value for name, value in asdict(replace(self, inputs=None)).items() if name != "inputs"}
 
 
 def diagnose(
@@ -148,6 +151,7 @@ class _Ladder:
             elif block and phase == PREFILL and mode.startswith("int"):
                 self._check_groups(net, inputs, found, mode)
             if self.report.found:
+                self.report.inputs = inputs
                 return
         self.golden = own
 
@@ -191,7 +195,7 @@ class _Ladder:
 _WHO_MADE = {
     PATCHED: "compare modeling_qwen.py with what `python -m helpers patch` makes of the original",
     ONNX: "export this net again, and look at its graph with Netron",
-    COMPILED: "compile this net again, and step through it with the wheel's bmodel_checker.py",
+    COMPILED: "compile this net again, and look one level deeper",
 }
 
 

@@ -1,6 +1,7 @@
 """The report as one page of text: a flow chart of the rungs, the figures of each net, and one sentence."""
 
-from helpers.diagnose.bands import LIMITS
+from helpers.diagnose.bands import COLUMN, LIMITS
+from helpers.diagnose.deeper import TOLERANCE, Deeper
 from helpers.diagnose.ladder import COMPILED, LOOP, ONNX, PATCHED, Report, Step
 
 _TITLES = {
@@ -12,7 +13,7 @@ _TITLES = {
 
 
 def page(report: Report) -> str:
-    """One page. Of a net the worst of its tensors is shown; nets that add nothing are left out above a fault."""
+    """One page. Of a net the worst of its tensors is shown."""
     lines = []
     if report.steps:
         lines += [f"original checkpoint, in PyTorch; {report.prompt_tokens} tokens of prompt, and two more", ""]
@@ -26,9 +27,27 @@ def page(report: Report) -> str:
             lines.append(
                 f"        {'phase':8} {'net':16} {'tensor':14}     adds (NMSE, SQNR, cosine)    accumulated  band"
             )
-        lines += [_line(max(of_net, key=lambda step: step.added.nmse)) for of_net in _by_net(steps)]
+        lines += [_line(max(of_net, key=_share)) for of_net in _by_net(steps)]
     lines += ["", report.found.sentence if report.found else "Healthy: every rung is within its band."]
     return "\n".join(lines)
+
+
+def deeper_page(deeper: Deeper) -> str:
+    """What the wheel's tools said of the net that was found."""
+    name, (cosine, sqnr) = min(deeper.lowered.items(), key=lambda item: item[1][1])
+    return "\n".join(
+        [
+            *("", *(f"  {command}" for command in deeper.commands)),
+            f"lowering: of {len(deeper.lowered)} tensors {name} loses most, {sqnr:.1f} dB (cosine {cosine:.6f}).",
+            f"commands: of {deeper.checked} results {len(deeper.wrong)} are past {TOLERANCE} (cosine, Euclidean)"
+            + (f"; the first is {deeper.wrong[0]}." if deeper.wrong else ": for so coarse a look the net is healthy."),
+        ]
+    )
+
+
+def _share(step: Step) -> float:
+    """What its band goes by, up to a factor."""
+    return max(step.added.nmse, step.added.column / COLUMN)
 
 
 def _by_net(steps: list[Step]) -> list[list[Step]]:

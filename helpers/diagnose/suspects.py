@@ -190,7 +190,7 @@ class Suspects:
             columns = _columns(f - e)
             if len(columns) == 1 or (number == 1 and len(columns) == 2 and abs(columns[0] - columns[1]) == half):
                 return "layer.attn.c_attn.weight", number * hidden + int(columns[0])
-        error = (fs - es).reshape(-1, fs.shape[-1])
+        error = (fs.astype(np.float64) - es).reshape(-1, fs.shape[-1])  # its square may be past float32
         columns = _columns(error)
         if len(columns) == 1:
             return "layer.mlp.c_proj.weight", int(columns[0])
@@ -205,7 +205,8 @@ class Suspects:
 
 def _columns(error: np.ndarray) -> np.ndarray:
     """The few columns that hold the error, where they stand out."""
-    power = (error.reshape(-1, error.shape[-1] if error.ndim == 2 else error[0, 0].size) ** 2).sum(axis=0)
+    columns = error.shape[-1] if error.ndim == 2 else error[0, 0].size
+    power = np.square(error.reshape(-1, columns), dtype=np.float64).sum(axis=0)
     order = np.argsort(power)[::-1]
     return np.array([c for c in order[:2] if power[c] > 0.1 * power.sum() and power[c] > 30 * np.median(power)])
 

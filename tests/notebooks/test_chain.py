@@ -32,6 +32,7 @@ SHORTER = {
     "04": ["--set", "max_new_tokens=3", "--set", "modes=['bf16']", "--set", "repetitions=1"],
     "05": ["--set", "clients=5", "--set", "mode=bf16"],
     "06": ["--set", "max_new_tokens=6"],
+    "10": ["--set", "max_new_tokens=6", "--set", "mode=bf16", "--set", "modes=['bf16']"],
 }
 NAMES = sorted(number_of(path) for path in NOTEBOOKS.glob("[0-9]*.ipynb") if not on_demand(path))
 SOLUTIONS = [NOTEBOOKS / "solutions" / f"{number}.ipynb" for number in NAMES]

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers import cli
 from helpers.bmodel import model_tool
+from helpers.bmodel.bmodel import read_bmodel
 from helpers.checkpoint.tokenizer import QwenTokenizer
 from helpers.checkpoint.weights import Checkpoint
 from helpers.compile import compiling, server
@@ -20,9 +22,12 @@ from helpers.compile.jobs import NetToCompile, compile_net
 from helpers.compile.options import net_settings
 from helpers.diagnose.alone import examine
 from helpers.diagnose.bands import LIMITS
+from helpers.diagnose.deeper import go_deeper
 from helpers.diagnose.ladder import diagnose
+from helpers.diagnose.walk import Text, walk
 from helpers.export import exporting
 from helpers.export.signature import read_signature
+from helpers.parity.hosts import OnnxNets
 from helpers.patching import patching
 from helpers.run.generation import QwenRunner
 from helpers.tensors import from_bf16, to_bf16
@@ -282,6 +287,33 @@ def test_int4_groups_of_the_wrong_size(small, recompiled):
     assert "groups of 32" in found(report, "compiled", "block_1", "group_size")
 
 
+def test_weights_of_another_layer_and_one_level_deeper(small, bmodels, tmp_path, capsys):
+    """A bmodel in which layer 1 has layer 0's weights; the wheel's tools find the first operation that has weights."""
+    bmodel = tmp_path / bmodels["int8"].name
+    data = bytearray(bmodels["int8"].read_bytes())
+    nets, binaries = read_bmodel(bmodels["int8"]).nets, sum(struct.unpack_from("<II", data, 4))
+    (right, size), (wrong, _) = (next(iter(nets[f"block_{i}"].weights)) for i in (0, 1))
+    data[binaries + wrong : binaries + wrong + size] = data[binaries + right : binaries + right + size]
+    bmodel.write_bytes(data)
+    shutil.copy(bmodels["int8"].with_name(f"{bmodel.name}.json"), tmp_path)
+    given = ["--checkpoint", str(small.checkpoint), "--onnx", str(small.onnx), "--bmodel", str(bmodel)]
+    assert cli.main(["diagnose", *given]) == 1
+    said = capsys.readouterr().out
+    assert "compiled: block_1 is the first" in said and "weights of layer 0" in said
+    assert said.splitlines()[-1].endswith("--deeper DIR")
+    assert cli.main(["diagnose", *given, "--deeper", str(tmp_path / "deeper")]) == 1
+    lowering, commands = capsys.readouterr().out.splitlines()[-2:]
+    assert re.match(r"lowering: of \d\d tensors \S+ loses most, (3|4)\d", lowering)
+    assert re.match(r"commands: of \d\d results [1-9]\d* are past .* the first is /layer/ln_1/", commands), commands
+
+
+def test_one_level_deeper_a_healthy_net_is_healthy(small, bmodels, tmp_path):
+    inputs = walk(OnnxNets(small.onnx), Text([1, 2, 3], [4, 5]))["decode", "block_cache_1"][0]
+    deeper = go_deeper(small.onnx, bmodels["int8"], "block_cache_1", inputs, tmp_path / "deeper")
+    assert deeper.wrong == [] and deeper.checked > 20 and len(deeper.lowered) > 20
+    assert min(sqnr for _, sqnr in deeper.lowered.values()) > 20
+
+
 # Faults in the loop.
 
 
@@ -456,6 +488,9 @@ def test_another_chip_and_missing_folders_are_refused(small, bmodels, tmp_path, 
     for arguments in ([], ["--checkpoint", small.checkpoint]):
         assert "BM1684X" in refused(capsys, *arguments, "--bmodel", tmp_path / "other.bmodel")
     assert "no folder" in refused(capsys, "--checkpoint", small.checkpoint, "--onnx", tmp_path / "none")
+    given = "--checkpoint", small.checkpoint, "--onnx", small.onnx, "--bmodel", bmodels["bf16"]
+    assert "needs --checkpoint" in refused(capsys, *given[:2], "--deeper", tmp_path / "new")
+    assert "is there already" in refused(capsys, *given, "--deeper", tmp_path)
     refused(capsys, "--checkpoint", tmp_path / "none")
     refused(capsys, "--checkpoint", small.checkpoint, "--bmodel", tmp_path / "none.bmodel")
     assert "--checkpoint DIR" in refused(capsys, "--onnx", small.onnx)

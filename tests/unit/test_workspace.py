@@ -49,6 +49,7 @@ def test_what_one_notebook_writes_the_next_one_reads(tmp_path, monkeypatch):
         ("05", ["03"]),
         ("06", ["01", "02", "03"]),
         ("09", ["01", "03"]),
+        ("10", ["01", "02", "03"]),
     ],
 )
 def test_a_notebook_out_of_order_names_the_one_to_run_first(notebook, needed, tmp_path, monkeypatch):
