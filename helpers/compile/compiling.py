@@ -8,6 +8,7 @@ Flags per net are those of the documented compile.sh (helpers.compile.options); 
 (helpers.compile.graph).
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from helpers import artefacts, machine, toolchain
@@ -40,12 +41,14 @@ def compile_model(
     jobs: int | None = None,
     scheduler: str | None = None,
     head_mode: str | None = None,
+    log: Callable[[str], None] = machine.log,
 ) -> Path:
     """Compile all nets of an exported model; return out/<name>_<mode>_<n>dev.bmodel (…_dyn.bmodel where dynamic).
 
     onnx: folder of nets as `export` writes them. mode: bf16, int8 (W8BF16) or int4 (W4BF16, groups of 64).
     head_mode: of lm_head, where it is another: int8 while the blocks are int4, for one.
     jobs: nets at a time, by default one a core, fewer where memory is short. scheduler: address of a Dask cluster.
+    log: gets a line of what it needs, and one of this machine's speed.
     The manifest has extra keys nets {net: {bytes, cycles, ms, ddr_bw, flops, seconds}}, estimates {first_token_ms,
     decode_ms} (None where a net is dynamic), layers, seq_length, config, tokenizer, by_heart, cost (of helpers.cost).
     Raises UserError for everything a user can cause, with a failing net's own error and the path of its log.
@@ -75,7 +78,7 @@ def compile_model(
         )
         for net, signature in plan.nets.items()
     ]
-    work = _work(tasks, target, jobs, scheduler)
+    work = _work(tasks, target, jobs, scheduler, log)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = copy_vocabulary(Path(onnx) / vocabulary, out) if vocabulary else None
     busy = f"Another compile is running in {folder}: wait for it, or take another --out."
@@ -106,7 +109,7 @@ def compile_model(
     return target
 
 
-def _work(tasks: list[NetToCompile], target: Path, jobs: int, scheduler: str | None) -> Work:
+def _work(tasks: list[NetToCompile], target: Path, jobs: int, scheduler: str | None, log: Callable) -> Work:
     """What is to do of the nets, and what that takes here. Raises UserError where memory or disk are not there."""
     to_do = [task for task in in_order(tasks) if not task.seems_made()]
     weights = {weight_group(task.net): task.needs.stays - BMODEL_BYTES for task in tasks}
@@ -119,5 +122,5 @@ def _work(tasks: list[NetToCompile], target: Path, jobs: int, scheduler: str | N
         there=sum(file.stat().st_size for file in there if file.is_file()),
         combined=BMODEL_BYTES + sum(weights.values()) if to_do or not target.is_file() else 0,
     )
-    work.announce("close other programs", "free some, or choose another --out")
+    work.announce("close other programs", "free some, or choose another --out", log)
     return work
