@@ -41,6 +41,7 @@ def run(args) -> None:
     parts = ", ".join(f"{part} {count / 1e9:.2f}" for part, count in found.device_parts.items())
     print(f"memory       {found.device_bytes / 1e9:8.2f} GB       ({parts})")
     for host, fits in hosts.items():
-        room = f"{HOSTS[host] * shape.num_device / 1e9:.1f} GB"
-        divided = " (a board's memory can be divided otherwise)" if host == "soc" and not fits else ""
-        print(f"{host:12} {'fits' if fits else 'does not fit'} in the {room} that a program gets there{divided}")
+        room = f"in the {HOSTS[host] * shape.num_device / 1e9:.1f} GB that a program gets there"
+        if host == "soc" and not fits:
+            room = "there: a board has one device" if shape.num_device > 1 else f"{room} (it can be divided otherwise)"
+        print(f"{host:12} {'fits' if fits else 'does not fit'} {room}")

@@ -79,7 +79,11 @@ def forecast(
         tokens_per_s_interval=(1 / token_s / TOKENS_SPREAD, TOKENS_SPREAD / token_s),
         device_bytes=needed,
         device_parts=memory,
-        fits={host: needed / shape.num_device <= room for host, room in HOSTS.items()},
+        # A board has one device.
+        fits={
+            host: needed / shape.num_device <= room and (host != "soc" or shape.num_device == 1)
+            for host, room in HOSTS.items()
+        },
         first_token_parts=first,
         token_parts=token,
     )

@@ -141,3 +141,13 @@ def test_a_disk_without_room_is_said_before_the_first_net(monkeypatch, tmp_path,
 def test_every_entry_of_the_atlas_has_figures_or_what_the_compiler_said():
     for key, entry in json.loads(figures.ATLAS.read_text(encoding="utf-8")).items():
         assert entry.keys() in ({"error"}, {"cycles", "weight_bytes", "instruction_bytes", "scratch_bytes"}), key
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("seq_length", [512, 2048, 8192])
+@pytest.mark.parametrize("mode", ["bf16", "int8", "int4"])
+@pytest.mark.parametrize("name", ["qwen-1_8b", "qwen-7b", "qwen-14b"])
+def test_the_atlas_answers_for_every_documented_point(name, mode, seq_length, devices, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiling, "compile_figures", lambda *_: pytest.fail("it is compiled"))
+    found = forecasting.forecast(shape_of(name, mode=mode, seq_length=seq_length, num_device=devices), out=tmp_path)
+    assert 0 < found.first_token_s < 60 and 1 < found.tokens_per_s < 60
