@@ -277,8 +277,8 @@ def test_the_manifest_has_what_was_predicted_beside_what_it_took(patched_tiny, t
     folder = exporting.export(patched_tiny, tmp_path / "onnx", 16)
     cost = json.loads((folder / "manifest.json").read_bytes())["cost"]
     written = sum(path.stat().st_size for path in folder.glob("*.weights"))
-    assert written <= cost["taken"]["disk_bytes"] < 1.3 * written
-    assert cost["predicted"]["disk_bytes"] == pytest.approx(cost["taken"]["disk_bytes"], rel=0.3)
+    assert written <= cost["taken"]["disk_bytes"] < 2 * written
+    assert 0.5 < cost["predicted"]["disk_bytes"] / cost["taken"]["disk_bytes"] < 2
     # The first group has told how fast this machine is.
     assert cost["before"] | {"seconds": 0} == cost["predicted"] | {"seconds": 0}
     assert cost["taken"]["seconds"] > 0 and cost["taken"]["memory_bytes"] > 0
