@@ -259,3 +259,13 @@ def test_a_notebook_has_three_exercises_and_each_its_solution(path):
     assert exercises(path) == [f"Exercise {k}" for k in (1, 2, 3)]
     assert solution.is_file() and exercises(solution) == exercises(path)
     assert f"solutions/{number}.ipynb" in {link.partition("#")[0] for link in links(markdown(path))}
+
+
+@pytest.mark.parametrize("path", files("notebooks/*.ipynb", "notebooks/solutions/*.ipynb"), ids=lambda path: path.stem)
+def test_a_cell_is_short_enough_to_be_read(path):
+    cells = nbformat.read(path, as_version=4).cells
+    shown = [
+        c for c in cells if c.cell_type == "code" and not {"hide-input", "parameters"} & set(c.metadata.get("tags", []))
+    ]
+    lengths = [len(cell.source.splitlines()) for cell in shown]
+    assert max(lengths) <= 25 and sum(length < 10 for length in lengths) > len(lengths) / 2
