@@ -56,9 +56,13 @@ def published_rows() -> list[Row]:
             if whole and board != "RISC-V" and row["seq_length"]:
                 shape = shape_of(**SHAPES[row["model"]], mode=mode, seq_length=int(row["seq_length"]))
                 numbers = [float(row[key] or "nan") for key in ("first_token_s", "tokens_per_s")]
-                program = "c++" if "C++" in row["runtime"] else "python"
-                rows.append(Row(row["model"], board, program, shape, *numbers, row["source"]))
+                rows.append(Row(row["model"], board, program_of(row), shape, *numbers, row["source"]))
     return rows
+
+
+def program_of(row: dict[str, str]) -> str:
+    """The kind of program on the host, of a row of published.csv."""
+    return "c++" if "C++" in row["runtime"] else "python"
 
 
 def contradicted(rows: list[Row]) -> list[bool]:
